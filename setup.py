@@ -20,7 +20,9 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_type = "Debug" if self.debug else os.environ.get("DSK_BUILD_TYPE", "Release")
         build_dir = Path(
-            os.environ.get("DSK_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}")
+            os.environ.get(
+                "DSK_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+            )
         )
         build_dir.mkdir(parents=True, exist_ok=True)
         configure = [
