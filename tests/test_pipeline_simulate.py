@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pipeline_schedules import sizes
 
-from dskernels.pipeline import Costs, Op, ScheduleError, Work, add_comms, make, simulate
-from dskernels.pipeline import formulas
+from dskernels.pipeline import Costs, Op, ScheduleError, Work, add_comms, formulas, make, simulate
 from dskernels.pipeline.lower import needs
 
 KNOWN = Costs(f=1, bi=1, w=1, fb=3)
