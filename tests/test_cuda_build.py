@@ -1,4 +1,4 @@
-"""The compiler's evidence for every shipped CUDA kernel: no spills, no stack, registers in budget."""
+"""The compiler's evidence for every shipped CUDA kernel: no spills, no stack, few registers."""
 
 import re
 from pathlib import Path
