@@ -144,7 +144,7 @@ class SafetensorsFile:
 
 
 class SafetensorsWriter:
-    """Writes one file whose tensors are known beforehand and arrive in any order, rows at a time."""
+    """Writes one file of tensors that are announced first and arrive in any order, in rows."""
 
     def __init__(self, path: str | Path, infos: Iterable[TensorInfo]) -> None:
         # Widest elements first keeps every tensor aligned to its element size.

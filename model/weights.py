@@ -205,7 +205,7 @@ def fp8_infos(name: str, shape: tuple[int, ...]) -> list[TensorInfo]:
     return [TensorInfo(name, FP8, shape), TensorInfo(name + SCALE_SUFFIX, torch.float32, scales)]
 
 
-# ---- names ----------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def _block_entries(prefix: str, block: Block) -> Iterator[Entry]:
@@ -238,7 +238,7 @@ def _mlp_entries(prefix: str, mlp: MLP) -> Iterator[Entry]:
     yield Entry(f"{prefix}down_proj.weight", mlp.down_proj)
 
 
-# ---- loading --------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 def _without_absent_mtp(config: DeepseekConfig, checkpoint: Checkpoint) -> DeepseekConfig:
@@ -341,7 +341,7 @@ def _check_copy(checkpoint: Checkpoint, copy: str, original: str) -> None:
             raise CheckpointError(f"{copy}: differs from {original}, which MTP modules share")
 
 
-# ---- saving ---------------------------------------------------------------------------------------
+# ---- saving --------------------------------------------------------------------------------------
 
 
 def _stored_dtype(entry: Entry, model: DeepseekV3, dtype: torch.dtype | None) -> torch.dtype:

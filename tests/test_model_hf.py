@@ -1,4 +1,4 @@
-"""Logits against transformers' DeepseekV3 and DeepseekV2, through checkpoints in both directions."""
+"""Logits against transformers' DeepseekV3 and DeepseekV2, by checkpoints in both directions."""
 
 import pytest
 import torch
