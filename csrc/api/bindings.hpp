@@ -4,3 +4,5 @@
 namespace pybind11 {
 class module_;
 }
+
+void bind_cpu(pybind11::module_& m);
