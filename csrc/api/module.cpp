@@ -12,5 +12,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = DSK_COMPILER;
   m.attr("nvcc") = DSK_NVCC_VERSION;  // "" when the CUDA kernels were left out
 
+  dsk::api::bind_cpu(m);
   dsk::api::bind_device(m);
 }
