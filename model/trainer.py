@@ -201,7 +201,7 @@ class Trainer:
             balance = sequence_balance_loss(stats.topk_idx, stats.scores, len(tokens))
             loss = loss + self.config.balance_alpha * balance
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss: expected a finite value, got {float(loss)}")
+            raise FloatingPointError(f"loss: expected a finite value, got {loss.item()}")
         (loss / self.config.grad_accum).backward()
         return float(main.detach()), float(mtp.detach()) if mtp is not None else 0.0
 
