@@ -4,14 +4,10 @@ import importlib
 
 import dskernels
 
-try:
-    _ref = importlib.import_module("dskernels.ref")
-    _types = importlib.import_module("dskernels.types")
-except ImportError:
-    _ref = _types = importlib.import_module("stubdsk")
-
-for _name in dir(_ref):
-    if not _name.startswith("_") and not hasattr(dskernels, _name):
-        setattr(dskernels, _name, getattr(_ref, _name))
-if not hasattr(dskernels, "ScaledTensor"):
-    dskernels.ScaledTensor = _types.ScaledTensor
+if not hasattr(dskernels, "gemm"):
+    for _stem in ("rowwise", "gemm", "mla", "moe"):
+        _module = importlib.import_module(f"dskernels.ref.{_stem}")
+        for _name, _value in vars(_module).items():
+            if not _name.startswith("_") and getattr(_value, "__module__", "") == _module.__name__:
+                setattr(dskernels, _name, _value)
+    dskernels.ScaledTensor = importlib.import_module("dskernels.types").ScaledTensor
