@@ -1,6 +1,5 @@
 """DeepSeek-V3 (and V2) end to end on `dskernels`: config, layers, checkpoints, text."""
 
-import model._bridge  # noqa: F401
 from model.config import DeepseekConfig
 from model.transformer import DeepseekV3, TrainOutput
 
