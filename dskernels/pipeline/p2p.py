@@ -211,7 +211,9 @@ class Mailbox:
         """Report who is missed at which action; name the first failure of all ranks if known."""
         cause = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         lost = "Timed out" not in cause
-        state = "lost its connection to" if lost else f"got no answer within {self.timeout:g} s from"
+        state = (
+            "lost its connection to" if lost else f"got no answer within {self.timeout:g} s from"
+        )
         text = (
             f"rank {self.rank} {state} rank {peer} while waiting {seconds:.1f} s for "
             f"{describe(action)}"

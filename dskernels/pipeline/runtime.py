@@ -226,8 +226,9 @@ class PipelineRuntime:
             case Op.B | Op.BI:
                 self._backward(action)
             case Op.W:
-                for closure in self._weights.pop(key):
-                    closure()
+                with torch.no_grad():
+                    for closure in self._weights.pop(key):
+                        closure()
             case Op.FB:
                 self._pair(*action.parts)
             case Op.SEND_F:

@@ -49,8 +49,9 @@ class WeightGradStore:
         """Compute the oldest entry."""
         if cls.funcs_queue.empty():
             raise RuntimeError("WeightGradStore.pop: no pass is queued")
-        for func in cls.funcs_queue.get():
-            func()
+        with torch.no_grad():
+            for func in cls.funcs_queue.get():
+                func()
 
     @classmethod
     def clear(cls) -> None:
@@ -83,6 +84,7 @@ class _DeferredLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         bias = ctx.bias
 
+        @torch.no_grad()
         def weight_grad() -> None:
             rows = grad.reshape(-1, grad.shape[-1])
             accumulate(weight, rows.t().mm(x.reshape(-1, x.shape[-1])))
