@@ -517,7 +517,7 @@ def run_in_torch_engine(rank, ranks, csv_text, form, stages_total, microbatches,
     schedule = from_csv(csv_text)
     stages = build_stages("mlp", stages_total, torch.float64)
     own = [s for s, _ in schedule.stages_of(rank)]
-    sample = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)
+    sample = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64, requires_grad=True)
     held = [
         PipelineStage(
             stages[s], s, stages_total, torch.device("cpu"), input_args=(sample,),
