@@ -5,16 +5,8 @@ from dataclasses import replace
 import pytest
 
 from dskernels.pipeline import ScheduleError
-from dskernels.pipeline.cost import (
-    PUBLISHED,
-    Setup,
-    all_to_all,
-    layer_times,
-    place_layers,
-    sensitivity,
-    summary,
-    training,
-)
+from dskernels.pipeline.cost import Setup, all_to_all, layer_times, place_layers, training
+from dskernels.pipeline.cost_report import PUBLISHED, sensitivity, summary
 from dskernels.pipeline.hardware import PRESETS, hardware
 from dskernels.pipeline.inference import UNITS, overlap_two, throughput
 from dskernels.pipeline.inference import Parts as InferenceParts

@@ -76,17 +76,18 @@ def add_cost(commands) -> None:
 
 
 def _cost(args: argparse.Namespace) -> None:
-    from . import cost
     from .cli import print_json
+    from .cost import training
+    from .cost_report import sensitivity, summary
     from .hardware import hardware
 
     if args.inference:
         _inference(args)
         return
     setup, hw, rates = _setup(args), hardware(args.cluster), rates_of(args)
-    out = cost.summary(cost.training(setup, hw, rates))
+    out = summary(training(setup, hw, rates))
     if args.sensitivity:
-        out["sensitivity"] = cost.sensitivity(setup, hw, rates)
+        out["sensitivity"] = sensitivity(setup, hw, rates)
     if args.json:
         print_json(out)
     else:
