@@ -155,10 +155,10 @@ MUTANTS = [
         "mantissa >= 0.5, exponent - 1, exponent",
     ),
     Mutant(
-        "e4m3: no saturation",
+        "e4m3: saturation at 416",
         "fp8",
         'x.clamp(-FORMAT_MAX["e4m3"], FORMAT_MAX["e4m3"])',
-        "x.clamp(-440, 440)",
+        "x.clamp(-416, 416)",
     ),
     Mutant(
         "e4m3: through float16", "fp8", "to(torch.float8_e4m3fn)", "half().to(torch.float8_e4m3fn)"
@@ -316,7 +316,9 @@ MUTANTS = [
         "tokens = torch.arange(length, device=kv_cache.device)",
         "tokens = torch.arange(len(pages) * page)",
     ),
-    Mutant("decode: whole table read", "mla", ": -(-length // page)].long()", ":].long()"),
+    Mutant(
+        "decode: whole table read", "mla", "block_table[request, :used]", "block_table[request]"
+    ),
     Mutant("decode: scale of the value width", "mla", "width**-0.5 if", "head_dim_v**-0.5 if"),
     Mutant("append: -1 writes the last slot", "mla", "last & (ordered >= 0)", "last"),
     Mutant("append: the first token stays", "mla", "last[:-1] =", "last[1:] ="),
