@@ -64,6 +64,17 @@ def test_wgmma_equals_mmasim(dtype, spread):
         assert_same_bits(tensorcore.wgmma(a, b, c), simulator(a, b.T, c.clone()))
 
 
+@pytest.mark.slow
+@DTYPES
+def test_wgmma_equals_mmasim_on_many_draws(dtype):
+    simulator = nv_ptx.WGMMA("Hopper", PTX[dtype])
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(1000 + seed)
+        for spread in ("wide", "subnormal", "any-bits"):
+            a, b, c = draw(dtype, spread, generator)
+            assert_same_bits(tensorcore.wgmma(a, b, c), simulator(a, b.T, c.clone()))
+
+
 @DTYPES
 def test_wgmma_special_values_equal_mmasim(dtype):
     a, b, c = draw(dtype, "normal", torch.Generator().manual_seed(6))
