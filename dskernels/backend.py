@@ -175,9 +175,11 @@ def _probe_cpu() -> Support:
     if _module("_C") is None:
         reason = "the compiled library dskernels._C is missing (python setup.py build_ext)"
         return Support(False, reason)
-    if _module("cpu") is None:
+    info = getattr(_module("cpu"), "info", None)
+    if info is None:
         return Support(True, "no native kernels in this build: PyTorch reference path")
-    return Support(True, "native kernels; ops without one run the PyTorch reference path")
+    # A forced target that does not exist raises here: it is the user's to correct, not to miss.
+    return Support(True, f"native kernels, target {info()['target']}; other ops: PyTorch reference")
 
 
 def _backend_support(backend: str) -> Support:

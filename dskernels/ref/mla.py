@@ -183,7 +183,9 @@ def _cache_rows(
 
 def _pack_rows(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
     scaled = quantize(latent, (1, TILE))
-    parts = (scaled.data, scaled.scale.contiguous(), k_rope.to(torch.bfloat16).contiguous())
+    # A single column counts as contiguous whatever its stride, but cannot be viewed as bytes.
+    scale = scaled.scale.clone(memory_format=torch.contiguous_format)
+    parts = (scaled.data, scale, k_rope.to(torch.bfloat16).contiguous())
     return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
 
 
