@@ -10,16 +10,24 @@ script fail. The first seven are the classic mistakes of V3 implementations.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
-import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+import safetensors.torch  # noqa: F401  imported here once, not in every child
+import torch  # noqa: F401
+import transformers.models.deepseek_v2.modeling_deepseek_v2
+import transformers.models.deepseek_v3.modeling_deepseek_v3  # noqa: F401
+
+FORK = multiprocessing.get_context("fork")
+TIMEOUT_S = 300
 ROOT = Path(__file__).resolve().parents[2]
 HF, GEN, MTP = "test_model_hf.py", "test_model_generate.py", "test_model_mtp.py"
 CKPT, CONFIG, CONVERT = "test_model_checkpoint.py", "test_model_config.py", "test_model_convert.py"
@@ -320,8 +328,9 @@ def main() -> int:
     survivors = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         copy = Path(directory) / "copy"
-        for part in ("dskernels", "model", "tests", "pyproject.toml"):
-            _copy(ROOT / part, copy / part)
+        for part in ("dskernels", "model", "tests"):
+            ignored = shutil.ignore_patterns("__pycache__", "_kernels")
+            shutil.copytree(ROOT / part, copy / part, ignore=ignored)
         for tests in sorted({mutant.tests for mutant in chosen}):
             status, seconds, failed = _run(copy, tests)
             if status != 0:
@@ -354,27 +363,47 @@ def _try(copy: Path, mutant: Mutant) -> bool:
     return status == 1
 
 
+class _FirstFailure:
+    """A pytest plugin that remembers the first test that failed."""
+
+    name = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and not self.name:
+            self.name = report.nodeid.removeprefix("tests/")
+
+
 def _run(copy: Path, tests: str) -> tuple[int, float, str]:
-    """(exit status, seconds, first failure) of one test file in the copy."""
-    # The mutants of the gate are planted in the reference: no faster backend may stand in for it.
-    env = {**os.environ, "DSK_BACKEND": "ref", "PYTHONDONTWRITEBYTECODE": "1"}
+    """(pytest's exit status, seconds, first failure) of one test file in the copy.
+
+    The child is forked after the imports of torch and transformers: they are most of what a test
+    run costs. What is under test is imported in the child only."""
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "--tb=no", f"tests/{tests}"],
-        cwd=copy,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.*)$", done.stdout, re.M)
-    return done.returncode, time.monotonic() - start, failed[1][:110] if failed else ""
+    receiver, sender = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=_run_in_child, args=(copy, tests, sender))
+    child.start()
+    try:
+        status, failed = receiver.recv() if receiver.poll(TIMEOUT_S) else (-1, "no end in time")
+    finally:
+        child.kill()
+        child.join()
+    return status, time.monotonic() - start, failed[:110]
 
 
-def _copy(source: Path, target: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "_kernels"))
-    else:
-        shutil.copy(source, target)
+def _run_in_child(copy: Path, tests: str, pipe: Connection) -> None:
+    # The gate's mutants are planted in the reference: no faster backend may stand in for it.
+    os.environ.update(DSK_BACKEND="ref", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    os.chdir(copy)
+    sys.path.insert(0, str(copy))
+    sys.dont_write_bytecode = True
+    output = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    plugin = _FirstFailure()
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow", "--rootdir", "."]
+    # Options of plugins that are not loaded here stay out of the way.
+    options += ["-c", os.devnull, "-W", "ignore::pytest.PytestUnknownMarkWarning"]
+    pipe.send((int(pytest.main([*options, f"tests/{tests}"], plugins=[plugin])), plugin.name))
 
 
 if __name__ == "__main__":
