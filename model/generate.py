@@ -31,7 +31,7 @@ class Stats:
     """Counts and times (seconds) of one generation."""
 
     prompt_tokens: int = 0
-    new_tokens: int = 0
+    new_tokens: int = 0  # by decoding; the first of each sequence comes from prefill
     decode_steps: int = 0  # forwards of the main model after prefill
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0

@@ -119,7 +119,7 @@ MUTANTS = [
     Mutant(
         "slots ignore the block table",
         "model/cache.py",
-        "page = self.block_table.cpu()[owner, positions // self.cache.page_size].to(torch.int64)",
+        "page = self._host_table[owner, positions // self.cache.page_size].to(torch.int64)",
         "page = positions // self.cache.page_size",
         GEN,
     ),
