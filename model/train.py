@@ -11,6 +11,7 @@ at any moment costs at most the steps since the last one.
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ class TrainMeter:
         evals = trainer.history.evals
         held_out = f" held-out {evals[-1]['bits_per_byte']:.3f}" if evals else ""
         return (
-            f"step {stats.step} {100 * done:3.0f}% | loss {self._bits * 0.6931:.3f} "
+            f"step {stats.step} {100 * done:3.0f}% | loss {self._bits * math.log(2):.3f} "
             f"bits/byte {self._bits:.3f}{held_out} | {speed} tokens/s | "
             f"expert max/mean {stats.imbalance:.2f} | eta {left}"
         )
@@ -100,9 +101,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def train_config(args: argparse.Namespace) -> TrainConfig:
     # Only the proportions of the report's schedule fit a short run; rate, warm-up and gamma are
     # set for one (the report's gamma needs thousands of steps to move a choice).
-    schedule = Schedule(
-        peak_lr=args.lr, warmup_steps=args.warmup, bias_speed=args.bias_speed
-    )
+    schedule = Schedule(peak_lr=args.lr, warmup_steps=args.warmup, bias_speed=args.bias_speed)
     return TrainConfig(
         schedule=schedule,
         seq_len=args.seq_len,

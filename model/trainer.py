@@ -275,8 +275,7 @@ class Trainer:
         for name in sorted(set(saved) | set(current)):
             if name not in _FREE_ON_RESUME and saved.get(name) != current.get(name):
                 raise ValueError(
-                    f"resume: {name} was {saved.get(name)} in the snapshot, "
-                    f"now {current.get(name)}"
+                    f"resume: {name} was {saved.get(name)} in the snapshot, now {current.get(name)}"
                 )
         if values["corpus"] != self.corpus.digest:
             raise ValueError("resume: the corpus has changed since the snapshot was written")
