@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import dskernels as dsk
 import torch
 
+import dskernels as dsk
 from model import DeepseekConfig, DeepseekV3
 from model.baseline import Unigram, WittenBell
 from model.data import BOS, Corpus, HeldOutSet, decode_bytes, held_out_windows, load_corpus

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 
 import dskernels as dsk
-
 from model.config import DeepseekConfig
 from model.report import BackendRow
 

@@ -1,9 +1,9 @@
 """Training state on disk: one safetensors file that is always either the old one or the new one.
 
 The file is written beside its final place, flushed to the disk, and renamed: rename within a file
-system is atomic, so a process killed at any moment leaves the previous state intact. Values that are not
-tensors travel as JSON in the file's own header, so that state and numbers cannot fall apart. No
-pickle: loading a snapshot never runs code.
+system is atomic, so a process killed at any moment leaves the previous state intact. Values that
+are not tensors travel as JSON in the file's own header, so that state and numbers cannot fall
+apart. No pickle: loading a snapshot never runs code.
 """
 
 import json

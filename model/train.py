@@ -1,7 +1,7 @@
 """`python -m model.train`: train a DeepSeek-V3 on text files of this machine.
 
-    python -m model.train --out out/run                     the standard library's sources, 1000 steps
-    python -m model.train --out out/run --resume            go on after a crash, a kill or Ctrl-C
+    python -m model.train --out out/run             the standard library's sources, 1000 steps
+    python -m model.train --out out/run --resume    go on after a crash, a kill or Ctrl-C
     python -m model.train --data ~/texts --suffix .txt .md --max-seconds 600
 
 The run ends with a checkpoint in Hugging Face's DeepseekV3 format in OUT/checkpoint. Until then
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from . import DeepseekConfig, DeepseekV3
-from .data import Corpus, load_corpus
-from .progress import ProgressLine, format_seconds
-from .schedule import Schedule
-from .trainer import SNAPSHOT_NAME, StepStats, TrainConfig, Trainer
+from model import DeepseekConfig, DeepseekV3
+from model.data import Corpus, load_corpus
+from model.progress import ProgressLine, format_seconds
+from model.schedule import Schedule
+from model.trainer import SNAPSHOT_NAME, StepStats, TrainConfig, Trainer
 
 CHECKPOINT_DIR = "checkpoint"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -127,6 +127,7 @@ def build_model(args: argparse.Namespace) -> DeepseekV3:
         )
     config = dataclasses.replace(
         config,
+        eos_token_id=config.bos_token_id,  # a document ends where the next one opens
         max_position_embeddings=max(config.max_position_embeddings, args.seq_len),
         torch_dtype=str(_DTYPES[args.dtype]).removeprefix("torch."),
     )
