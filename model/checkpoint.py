@@ -30,7 +30,7 @@ from model.safetensors_file import (
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SCALE_SUFFIX = "_scale_inv"  # of the fp32 scales beside an FP8 weight
-CHUNK_BYTES = 32 << 20  # rows read, converted or written at once
+CHUNK_ELEMENTS = 4 << 20  # read, converted or written at once: 16 MiB in fp32
 QUANTIZATION_CONFIG = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -262,9 +262,10 @@ class CheckpointWriter:
 
 
 def row_chunks(info: TensorInfo) -> Iterator[tuple[int, int]]:
-    """(first, last) rows of about CHUNK_BYTES, at multiples of 128 rows; (0, 1) for a scalar."""
+    """(first, last) rows of about CHUNK_ELEMENTS, at multiples of 128; (0, 1) for a scalar."""
     rows = info.shape[0] if info.shape else 1
-    blocks = max(1, CHUNK_BYTES // max(1, info.row_bytes * FP8_BLOCK))
+    row = max(1, info.row_bytes // info.dtype.itemsize)
+    blocks = max(1, CHUNK_ELEMENTS // (row * FP8_BLOCK))
     for first in range(0, rows, blocks * FP8_BLOCK):
         yield first, min(rows, first + blocks * FP8_BLOCK)
 

@@ -10,7 +10,7 @@ from model_support import assert_close, random_ours, tokens
 
 from dskernels import ScaledTensor
 from model import DeepseekConfig, DeepseekV3
-from model.checkpoint import CHUNK_BYTES, Checkpoint, CheckpointWriter
+from model.checkpoint import CHUNK_ELEMENTS, Checkpoint, CheckpointWriter
 from model.safetensors_file import CheckpointError, SafetensorsFile, SafetensorsWriter, TensorInfo
 from model.weights import entries, save
 
@@ -160,7 +160,7 @@ def test_the_safetensors_package_reads_and_writes_the_same(tmp_path):
 
 
 def test_chunked_reading_crosses_chunks(tmp_path):
-    rows = 2 * CHUNK_BYTES // (4 * 1024) + 77
+    rows = 2 * CHUNK_ELEMENTS // 1024 + 77
     value = torch.arange(rows * 1024, dtype=torch.float32).view(rows, 1024)
     with CheckpointWriter(tmp_path / "c", [TensorInfo("w", torch.float32, value.shape)], {}) as w:
         w.write("w", value[:100])
