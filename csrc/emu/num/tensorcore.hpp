@@ -45,18 +45,26 @@ void check_kind(const MmaKind& kind);
 // instructions on the same slot). Reusable: load() keeps its storage.
 class BPanel {
  public:
+  BPanel() = default;
+  BPanel(BPanel&&) = default;
+  BPanel& operator=(BPanel&&) = default;
+  BPanel(const BPanel&) = delete;  // the panels sit at an aligned place inside storage_
+  BPanel& operator=(const BPanel&) = delete;
+
   // rows: n rows, `pitch` bytes apart (>= row_bytes). 1 <= n <= 256.
   void load(const MmaKind& kind, const uint8_t* rows, size_t pitch, int n);
   const MmaKind& kind() const { return kind_; }
   int n() const { return n_; }
 
  private:
-  friend struct PanelAccess;
+  friend struct PanelAccess;  // tensorcore_impl.hpp
   MmaKind kind_{};
   int n_ = 0;
-  int padded_n_ = 0;                // columns rounded up to the widest vector
-  std::vector<std::byte> storage_;  // panels, exponents, special-column flags (see tensorcore.cpp)
-  std::vector<uint8_t> raw_;        // the packed rows, for the scalar path
+  bool vector_ = false;             // storage_ holds vector panels (built under AVX-512)
+  bool special_ = false;            // some column holds a NaN or an infinity
+  std::vector<std::byte> storage_;  // value panels and exponents
+  std::vector<uint8_t> columns_;    // 1 where a column holds a NaN or an infinity
+  std::vector<uint8_t> raw_;        // the packed rows, for the scalar model
 };
 
 // d[m][n] (leading dimension ldd elements) = A * B + (accumulate ? d : 0). a: m rows, `pitch` bytes
