@@ -14,9 +14,9 @@ namespace dsk::emu::num {
 namespace {
 
 struct Spec {
-  int bits;      // storage width
-  int ebits;     // exponent field
-  int mbits;     // fraction field
+  int bits;   // storage width
+  int ebits;  // exponent field
+  int mbits;  // fraction field
   int bias;
   bool has_inf;
   bool has_nan;
@@ -143,7 +143,8 @@ template <int kM, uint32_t kBiasShift, uint32_t kMinNormal, uint32_t kMagic, uin
   return bits_float(a > 0x7c00u ? 0x7fffffffu : u);
 }
 
-// e5m2 is f16's upper byte; e4m3's fields fit an f16 scaled by 2^-8, and every value is exact there.
+// e5m2 is f16's upper byte; e4m3's fields fit an f16 scaled by 2^-8, and every value is exact
+// there.
 [[gnu::always_inline]] inline uint16_t e5m2_to_half(uint8_t x) {
   const uint32_t h = static_cast<uint32_t>(x) << 8;
   return static_cast<uint16_t>((h & 0x7fffu) > 0x7c00u ? 0x7fffu : h);
@@ -199,8 +200,7 @@ uint32_t encode(Format format, double value, CvtMode mode) {
   const bool negative = std::signbit(value);
   const uint32_t sign = static_cast<uint32_t>(negative) << (s.ebits + s.mbits);
   const double a = std::fabs(value);
-  uint32_t code =
-      std::isinf(a) ? 0xffffffffu : round_magnitude(s, a, mode.round, negative);
+  uint32_t code = std::isinf(a) ? 0xffffffffu : round_magnitude(s, a, mode.round, negative);
   if (code > s.max_finite) {
     const bool finite = mode.satfinite || !s.has_nan ||
                         (!std::isinf(a) && overflow_stays_finite(mode.round, negative));
@@ -231,21 +231,20 @@ uint32_t f32_to_tf32_rna(float value) {
 }
 
 // One loop body, compiled for each instruction set (GCC vectorises it under the wider targets).
-#define DSK_LANES(name, args, forward, body)                        \
-  namespace {                                                       \
-  DSK_AVX512 void name##_avx512 args { body }                       \
-  DSK_AVX2 void name##_avx2 args { body }                           \
-  void name##_scalar args { body }                                  \
-  }                                                                 \
-  void name args {                                                  \
-    switch (isa()) {                                                \
-      case Isa::avx512:                                             \
-        return name##_avx512 forward;                               \
-      case Isa::avx2:                                               \
-        return name##_avx2 forward;                                 \
-      case Isa::scalar:                                             \
-        return name##_scalar forward;                               \
-    }                                                               \
+#define DSK_LANES(name, args, forward, body)                                       \
+  namespace {                                                                      \
+  DSK_AVX512 void name##_avx512 args{body} DSK_AVX2 void name##_avx2 args { body } \
+  void name##_scalar args { body }                                                 \
+  }                                                                                \
+  void name args {                                                                 \
+    switch (isa()) {                                                               \
+      case Isa::avx512:                                                            \
+        return name##_avx512 forward;                                              \
+      case Isa::avx2:                                                              \
+        return name##_avx2 forward;                                                \
+      case Isa::scalar:                                                            \
+        return name##_scalar forward;                                              \
+    }                                                                              \
   }
 
 DSK_LANES(f16_to_f32, (const uint16_t* in, float* out, int n), (in, out, n),
@@ -260,37 +259,38 @@ DSK_LANES(f32_to_f16, (const float* in, uint16_t* out, int n), (in, out, n),
           for (int i = 0; i < n; ++i) out[i] = f16_from(in[i]);)
 DSK_LANES(f32_to_bf16, (const float* in, uint16_t* out, int n), (in, out, n),
           for (int i = 0; i < n; ++i) out[i] = bf16_from(in[i]);)
-DSK_LANES(f32_to_f16x2, (const float* a, const float* b, uint32_t* out, int n), (a, b, out, n),
-          for (int i = 0; i < n; ++i) {
-            out[i] = (static_cast<uint32_t>(f16_from(a[i])) << 16) | f16_from(b[i]);
-          })
-DSK_LANES(f32_to_bf16x2, (const float* a, const float* b, uint32_t* out, int n), (a, b, out, n),
-          for (int i = 0; i < n; ++i) {
-            out[i] = (static_cast<uint32_t>(bf16_from(a[i])) << 16) | bf16_from(b[i]);
-          })
-DSK_LANES(f32_to_e4m3x2, (const float* a, const float* b, uint16_t* out, int n), (a, b, out, n),
-          for (int i = 0; i < n; ++i) {
-            out[i] = static_cast<uint16_t>((e4m3_from(a[i]) << 8) | e4m3_from(b[i]));
-          })
-DSK_LANES(f32_to_e5m2x2, (const float* a, const float* b, uint16_t* out, int n), (a, b, out, n),
-          for (int i = 0; i < n; ++i) {
-            out[i] = static_cast<uint16_t>((e5m2_from(a[i]) << 8) | e5m2_from(b[i]));
-          })
-DSK_LANES(e4m3x2_to_f16x2, (const uint16_t* in, uint32_t* out, int n), (in, out, n),
-          for (int i = 0; i < n; ++i) {
-            const uint32_t high = e4m3_to_half(static_cast<uint8_t>(in[i] >> 8));
-            out[i] = (high << 16) | e4m3_to_half(static_cast<uint8_t>(in[i] & 0xff));
-          })
-DSK_LANES(e5m2x2_to_f16x2, (const uint16_t* in, uint32_t* out, int n), (in, out, n),
-          for (int i = 0; i < n; ++i) {
-            const uint32_t high = e5m2_to_half(static_cast<uint8_t>(in[i] >> 8));
-            out[i] = (high << 16) | e5m2_to_half(static_cast<uint8_t>(in[i] & 0xff));
-          })
+DSK_LANES(
+    f32_to_f16x2, (const float* a, const float* b, uint32_t* out, int n), (a, b, out, n),
+    for (int i = 0; i < n;
+         ++i) { out[i] = (static_cast<uint32_t>(f16_from(a[i])) << 16) | f16_from(b[i]); })
+DSK_LANES(
+    f32_to_bf16x2, (const float* a, const float* b, uint32_t* out, int n), (a, b, out, n),
+    for (int i = 0; i < n;
+         ++i) { out[i] = (static_cast<uint32_t>(bf16_from(a[i])) << 16) | bf16_from(b[i]); })
+DSK_LANES(
+    f32_to_e4m3x2, (const float* a, const float* b, uint16_t* out, int n), (a, b, out, n),
+    for (int i = 0; i < n;
+         ++i) { out[i] = static_cast<uint16_t>((e4m3_from(a[i]) << 8) | e4m3_from(b[i])); })
+DSK_LANES(
+    f32_to_e5m2x2, (const float* a, const float* b, uint16_t* out, int n), (a, b, out, n),
+    for (int i = 0; i < n;
+         ++i) { out[i] = static_cast<uint16_t>((e5m2_from(a[i]) << 8) | e5m2_from(b[i])); })
+DSK_LANES(
+    e4m3x2_to_f16x2, (const uint16_t* in, uint32_t* out, int n), (in, out, n),
+    for (int i = 0; i < n; ++i) {
+      const uint32_t high = e4m3_to_half(static_cast<uint8_t>(in[i] >> 8));
+      out[i] = (high << 16) | e4m3_to_half(static_cast<uint8_t>(in[i] & 0xff));
+    })
+DSK_LANES(
+    e5m2x2_to_f16x2, (const uint16_t* in, uint32_t* out, int n), (in, out, n),
+    for (int i = 0; i < n; ++i) {
+      const uint32_t high = e5m2_to_half(static_cast<uint8_t>(in[i] >> 8));
+      out[i] = (high << 16) | e5m2_to_half(static_cast<uint8_t>(in[i] & 0xff));
+    })
 
 #undef DSK_LANES
 
-void convert_lanes(Format from, Format to, CvtMode mode, const uint32_t* in, uint32_t* out,
-                   int n) {
+void convert_lanes(Format from, Format to, CvtMode mode, const uint32_t* in, uint32_t* out, int n) {
   for (int i = 0; i < n; ++i) out[i] = encode(to, decode(from, in[i]), mode);
 }
 

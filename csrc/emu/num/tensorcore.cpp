@@ -21,9 +21,9 @@ constexpr const char* kTypeNames[] = {"f16", "bf16", "tf32", "e4m3", "e5m2", "s8
 constexpr const char* kAccNames[] = {"f32", "f16", "s32", "f64"};
 
 std::string describe(const MmaKind& k) {
-  return std::string(k.unit == MmaUnit::wgmma ? "wgmma" : "mma.sync") + " k" +
-         std::to_string(k.k) + "." + kAccNames[static_cast<int>(k.d)] + "." +
-         kTypeNames[static_cast<int>(k.a)] + "." + kTypeNames[static_cast<int>(k.b)];
+  return std::string(k.unit == MmaUnit::wgmma ? "wgmma" : "mma.sync") + " k" + std::to_string(k.k) +
+         "." + kAccNames[static_cast<int>(k.d)] + "." + kTypeNames[static_cast<int>(k.a)] + "." +
+         kTypeNames[static_cast<int>(k.b)];
 }
 
 [[noreturn]] void refuse(const MmaKind& kind, const std::string& why) {
@@ -229,7 +229,8 @@ void float_group(const MmaKind& kind, const SumModel& model, const uint8_t* a, c
     sum.total += p.negative ? -t : t;
   }
   if (c_counts) {
-    const int64_t t = shift_toward_zero(c.sig, model.fraction_bits - c_fraction - (max_exp - c.exp));
+    const int64_t t =
+        shift_toward_zero(c.sig, model.fraction_bits - c_fraction - (max_exp - c.exp));
     sum.total += c.negative ? -t : t;
   }
   write_result(model, kind.d, sum, max_exp, d);
@@ -317,9 +318,7 @@ void fast_element(const MmaKind& kind, const uint8_t* a, const uint8_t* b, void*
   }
 }
 
-size_t acc_bytes(AccType type) {
-  return type == AccType::f16 ? 2 : (type == AccType::f64 ? 8 : 4);
-}
+size_t acc_bytes(AccType type) { return type == AccType::f16 ? 2 : (type == AccType::f64 ? 8 : 4); }
 
 void check_shape(const MmaKind& kind, int m, int n, size_t pitch, const char* name) {
   if (m < 1 || n < 1 || n > 256) {
@@ -343,7 +342,8 @@ bool is_integer(MmaType type) { return type >= MmaType::s8 && type <= MmaType::b
 bool is_fp8(MmaType type) { return type == MmaType::e4m3 || type == MmaType::e5m2; }
 
 void check_kind(const MmaKind& kind) {
-  if (!in_enum(kind)) throw std::invalid_argument("tensor core: an enum of the kind is out of range");
+  if (!in_enum(kind))
+    throw std::invalid_argument("tensor core: an enum of the kind is out of range");
   if (!types_pair(kind.a, kind.b)) refuse(kind, "A and B types do not combine");
   if (!accumulator_fits(kind.a, kind.d)) refuse(kind, "no such accumulator for these operands");
   if (!k_fits(kind)) refuse(kind, "no such k on this unit");

@@ -32,7 +32,7 @@ constexpr int block_columns(PanelForm form) { return form == PanelForm::exact_f6
 
 // Block layout, each part 64-byte aligned:
 //   fp32:      float  value[k][64]
-//   exact_f32: float  value[k][2][64]  (positive part, magnitude of negative part), int8  exp[k][64]
+//   exact_f32: float  value[k][2][64]  (positive part, magnitude of negative part), int8 exp[k][64]
 //   exact_f64: double value[k][2][32], int16 exp[k][32]
 constexpr size_t value_bytes(PanelForm form, int k) {
   return static_cast<size_t>(k) * (form == PanelForm::fp32 ? 256 : 512);

@@ -3,7 +3,9 @@
 // Layouts in 16-byte chunks, W = swizzle width in chunks (none 1, 32B 2, 64B 4, 128B 8):
 //   K-major : none ((8,m),2):((1,SBO),LBO)        swizzled ((8,m),2):((W,SBO),1)
 //   MN-major: none ((1,n),(8,k)):((-,SBO),(1,LBO)) swizzled ((W,n),(8,k)):((1,LBO),(W,SBO))
-// then address bits [4..6] are XORed with bits [7..9] under the swizzle's mask.
+// then address bits [4..6] are XORed with bits [7..9] under the swizzle's mask. A non-zero base
+// offset (a pattern that does not start at its natural alignment) is subtracted from bits [7..9]
+// before the XOR: the documented meaning, which no outside oracle here confirms.
 #pragma once
 
 #include <cstdint>
@@ -50,15 +52,16 @@ struct ByteRange {
 struct TileRead {
   bool ok = true;
   uint32_t bad_address = 0;  // first address outside [window_base, window_base + window_size)
-  const std::vector<ByteRange>* relative = nullptr;  // footprint with begin relative to `start`
-  uint32_t start = 0;                                // add (mod 2^32) to relative begins
+  const std::vector<ByteRange>* relative = nullptr;  // footprint, begins relative to `base`
+  uint32_t base = 0;                                 // add to every relative begin
 };
 
 // Gathers `mn` rows of 32 bytes into dense[mn][32], K-major. mn: multiple of 8, 8..256 (64 for A).
 // MN-major tiles are 16 k-rows of 16-bit elements and are transposed. smem holds the CTA's shared
 // memory, smem[0] being window address `window_base`. On !ok dense is untouched. Plans are cached
 // per thread by (start mod 1024, lbo, sbo, base offset, swizzle, major, mn), so the usual cost is
-// 2*mn chunk copies. `relative` stays valid until the thread's next call.
+// 2*mn chunk copies. `relative` stays valid until the thread's next call, on !ok too (the footprint
+// the instruction asked for).
 // Throws std::invalid_argument for an mn that wgmma does not have.
 TileRead gather_tile(const SmemDesc& desc, Major major, int mn, const uint8_t* smem,
                      uint32_t window_base, uint32_t window_size, uint8_t* dense);
