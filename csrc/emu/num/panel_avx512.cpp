@@ -69,7 +69,7 @@ DSK_AVX512 void build_panel_avx512(const MmaKind& kind, const uint8_t* rows, siz
                                         : _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), live,
                                                                       offsets, first + 4 * word, 1);
         for (int j = 0; j < per_word; ++j) {
-          const int k = word * per_word + j;
+          const int k = sum_position(kind, word * per_word + j);
           const Unpacked u = unpack16(word_element(words, j, bits), kind.b);
           special = static_cast<__mmask16>(special | (u.special & live));
           store_values(form, base, k, lane, u, kind.negate_b);

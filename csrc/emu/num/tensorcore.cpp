@@ -192,7 +192,7 @@ void write_result(const SumModel& model, AccType type, const GroupSum& sum, int 
 }
 
 void float_group(const MmaKind& kind, const SumModel& model, const uint8_t* a, const uint8_t* b,
-                 int first, void* d, bool accumulate) {
+                 int group, void* d, bool accumulate) {
   struct Product {
     int64_t sig;
     int exp;
@@ -209,7 +209,8 @@ void float_group(const MmaKind& kind, const SumModel& model, const uint8_t* a, c
   const bool c_counts = c.sig != 0 && !c.nan && !c.inf;
   int max_exp = c_counts ? c.exp : model.zero_exp;
   const bool flip = kind.negate_a != kind.negate_b;
-  for (int i = first; i < first + model.group; ++i) {
+  for (int i = 0; i < kind.k; ++i) {
+    if (sum_position(kind, i) / model.group != group) continue;
     const Operand x = operand(kind.a, a, i);
     const Operand y = operand(kind.b, b, i);
     const bool negative = (x.negative != y.negative) != flip;
@@ -354,16 +355,43 @@ size_t row_bytes(const MmaKind& kind) {
   return static_cast<size_t>(kind.k) * static_cast<size_t>(bits_of(kind.a)) / 8;
 }
 
+bool is_widened_fp8(const MmaKind& kind) {
+  return kind.unit == MmaUnit::mma_sync && is_fp8(kind.a) && kind.mode == MmaMode::exact;
+}
+
+int sum_position(const MmaKind& kind, int k) {
+  if (!is_widened_fp8(kind)) return k;
+  return (k / 4) * 2 + k % 2 + ((k / 2) % 2) * (kind.k / 2);
+}
+
+void add_c(AccType type, const void* c, void* d) {
+  if (type == AccType::f16) {
+    uint16_t x;
+    uint16_t y;
+    std::memcpy(&x, c, 2);
+    std::memcpy(&y, d, 2);
+    const uint16_t sum = f32_to_f16(f16_to_f32(x) + f16_to_f32(y));
+    std::memcpy(d, &sum, 2);
+    return;
+  }
+  float x;
+  float y;
+  std::memcpy(&x, c, 4);
+  std::memcpy(&y, d, 4);
+  float sum = x + y;
+  if (std::isnan(sum)) sum = std::bit_cast<float>(0x7fffffffu);
+  std::memcpy(d, &sum, 4);
+}
+
 SumModel sum_model(const MmaKind& kind) {
   SumModel model;
   model.zero_exp = kind.d == AccType::f16 ? -21 : -133;
-  if (is_fp8(kind.a)) {
-    if (kind.unit == MmaUnit::wgmma) {
-      model.fraction_bits = 13;
-      model.kept_bits = 13;
-      model.group = 32;
-    }
-    // mma.sync has no FP8 datapath on sm_90: the compiler widens to f16 and issues two k16 HMMAs.
+  if (is_widened_fp8(kind)) {
+    model.group = kind.k / 2;
+  } else if (is_fp8(kind.a)) {
+    model.fraction_bits = 13;
+    model.kept_bits = 13;
+    model.group = 32;
   } else if (kind.a == MmaType::tf32) {
     model.group = 8;
   }
@@ -376,9 +404,13 @@ void mma_element(const MmaKind& kind, const SumModel& model, const uint8_t* a, c
   if (is_integer(kind.a)) return integer_element(kind, a, b, d, accumulate);
   if (kind.a == MmaType::f64) return f64_element(kind, a, b, d, accumulate);
   if (kind.mode == MmaMode::fast) return fast_element(kind, a, b, d, accumulate);
-  for (int first = 0; first < kind.k; first += model.group) {
-    float_group(kind, model, a, b, first, d, accumulate || first != 0);
+  const bool widened = is_widened_fp8(kind);
+  uint32_t c = 0;
+  if (widened && accumulate) std::memcpy(&c, d, acc_bytes(kind.d));
+  for (int group = 0; group < kind.k / model.group; ++group) {
+    float_group(kind, model, a, b, group, d, group != 0 || (accumulate && !widened));
   }
+  if (widened && accumulate) add_c(kind.d, &c, d);
 }
 
 PanelForm panel_form(const MmaKind& kind) {

@@ -32,6 +32,22 @@ struct alignas(64) ARows {
   bool special[kMaxRows];
 };
 
+// Puts a row's elements in the order in which the groups are summed.
+void reorder_row(const MmaKind& kind, ARows& rows, int i) {
+  float value[kMaxK];
+  uint8_t negative[kMaxK];
+  int32_t exp[kMaxK];
+  for (int k = 0; k < kind.k; ++k) {
+    const int to = sum_position(kind, k);
+    value[to] = rows.value[i][k];
+    negative[to] = rows.negative[i][k];
+    exp[to] = rows.exp[i][k];
+  }
+  std::copy_n(value, kind.k, rows.value[i]);
+  std::copy_n(negative, kind.k, rows.negative[i]);
+  std::copy_n(exp, kind.k, rows.exp[i]);
+}
+
 DSK_AVX512 void unpack_rows(const MmaKind& kind, PanelForm form, const uint8_t* a, size_t pitch,
                             int m, ARows& rows) {
   const int bits = bits_of(kind.a);
@@ -73,6 +89,7 @@ DSK_AVX512 void unpack_rows(const MmaKind& kind, PanelForm form, const uint8_t* 
       _mm512_storeu_si512(rows.exp[i] + k, splat);
     }
     rows.special[i] = special != 0;
+    if (is_widened_fp8(kind)) reorder_row(kind, rows, i);
   }
 }
 
@@ -411,7 +428,7 @@ DSK_AVX512 void exact_f64_row(const Task& t, const std::byte* block, const Row& 
   const auto* exps = reinterpret_cast<const uint8_t*>(block) + value_bytes(t.form, t.kind.k);
   const auto* values = reinterpret_cast<const double*>(block);
   for (int first = 0; first < t.kind.k; first += t.model.group) {
-    const bool acc = t.accumulate || first != 0;
+    const bool acc = first != 0 || (t.accumulate && !is_widened_fp8(t.kind));
     const __m512i top = max_exponent16(exps, row.exp, first, t.model.group);
     switch ((columns + 7) / 8) {
       case 1:
@@ -439,9 +456,8 @@ DSK_AVX512 void exact_block(const Task& t, const std::byte* block, const ARows& 
     uint64_t redo = rows.special[i] ? low_bits(columns) : bad_columns;
     const size_t index = static_cast<size_t>(first_row + i) * t.ldd + static_cast<size_t>(column);
     const Row row{rows.value[i], rows.negative[i], rows.exp[i]};
-    // Two groups: the second one may meet an infinity the first one made, after C is overwritten.
     const size_t width = t.kind.d == AccType::f16 ? 2 : 4;
-    const bool keep_c = t.accumulate && t.model.group < t.kind.k;
+    const bool keep_c = t.accumulate && t.model.group < t.kind.k;  // C comes last: widened FP8
     if (keep_c) std::memcpy(saved_c, element_at(t, index), width * static_cast<size_t>(columns));
     if (redo != low_bits(columns)) {
       if (t.form == PanelForm::exact_f32) {
@@ -450,9 +466,14 @@ DSK_AVX512 void exact_block(const Task& t, const std::byte* block, const ARows& 
         exact_f64_row(t, block, row, columns, index, redo);
       }
     }
-    for (uint64_t left = keep_c ? redo : 0; left != 0; left &= left - 1) {
-      const auto j = static_cast<size_t>(__builtin_ctzll(left));
-      std::memcpy(element_at(t, index + j), saved_c + j * width, width);
+    for (int j = 0; keep_c && j < columns; ++j) {
+      const std::byte* c = saved_c + static_cast<size_t>(j) * width;
+      std::byte* out = element_at(t, index + static_cast<size_t>(j));
+      if ((redo >> j) & 1) {
+        std::memcpy(out, c, width);
+      } else {
+        add_c(t.kind.d, c, out);
+      }
     }
     if (redo != 0) redo_scalar(t, first_row + i, column, redo);
   }

@@ -17,6 +17,15 @@ struct SumModel {
 };
 
 SumModel sum_model(const MmaKind& kind);
+
+// FP8 mma.sync has no datapath on sm_90. ptxas (read from its SASS) widens each packed register's
+// lower and upper half to f16, issues one HMMA for all lower halves with C = 0 and one for all
+// upper halves on top, and adds C last with an ordinary rounded add.
+bool is_widened_fp8(const MmaKind& kind);
+// The place of element k in the order in which groups are summed: k itself unless widened.
+int sum_position(const MmaKind& kind, int k);
+// The last step of a widened FP8 instruction: *d = *c + *d (f32 or f16 elements).
+void add_c(AccType type, const void* c, void* d);
 int bits_of(MmaType type);
 bool is_integer(MmaType type);  // s8 u8 s4 u4 b1
 bool is_fp8(MmaType type);
