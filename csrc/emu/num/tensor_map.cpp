@@ -283,8 +283,12 @@ std::string refuse_im2col() {
 }
 
 std::string replace_field(uint8_t* bytes, MapField field, uint32_t ordinal, uint64_t value) {
-  if (get<uint32_t>(bytes, kAtMagic) != kMagic) {
-    return "tensormap.replace: these 128 bytes are not an encoded tensor map";
+  // Kernels also build maps from scratch: 128 zero bytes, then every field replaced.
+  const auto magic = get<uint32_t>(bytes, kAtMagic);
+  if (magic == 0) {
+    put(bytes, kAtMagic, kMagic);
+  } else if (magic != kMagic) {
+    return "tensormap.replace: these 128 bytes are neither an encoded tensor map nor zero";
   }
   const uint32_t last = field == MapField::global_stride ? 3 : 4;
   const bool has_ordinal = field >= MapField::box_dim && field <= MapField::element_stride;
