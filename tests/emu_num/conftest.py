@@ -1,10 +1,9 @@
 """Shared pieces of the emulator-numerics tests."""
 
+import dskernels._C as _C
 import numpy as np
 import pytest
 import torch
-
-import dskernels._C as _C
 
 NUM = _C._emu_num
 

@@ -1,6 +1,6 @@
 """Reduces cute_oracle's output to one digest a line, and says how to build the oracle.
 
-Regenerate tests/emu_num/cute_golden.txt: `python tests/emu_num/cute_golden.py > .../cute_golden.txt`.
+To regenerate cute_golden.txt, run this file and write its output there.
 """
 
 import hashlib

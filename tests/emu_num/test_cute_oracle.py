@@ -102,7 +102,7 @@ def test_fragments_equal_cute(line):
 
 @pytest.mark.parametrize("line", [line for line in COPIES if line.split()[2] == "D"])
 def test_matrix_copies_equal_cute(line):
-    """Bits are numbered by the row side of the copy: matrix * 512 + row * 64... of 16-bit elements."""
+    """Bits are numbered from the row side: matrix * 1024 + row * 128 + 16 * column."""
     _, name, _, _, _, _, want_rows_or_regs = line.split()
     loads, count, trans = name.startswith("ldsm"), int(name[4]), name[5] == "t"
     other = next(x for x in COPIES if x.startswith(f"F {name} S")).split()[6]
