@@ -10,6 +10,8 @@ ceil(dl / 128) fp32 scales, then r bf16 RoPE values: 656 bytes for DeepSeek-V3.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -111,6 +113,7 @@ def _check_pages(kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor) -> Non
         check.bad_value("mla_decode", "block_table", f"pages in [0, {pages})", int(bad))
 
 
+@functools.cache
 def _columns(count: int):
     return torch.arange(count).numpy()
 
