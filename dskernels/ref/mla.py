@@ -102,9 +102,12 @@ def mla_cache_append(
         rows = _pack_rows(latent, k_rope)
     else:
         rows = torch.cat([latent, k_rope], dim=-1).to(kv_cache.dtype)
-    for token, slot in enumerate(slots.tolist()):
-        if slot >= 0:
-            kv_cache[slot // kv_cache.shape[1], slot % kv_cache.shape[1]] = rows[token]
+    ordered, tokens = slots.sort(stable=True)
+    last = torch.ones_like(ordered, dtype=torch.bool)  # of the tokens that share a slot
+    last[:-1] = ordered[1:] != ordered[:-1]
+    write = last & (ordered >= 0)
+    slot, page = ordered[write], kv_cache.shape[1]
+    kv_cache[slot // page, slot % page] = rows[tokens[write]]
 
 
 def mla_prefill(
