@@ -20,9 +20,10 @@
 
 namespace py = pybind11;
 
+namespace dsk::api {
 namespace {
 
-using namespace dsk::emu::num;  // this file exists to expose that namespace
+using namespace emu::num;  // this file exists to expose that namespace
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
@@ -493,3 +494,5 @@ void bind_emu_num(py::module_& parent) {
   bind_tensor_map(m);
   bind_approx(m);
 }
+
+}  // namespace dsk::api
