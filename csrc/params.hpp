@@ -57,4 +57,18 @@ struct RopeParams {
   int threads = 1;
 };
 
+// y [m, n] = x [m, k] times weights [n, k] transposed, + c, + bias.
+struct GemmParams {
+  int64_t m = 0, n = 0, k = 0;
+  Matrix x;                             // [m, k]: e4m3, bf16, fp16 or fp32
+  Scales scale_x;                       // [m, ceil(k / 128)] for e4m3
+  const uint8_t* weights = nullptr;     // packed (csrc/cpu/packed.hpp)
+  const uint8_t* nan_blocks = nullptr;  // [ceil(n / 64), ceil(k / 128)]
+  Scales scale_w;                       // [ceil(n / 128), ceil(k / 128)]
+  Matrix c;                             // [m, n] or null
+  Matrix bias;                          // [n] or null
+  MutableMatrix y;                      // [m, n]
+  int threads = 1;
+};
+
 }  // namespace dsk

@@ -77,6 +77,25 @@ DSK_API int dsk_swiglu_quantize(const DLTensor* x, const DLTensor* data, const D
 DSK_API int dsk_rope(const DLTensor* x, const DLTensor* cos, const DLTensor* sin, int interleaved,
                      int inverse, const DLTensor* y, int num_threads);
 
+/* ---- gemm ---- */
+
+/* Bytes of the packed form of [n, k] e4m3 weights, and of its NaN marks (one per 64 n x 128 k). */
+DSK_API int64_t dsk_packed_bytes(int64_t n, int64_t k);
+DSK_API int64_t dsk_packed_marks(int64_t n, int64_t k);
+
+/* b [g, n, k] e4m3 -> packed uint8 [g, dsk_packed_bytes], marks uint8 [g, dsk_packed_marks]; and
+ * back. */
+DSK_API int dsk_pack(const DLTensor* b, const DLTensor* packed, const DLTensor* marks,
+                     int num_threads);
+DSK_API int dsk_unpack(const DLTensor* packed, const DLTensor* b, int num_threads);
+
+/* y [m, n] = x [m, k] times b [n, k] transposed, + c [m, n], + bias [n], added in fp32.
+ * x: e4m3 with scale_x [m, ceil(k/128)], or bf16 | fp16 | fp32 without (W8A16). b: packed [1, ...]
+ * with marks, scale_b fp32 [ceil(n/128), ceil(k/128)]. y: bf16 | fp16 | fp32. */
+DSK_API int dsk_gemm(const DLTensor* x, const DLTensor* scale_x, const DLTensor* packed,
+                     const DLTensor* marks, const DLTensor* scale_b, const DLTensor* c,
+                     const DLTensor* bias, const DLTensor* y, int num_threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .trainer import History
+from model.trainer import History
 
 _MAX_COLUMNS = 160  # of the heat map: more steps are averaged, a page is not a data base
 _SMOOTHING = 0.95

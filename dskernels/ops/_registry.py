@@ -68,11 +68,23 @@ def _caller(op: Callable) -> Callable:
     """The call from Python. The autograd layer of torch.library costs 9 us even when there is
     nothing to differentiate; then it is skipped."""
 
+    schema = op._schema
+    name = schema.name.removeprefix("dskernels::")
+    # The dispatcher lets None pass for a Tensor; a kernel would stumble over it.
+    required = [
+        (i, argument.name)
+        for i, argument in enumerate(schema.arguments)
+        if isinstance(argument.type, torch.TensorType)
+    ]
+
     def call(*args: Any) -> Any:
+        for i, argument in required:
+            if args[i] is None:
+                raise TypeError(f"{name}: {argument}: expected Tensor, got NoneType")
         if is_compiling():
             return op(*args)
         try:
-            if _differentiates(args):
+            if _differentiates(name, args):
                 return op(*args)
             with _BelowAutograd():
                 return op(*args)
@@ -85,15 +97,22 @@ def _caller(op: Callable) -> Callable:
     return call
 
 
-def _differentiates(args: tuple) -> bool:
+def _differentiates(name: str, args: tuple) -> bool:
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(name, args)
     if not _is_grad_enabled():
         return False
-    if forward_ad._current_level >= 0:  # forward mode: a dual tensor does not require grad
-        return True
     for arg in args:
         if isinstance(arg, Tensor) and arg.requires_grad:
             return True
     return False
+
+
+def _refuse_tangents(name: str, args: tuple) -> None:
+    """torch.library drops forward-mode tangents without a word."""
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(f"{name} has no forward-mode derivative")
 
 
 def _argument_error(error: RuntimeError) -> TypeError | None:

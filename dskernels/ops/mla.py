@@ -126,8 +126,8 @@ def _decode_kernel(q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale
         device,
         q,
         kv_cache,
-        block_table,
-        seq_lens,
+        block_table.int(),
+        seq_lens.int(),
         head_dim_v=head_dim_v,
         softmax_scale=softmax_scale,
         causal=causal,
@@ -202,7 +202,7 @@ def _check_append(kv_cache, latent, k_rope, slots):
 def _append_kernel(kv_cache, latent, k_rope, slots, backend):
     _check_append(kv_cache, latent, k_rope, slots)
     limit = kv_cache.shape[0] * kv_cache.shape[1]
-    check.index_range("mla_cache_append", "slots", slots, -1, limit)
+    slots = check.index("mla_cache_append", "slots", slots, -1, limit)
     _run("mla_cache_append", backend, kv_cache.device.type, kv_cache, latent, k_rope, slots)
 
 
@@ -287,8 +287,8 @@ def _prefill_kernel(q, k, v, cu_q, cu_k, causal, softmax_scale, backend):
         q,
         k,
         v,
-        cu_q,
-        cu_k,
+        cu_q.int(),
+        cu_k.int(),
         causal=causal,
         softmax_scale=softmax_scale,
     )
@@ -328,7 +328,7 @@ def _prefill_backward_kernel(
     op = "mla_prefill_backward"
     check.shape(op, "grad", grad, "out's shape", out.shape)
     check.shape(op, "grad_lse", grad_lse, "lse's shape", lse.shape)
-    args = (grad, grad_lse, q, k, v, out, lse, cu_q, cu_k)
+    args = (grad, grad_lse, q, k, v, out, lse, cu_q.int(), cu_k.int())
     grads = _run(op, backend, q.device.type, *args, causal=causal, softmax_scale=softmax_scale)
     return tuple(g.contiguous() for g in grads)
 

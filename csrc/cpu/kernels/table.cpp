@@ -14,6 +14,7 @@ const Kernels kTable = {
     .rms_norm = rms_norm,
     .swiglu = swiglu,
     .rope = rope,
+    .gemm = gemm,
 };
 
 }  // namespace dsk::cpu::DSK_CPU_NS
