@@ -59,3 +59,17 @@ def fixed_seeds():
     except ImportError:  # the schedule and emulator tests run without torch
         return
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_for_tiny_models(request):
+    """The models' matrices are far too small to share between cores: waiting costs more."""
+    if not request.module.__name__.startswith("test_model_"):
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
