@@ -12,7 +12,7 @@ form of Chen and Goodman, 1998.) A context that was never seen falls through to 
 
 import numpy as np
 
-from .data import BOS
+from model.data import BOS
 
 _ALPHABET = BOS + 1  # BOS occurs in contexts, never as a target
 _CHUNK = 1 << 22

@@ -6,6 +6,7 @@ beside the target and takes the target's name only when complete: a crash leaves
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -238,12 +239,8 @@ class CheckpointWriter:
     def _take_name(self) -> None:
         self._refuse_existing()
         if self.directory.exists() and any(self.directory.iterdir()):
-            old = Path(
-                tempfile.mkdtemp(prefix=f".{self.directory.name}.old.", dir=self.directory.parent)
-            )
-            os.rename(self.directory, old)
-            os.rename(self._temporary, self.directory)
-            shutil.rmtree(old)
+            # The old checkpoint leaves with the temporary name, and `__exit__` removes it.
+            _exchange(self._temporary, self.directory)
         else:
             os.rename(self._temporary, self.directory)
         parent = os.open(self.directory.parent, os.O_RDONLY)
@@ -311,6 +308,19 @@ def _split(tensors: list[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
         shards[-1].append(info)
         used += info.nbytes
     return shards
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap the names of two directories, in one step where the system can."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
+            return
+    aside = a.with_name(a.name + ".old")  # not atomic, but nothing is lost: two hidden copies stay
+    os.rename(b, aside)
+    os.rename(a, b)
+    os.rename(aside, a)
 
 
 def _count_bad(scale: torch.Tensor) -> int:

@@ -1,7 +1,7 @@
 """`python -m model.train`: train a DeepSeek-V3 on text files of this machine.
 
-    python -m model.train --out out/run                     the standard library's sources, 1000 steps
-    python -m model.train --out out/run --resume            go on after a crash, a kill or Ctrl-C
+    python -m model.train --out out/run             the standard library's sources, 1000 steps
+    python -m model.train --out out/run --resume    go on after a crash, a kill or Ctrl-C
     python -m model.train --data ~/texts --suffix .txt .md --max-seconds 600
 
 The run ends with a checkpoint in Hugging Face's DeepseekV3 format in OUT/checkpoint. Until then
@@ -11,17 +11,18 @@ at any moment costs at most the steps since the last one.
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from . import DeepseekConfig, DeepseekV3
-from .data import Corpus, load_corpus
-from .progress import ProgressLine, format_seconds
-from .schedule import Schedule
-from .trainer import SNAPSHOT_NAME, StepStats, TrainConfig, Trainer
+from model import DeepseekConfig, DeepseekV3
+from model.data import Corpus, load_corpus
+from model.progress import ProgressLine, format_seconds
+from model.schedule import Schedule
+from model.trainer import SNAPSHOT_NAME, StepStats, TrainConfig, Trainer
 
 CHECKPOINT_DIR = "checkpoint"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,7 +54,7 @@ class TrainMeter:
         evals = trainer.history.evals
         held_out = f" held-out {evals[-1]['bits_per_byte']:.3f}" if evals else ""
         return (
-            f"step {stats.step} {100 * done:3.0f}% | loss {self._bits * 0.6931:.3f} "
+            f"step {stats.step} {100 * done:3.0f}% | loss {self._bits * math.log(2):.3f} "
             f"bits/byte {self._bits:.3f}{held_out} | {speed} tokens/s | "
             f"expert max/mean {stats.imbalance:.2f} | eta {left}"
         )
@@ -100,9 +101,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def train_config(args: argparse.Namespace) -> TrainConfig:
     # Only the proportions of the report's schedule fit a short run; rate, warm-up and gamma are
     # set for one (the report's gamma needs thousands of steps to move a choice).
-    schedule = Schedule(
-        peak_lr=args.lr, warmup_steps=args.warmup, bias_speed=args.bias_speed
-    )
+    schedule = Schedule(peak_lr=args.lr, warmup_steps=args.warmup, bias_speed=args.bias_speed)
     return TrainConfig(
         schedule=schedule,
         seq_len=args.seq_len,
@@ -128,6 +127,7 @@ def build_model(args: argparse.Namespace) -> DeepseekV3:
         )
     config = dataclasses.replace(
         config,
+        eos_token_id=config.bos_token_id,  # a document ends where the next one opens
         max_position_embeddings=max(config.max_position_embeddings, args.seq_len),
         torch_dtype=str(_DTYPES[args.dtype]).removeprefix("torch."),
     )

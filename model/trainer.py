@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import Corpus, HeldOutSet, WindowLoader, held_out_windows
-from .losses import bits_per_byte, mtp_loss, next_token_loss, sequence_balance_loss
-from .optim import MasterAdamW
-from .schedule import Schedule
-from .snapshot import load_snapshot, save_snapshot
+from model.data import Corpus, HeldOutSet, WindowLoader, held_out_windows
+from model.losses import bits_per_byte, mtp_loss, next_token_loss, sequence_balance_loss
+from model.optim import MasterAdamW
+from model.schedule import Schedule
+from model.snapshot import load_snapshot, save_snapshot
 
 SNAPSHOT_NAME = "train.safetensors"
 _MAX_RECORDS = 2000
 _MODEL, _OPTIMIZER = "model.", "optimizer."
-# May differ between a run and its continuation: they say when to look and stop, not what to compute.
+# May differ between a run and its continuation: they say when to look, not what to compute.
 _FREE_ON_RESUME = frozenset({"checkpoint_every", "eval_every", "eval_bytes"})
 
 
@@ -275,8 +275,7 @@ class Trainer:
         for name in sorted(set(saved) | set(current)):
             if name not in _FREE_ON_RESUME and saved.get(name) != current.get(name):
                 raise ValueError(
-                    f"resume: {name} was {saved.get(name)} in the snapshot, "
-                    f"now {current.get(name)}"
+                    f"resume: {name} was {saved.get(name)} in the snapshot, now {current.get(name)}"
                 )
         if values["corpus"] != self.corpus.digest:
             raise ValueError("resume: the corpus has changed since the snapshot was written")

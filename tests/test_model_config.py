@@ -1,5 +1,6 @@
 """Configurations: the named models, Hugging Face's two forms of config.json, refusals."""
 
+import dataclasses
 import json
 
 import pytest
@@ -45,6 +46,80 @@ def test_v3_figures():
 def test_config_json_round_trip(name):
     config = getattr(DeepseekConfig, name)()
     assert DeepseekConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+# config.json of DeepSeek-V3 as published.
+PUBLISHED = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
+
+def test_the_published_config_is_v3():
+    config = DeepseekConfig.from_hf(PUBLISHED)
+    expected = dataclasses.replace(
+        DeepseekConfig.v3(), initializer_range=0.02, extra=config.extra
+    )  # 0.006 in the report
+    assert config == expected
+    written = config.to_hf()
+    assert "auto_map" not in written and "quantization_config" not in written
+    kept = PUBLISHED.keys() - {"auto_map", "quantization_config", "attention_bias"}
+    fixed = {"ep_size", "moe_layer_freq"}  # one value only is supported: not worth writing
+    assert {name: written[name] for name in kept - fixed} == {n: PUBLISHED[n] for n in kept - fixed}
 
 
 def test_unknown_keys_survive():

@@ -98,10 +98,10 @@ def test_speculation_never_changes_the_text(depth, temperature):
     assert 0 < sum(fast.stats.accepted) < sum(fast.stats.drafted)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_drafts_are_those_of_the_training_forward(depth, monkeypatch):
+@pytest.mark.parametrize("depth, vocab", [(1, 2), (3, 2), (2, 131)])
+def test_drafts_are_those_of_the_training_forward(depth, vocab, monkeypatch):
     """Every draft of a run, whatever was accepted before it, against a forward from scratch."""
-    config = DeepseekConfig.tiny(num_nextn_predict_layers=depth, vocab_size=2)
+    config = DeepseekConfig.tiny(num_nextn_predict_layers=depth, vocab_size=vocab)
     model = random_ours(config, seed=depth)
     checked = []
     draft = generate._Engine._draft
@@ -118,8 +118,8 @@ def test_drafts_are_those_of_the_training_forward(depth, monkeypatch):
                     checked.append(k)
 
     monkeypatch.setattr(generate._Engine, "_draft", check)
-    prompts = [tokens(1, n, seed=n, vocab=2)[0].tolist() for n in (1, 2, 9)]
-    model.generate(prompts, max_new_tokens=16, use_mtp=True, chunk_size=4, eos_token_id=None)
+    prompts = [tokens(1, n, seed=n, vocab=vocab)[0].tolist() for n in (1, 9)]
+    model.generate(prompts, max_new_tokens=8, use_mtp=True, chunk_size=4, eos_token_id=None)
     assert set(checked) == set(range(depth))
 
 

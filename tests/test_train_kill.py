@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from model.snapshot import load_snapshot, save_snapshot
+from model.train import main
 from model.trainer import SNAPSHOT_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 24
+STEPS = 12
 
 
 def write_texts(folder: Path) -> None:
@@ -30,54 +31,61 @@ def write_texts(folder: Path) -> None:
         (folder / f"t{i}.py").write_text("".join(rng.choices(words, k=150)))
 
 
-def train_command(out: Path, texts: Path, *options: str) -> list[str]:
+def train_options(out: Path, texts: Path, *options: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "model.train", "--model", "tiny", "--threads", "1"),
-        *("--data", str(texts), "--out", str(out), "--seq-len", "32", "--batch", "2"),
-        *("--held-out", "0.2", "--max-steps", str(STEPS), "--checkpoint-every", "1"),
-        *("--eval-every", "7", "--eval-bytes", "500", *options),
+        *("--model", "tiny", "--threads", "1", "--data", str(texts), "--out", str(out)),
+        *("--seq-len", "32", "--batch", "2", "--held-out", "0.2", "--max-steps", str(STEPS)),
+        *("--checkpoint-every", "1", "--eval-every", "5", "--eval-bytes", "500", *options),
     ]
 
 
-def run_to_end(command: list[str]) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def kill_after_steps(command: list[str], state: Path, steps: int, delay: float) -> int:
-    """Start, wait until the state on disk is `steps` further, wait `delay` more, kill -9."""
-    before = saved_step(state)
+def kill_after_saves(options: list[str], state: Path, saves: int, delay: float) -> None:
+    """Start a training process, wait for `saves` new states on disk and `delay` more, kill -9."""
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "model.train", *options],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+    seen = {_version(state)}
     deadline = time.monotonic() + 120
-    while saved_step(state) < before + steps and process.poll() is None:
+    while len(seen) <= saves and process.poll() is None:
         assert time.monotonic() < deadline, "the training process made no progress"
-        time.sleep(0.005)
+        seen.add(_version(state))
+        time.sleep(0.002)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors
-    return saved_step(state)
+    assert process.returncode == -signal.SIGKILL, f"it ended before it was killed: {errors}"
 
 
-def saved_step(state: Path) -> int:
-    return load_snapshot(state)[1]["step"] if state.exists() else 0
+def _version(state: Path) -> int:
+    return state.stat().st_mtime_ns if state.exists() else 0
 
 
-def test_killed_runs_end_bitwise_equal(tmp_path):
+@pytest.fixture
+def threads():
+    """main() sets the thread count of this process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_killed_runs_end_bitwise_equal(tmp_path, threads, capsys):
     texts = tmp_path / "texts"
     write_texts(texts)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    run_to_end(train_command(straight, texts))
+    assert main(train_options(straight, texts)) == 0
     state = killed / SNAPSHOT_NAME
-    reached = kill_after_steps(train_command(killed, texts), state, 2, 0.0)
-    assert 0 < reached < STEPS
-    again = train_command(killed, texts, "--resume")
-    reached = kill_after_steps(again, state, 3, random.Random(1).random() * 0.05)
-    assert reached < STEPS
-    assert "resumed at step" in run_to_end(again)
+    kill_after_saves(train_options(killed, texts), state, 2, 0.0)
+    first = load_snapshot(state)[1]["step"]
+    again = train_options(killed, texts, "--resume")
+    kill_after_saves(again, state, 2, random.Random(1).random() * 0.05)
+    second = load_snapshot(state)[1]["step"]
+    assert 0 < first < second < STEPS
+    assert main(again) == 0
+    assert f"resumed at step {second}" in capsys.readouterr().out
     tensors, values = load_snapshot(state)
     expected, expected_values = load_snapshot(straight / SNAPSHOT_NAME)
     assert values["step"] == expected_values["step"] == STEPS
@@ -87,33 +95,47 @@ def test_killed_runs_end_bitwise_equal(tmp_path):
     assert not [name for name in tensors if not torch.equal(tensors[name], expected[name])]
 
 
-_WRITER = """
-import sys, torch
+# One process imports torch once and forks the writers that it kills.
+_KILLER = """
+import os, random, signal, sys, time
 from pathlib import Path
-from model.snapshot import save_snapshot
-number = 0
-while True:
-    number += 1
-    tensors = {name: torch.full((200_000,), float(number)) for name in "ab"}
-    save_snapshot(Path(sys.argv[1]), tensors, {"number": number})
-    print(number, flush=True)
+import torch
+from model.snapshot import load_snapshot, save_snapshot
+
+torch.set_num_threads(1)
+path, rng = Path(sys.argv[1]), random.Random(3)
+for kill in range(15):
+    child = os.fork()
+    if child == 0:
+        number = 1000 * kill
+        while True:
+            number += 1
+            tensors = {name: torch.full((100_000,), float(number)) for name in "ab"}
+            save_snapshot(path, tensors, {"number": number})
+    while not path.exists() or load_snapshot(path)[1]["number"] <= 1000 * kill:
+        time.sleep(0.001)
+    time.sleep(rng.random() * 0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    tensors, values = load_snapshot(path)
+    assert all((tensors[name] == values["number"]).all() for name in "ab"), values
+    unfinished = path.with_name(path.name + ".tmp").exists()
+    print("killed inside a write" if unfinished else "killed between writes", flush=True)
 """
 
 
 def test_snapshot_is_whole_after_every_kill(tmp_path):
     """Kill a process that does nothing but write snapshots, at moments spread over a write."""
-    state, rng = tmp_path / "state", random.Random(3)
-    for _ in range(6):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _WRITER, str(state)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline().strip() == "1"
-        time.sleep(rng.random() * 0.03)
-        process.kill()
-        process.communicate()
-        tensors, values = load_snapshot(state)
-        for name in "ab":
-            assert (tensors[name] == values["number"]).all()
+    state = tmp_path / "state"
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLER, str(state)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 15 and "killed inside a write" in done.stdout
     assert len(list(tmp_path.iterdir())) <= 2  # the state, and at most one unfinished write
 
 
@@ -149,14 +171,13 @@ def test_bad_snapshots_are_refused(tmp_path):
         load_snapshot(path)
 
 
-def test_command_refuses_to_lose_a_run(tmp_path):
+def test_command_refuses_to_lose_a_run(tmp_path, threads, capsys):
     texts, out = tmp_path / "texts", tmp_path / "out"
     write_texts(texts)
     out.mkdir()
     save_snapshot(out / SNAPSHOT_NAME, {"a": torch.ones(1)}, {"step": 1})
     before = (out / SNAPSHOT_NAME).read_bytes()
-    done = subprocess.run(
-        train_command(out, texts), cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 1 and "--resume" in done.stderr and "--overwrite" in done.stderr
+    assert main(train_options(out, texts)) == 1
+    errors = capsys.readouterr().err
+    assert "--resume" in errors and "--overwrite" in errors
     assert (out / SNAPSHOT_NAME).read_bytes() == before

@@ -16,6 +16,15 @@ from model.schedule import Schedule
 from model.trainer import TrainConfig, Trainer
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operands this small are slower on many threads, much slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def text_corpus(num_files=30, seed=0):
     """A learnable language: words of a small dictionary."""
     rng = np.random.default_rng(seed)
@@ -28,7 +37,15 @@ def text_corpus(num_files=30, seed=0):
 
 def tiny_model(seed=0, **changes):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=259, bos_token_id=256, eos_token_id=257, hidden_size=32)
+    sizes = dict(
+        vocab_size=259,
+        bos_token_id=256,
+        eos_token_id=257,
+        hidden_size=32,
+        num_hidden_layers=2,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+    )
     return DeepseekV3(DeepseekConfig.tiny(**{**sizes, **changes}))
 
 
@@ -258,10 +275,10 @@ class TestLoop:
 
     def test_bf16_model_trains(self):
         model = tiny_model().to(torch.bfloat16)
-        trainer = Trainer(model, tiny_config(max_steps=40), text_corpus())
-        before = trainer.evaluate()
+        trainer = Trainer(model, tiny_config(max_steps=12), text_corpus())
         trainer.run()
-        assert trainer.evaluate() < before - 2
+        bits = [record["bits"] for record in trainer.history.records]
+        assert bits[-1] < bits[0] - 1.5
         assert all(gate.bias.dtype == torch.float32 for gate in model.moe_gates())
 
     def test_non_finite_loss_is_an_error(self):
