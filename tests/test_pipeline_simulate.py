@@ -60,6 +60,14 @@ def test_chimera_peak_is_between_half_and_all():
     assert simulate(make("chimera", 8, 8), Costs(b=1)).bubble == [6] * 8
 
 
+@pytest.mark.parametrize("ranks, units", [(4, 2), (4, 3), (8, 2)])
+def test_chimera_units_follow_without_a_gap(ranks, units):
+    """With F = B the bubble of many units is that of one: they tile."""
+    result = simulate(make("chimera", ranks, ranks * units), Costs(b=1))
+    assert result.makespan == 2 * ranks * units + ranks - 2
+    assert result.peak_activations == simulate(make("chimera", ranks, ranks)).peak_activations
+
+
 def test_zbv_has_no_bubble_within_a_rank_s_span():
     result = simulate(make("zbv", 4, 20), KNOWN)
     assert result.span_bubble == [0] * 4

@@ -71,7 +71,7 @@ def add_cost(commands) -> None:
         choices=("prefill", "decode", "all"),
         help="throughput of the paper's and of the production deployment units instead",
     )
-    sub.add_argument("--requests", type=float, help="requests (decode) or tokens per DP rank")
+    sub.add_argument("--requests", type=float, help="requests (decode) or tokens (prefill) per GPU")
     sub.add_argument("--context", type=float, help="prompt or mean KV length")
 
 
@@ -151,7 +151,7 @@ def _inference(args: argparse.Namespace) -> None:
         unit = replace(
             unit,
             model=model_spec(args.model),
-            batch=args.requests or unit.batch,
+            batch=args.requests * unit.tp if args.requests else unit.batch,
             context=args.context or unit.context,
         )
         rows.append(throughput(unit, hw, rates))

@@ -127,6 +127,8 @@ def _workdir(path: Path, *, light: bool) -> None:
     shutil.copytree(ROOT / "dskernels", path / "dskernels", ignore=ignored)
     if light:
         (path / "dskernels" / "__init__.py").write_text("")
+    else:
+        shutil.copytree(ROOT / "model", path / "model", ignore=ignored)
     (path / "tests").mkdir()
     for test in (ROOT / "tests").glob("*pipeline*.py"):
         shutil.copy(test, path / "tests")
