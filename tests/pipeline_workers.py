@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.pipelining.schedules  # noqa: F401 (once, in the server)
+import torch.distributed.pipelining.schedules
 import torch.fx.experimental.symbolic_shapes
 import torch.nn.functional as F
 from pipeline_stages import HIDDEN, TOKENS, ManyTensors, batches, build_stages

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -232,6 +233,18 @@ def test_cost_tables_must_fit():
         Costs(p2p_bandwidth=0)
     with pytest.raises(ScheduleError, match=r"rank_factor\[1\] must be > 0"):
         Costs(rank_factor={1: 0})
+
+
+def test_costs_from_arrays_and_per_pair():
+    table = simulate(make("1f1b", 4, 8), Costs(f=np.array([1.0, 2, 1, 1])))
+    assert table.makespan == simulate(make("1f1b", 4, 8), Costs(f=[1.0, 2, 1, 1])).makespan
+    schedule = make("dualpipe", 2, 4)
+    pairs = {(a, b): 2.0 + a for a in range(2) for b in range(2)}
+    assert simulate(schedule, Costs(fb=pairs)).makespan > simulate(schedule, Costs(fb=2)).makespan
+    with pytest.raises(ScheduleError, match=r"fb has no entry for the pair \(1, 0\)"):
+        simulate(schedule, Costs(fb={(0, 1): 3.0}))
+    with pytest.raises(ScheduleError, match="fb must be >= 0; got -3"):
+        Costs(fb=-3)
 
 
 # --- expert-parallel communication inside F and B -------------------------------------------------

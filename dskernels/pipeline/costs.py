@@ -64,9 +64,14 @@ class Costs:
     def __post_init__(self) -> None:
         for name in ("f", "bi", "w", "b", "activation", "static"):
             value = getattr(self, name)
+            if hasattr(value, "tolist"):  # a NumPy array or scalar
+                value = value.tolist()
+                object.__setattr__(self, name, value)
             numbers = value if isinstance(value, Sequence) else (value,)
             if value is not None and any(not x >= 0 for x in numbers):
                 raise ScheduleError(f"{name} must be >= 0; got {value!r}")
+        if isinstance(self.fb, (int, float)) and not self.fb >= 0:
+            raise ScheduleError(f"fb must be >= 0; got {self.fb!r}")
         for name in ("p2p_latency", "p2p_bytes", "jitter"):
             if not getattr(self, name) >= 0:
                 raise ScheduleError(f"{name} must be >= 0; got {getattr(self, name)!r}")
@@ -114,7 +119,12 @@ class Costs:
 
     def _pair(self, fwd: Action, bwd: Action) -> float:
         if isinstance(self.fb, Mapping):
-            return self.fb[fwd.stage, bwd.stage]
+            try:
+                return self.fb[fwd.stage, bwd.stage]
+            except KeyError:
+                raise ScheduleError(
+                    f"fb has no entry for the pair {(fwd.stage, bwd.stage)} of {fwd} and {bwd}"
+                ) from None
         # A pair whose backward is only Bi leaves its W for later.
         deferred = _at(self.w, bwd.stage) if bwd.op is Op.BI else 0.0
         if self.fb is not None:

@@ -63,7 +63,6 @@ MUTANTS = [
     Mutant("comms: starts before ends at equal times", "lower", "events.append((end, 0, rank, cursor[rank]))", "events.append((end, 2, rank, cursor[rank]))"),
     Mutant("comms: sent to the same rank", "lower", "if peer == action.rank:", "if False:"),
     Mutant("comms: gradients of stage 1 stay", "lower", "and action.stage > 0:", "and action.stage > 1:"),
-    Mutant("needs: the last stage does not wait for its forward", "lower", "return (False, action.stage)\n", "return None\n", ("tests/test_pipeline_simulate.py", "tests/test_pipeline_schedules.py")),
     # Validator.
     Mutant("validator: no completeness", "validate", "    _check_complete(schedule, report)\n", ""),
     Mutant("validator: doubled forwards pass", "validate", "if f != 1:", "if f < 1:", SOUND),
