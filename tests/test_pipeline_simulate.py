@@ -247,6 +247,14 @@ def test_costs_from_arrays_and_per_pair():
         Costs(fb=-3)
 
 
+def test_a_pair_without_a_price_costs_its_halves():
+    schedule = make("dualpipe", 4, 8)
+    costs = Costs(f=[1, 2, 3, 4], bi=0.5, w=0.25)
+    assert simulate(schedule, costs).busy == pytest.approx(
+        [4 * (a + b) + 8 * 0.75 for a, b in ((1, 4), (2, 3), (3, 2), (4, 1))]
+    )
+
+
 # --- expert-parallel communication inside F and B -------------------------------------------------
 
 LAYER = Work(
