@@ -260,14 +260,23 @@ def _compare_with_simulation(name, ranks, microbatches, kind, size):
     return measured / predicted, measured, predicted
 
 
+def _within_ten_percent(*case):
+    """Three attempts: another process on the machine may hit the costs and the step unequally,
+    but a wrong simulation is wrong each time."""
+    tries = []
+    for _ in range(3):
+        tries.append(_compare_with_simulation(*case))
+        if 0.9 < tries[-1][0] < 1.1:
+            return
+    raise AssertionError(f"ratio, measured, simulated: {tries}")
+
+
 @pytest.mark.parametrize("name, ranks, microbatches", [("1f1b", 3, 6), ("dualpipev", 2, 6)])
 def test_step_time_is_the_simulated_one_for_calibrated_sleeps(name, ranks, microbatches):
-    ratio, measured, predicted = _compare_with_simulation(name, ranks, microbatches, "sleep", 0.03)
-    assert 0.9 < ratio < 1.1, (measured, predicted)
+    _within_ten_percent(name, ranks, microbatches, "sleep", 0.03)
 
 
 @pytest.mark.slow
 def test_step_time_is_the_simulated_one_for_real_matrix_products():
     """Two ranks, one core each: DualPipeV with stages that multiply matrices."""
-    ratio, measured, predicted = _compare_with_simulation("dualpipev", 2, 8, "matmul", 900)
-    assert 0.9 < ratio < 1.1, (measured, predicted)
+    _within_ten_percent("dualpipev", 2, 8, "matmul", 900)
