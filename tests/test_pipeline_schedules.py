@@ -241,6 +241,21 @@ def test_bad_csv_is_refused(text, words):
         from_csv(text)
 
 
+@pytest.mark.parametrize("name", ["1f1b", "zbv", "dualpipev"])
+def test_each_stage_reduces_its_gradients_once_after_its_last_weight_gradient(name):
+    schedule = make(name, 3, 7)
+    rows = list(csv.reader(to_csv(schedule, "compute_comms").splitlines()))
+    cells = [cell for row in rows for cell in row if "REDUCE_GRAD" in cell]
+    assert sorted(cells) == sorted(f"{s}REDUCE_GRAD" for s in range(schedule.num_stages))
+    for row in rows:
+        for i, cell in enumerate(row):
+            if cell.endswith("REDUCE_GRAD"):
+                stage = cell.removesuffix("REDUCE_GRAD")
+                later = [p for c in row[i:] for p in c.strip("()").split(";")]
+                assert not any(p.startswith((f"{stage}B", f"{stage}W")) for p in later)
+    assert "REDUCE_GRAD" not in to_csv(schedule, "compute_only")
+
+
 def test_bad_json_is_refused():
     with pytest.raises(ScheduleError, match="not a schedule"):
         from_json("{}")

@@ -17,7 +17,7 @@ from .actions import COMPUTE, Action, Op, Schedule, ScheduleError
 _UNIT_COST = {Op.F: 1, Op.BI: 1, Op.W: 1, Op.B: 2, Op.FB: 3}
 
 
-def needs(action: Action, num_stages: int, forward_only: bool = False) -> tuple[bool, int] | None:
+def needs(action: Action, num_stages: int) -> tuple[bool, int] | None:
     """What an elementary compute action waits for from another stage, as (is_backward, stage).
 
     A backward of the last stage waits for its own forward; W for its own Bi, which its rank's

@@ -260,7 +260,14 @@ def _name(message: _Message) -> str:
     return f"{stage}{op.value}{mb}"
 
 
-def _walk_rank_comms(schedule, rank, acts, sent, received, report) -> None:
+def _walk_rank_comms(
+    schedule: Schedule,
+    rank: int,
+    acts: tuple[Action, ...],
+    sent: dict[_Channel, list[_Message]],
+    received: dict[_Channel, list[_Message]],
+    report: _Report,
+) -> None:
     """One rank: a SEND follows its producer, a RECV precedes its consumer, none is missing."""
     produced: set[_Message] = set()  # transfers whose data exist here
     arrived: set[tuple[Op, int, int]] = set()  # RECVs posted so far
@@ -294,11 +301,10 @@ def _walk_rank_comms(schedule, rank, acts, sent, received, report) -> None:
                 op = Op.RECV_B if backward else Op.RECV_F
                 if remote and (op, atom.stage, atom.microbatch) not in arrived:
                     report.add(f"{_at(rank, index, action)}: no {op.value} before it")
-            if schedule.forward_only or atom.op is not Op.W:
-                transfer = transfer_of(atom, schedule)
-                if transfer is not None:
-                    produced.add(_message(transfer[0]))
-                    pending.add(_message(transfer[0]))
+            transfer = transfer_of(atom, schedule)
+            if transfer is not None:
+                produced.add(_message(transfer[0]))
+                pending.add(_message(transfer[0]))
     for message in sorted(pending):
         report.add(f"rank {rank}: never sends {_name(message)}")
 
@@ -306,7 +312,9 @@ def _walk_rank_comms(schedule, rank, acts, sent, received, report) -> None:
 # --- 5. blocking ----------------------------------------------------------------------------------
 
 
-def _local_input_missing(action: Action, schedule: Schedule, done: set) -> bool:
+def _local_input_missing(
+    action: Action, schedule: Schedule, done: set[tuple[bool, int, int]]
+) -> bool:
     """Inputs handed over on the rank itself (the turn of a V, the loss) must have been made."""
     for atom in action.atoms:
         need = needs(atom, schedule.num_stages)

@@ -97,7 +97,7 @@ MUTANTS = [
     Mutant("formula: dualpipe of all ranks", "formulas", 'depth = p if name == "dualpipev" else p // 2', "depth = p"),
     # Files.
     Mutant("csv: pair written backwards", "actions", '";".join(map(str, self.parts))', '";".join(map(str, self.parts[::-1]))', SOUND),
-    Mutant("csv: no REDUCE_GRAD", "files", "if left[atom.stage] == 0:", "if False:", RUN),
+    Mutant("csv: no REDUCE_GRAD", "files", "if left[atom.stage] == 0:", "if False:", SOUND),
     Mutant("csv: two directions exported", "files", "if schedule.num_directions > 1:", "if False:", SOUND),
     # Cost model.
     Mutant("cost: attention backward twice as cheap", "cost", "backward = 2.5 * core", "backward = 0.2 * core", COST),
