@@ -134,6 +134,27 @@ def train_all(rank, ranks, cases) -> list:
     ]
 
 
+def watch_weights(rank, ranks) -> list[tuple[str, bool]]:
+    """(op, whether the linear weights' gradient changed) of every compute action of ZB1P."""
+    schedule = make("zb1p", ranks, 4)
+    stage = build_stages("mlp", ranks, torch.float64)[rank]
+    runtime = PipelineRuntime(schedule, {rank: stage}, F.mse_loss, timeout=30)
+    weight = next(m for m in stage.modules() if isinstance(m, nn.Linear)).weight
+    seen, run = [], runtime._run
+
+    def watched(action):
+        before = None if weight.grad is None else weight.grad.clone()
+        run(action)
+        same = (before is None and weight.grad is None) or (
+            before is not None and torch.equal(before, weight.grad)
+        )
+        seen.append((action.op.value, not same))
+
+    runtime._run = watched
+    runtime.step(*batches(4, torch.float64))
+    return [(op, changed) for op, changed in seen if op in "FIW"]
+
+
 def two_steps_and_inference(rank, ranks) -> tuple:
     """Optimiser steps, then a forward-only run; stages with a signature of their own."""
     torch.manual_seed(3)

@@ -120,6 +120,12 @@ def test_split_backward_equals_the_whole_one(kind):
         assert torch.equal(p.grad, q.grad)
 
 
+def test_the_runtime_computes_weight_gradients_at_w_and_only_there():
+    for seen in workers.run_ranks(workers.watch_weights, 2):
+        assert {op for op, _ in seen} == {"F", "I", "W"}
+        assert all(changed == (op == "W") for op, changed in seen), seen
+
+
 def test_weights_that_others_watch_are_not_deferred():
     layer = torch.nn.Linear(4, 4).double()
     layer.weight.register_hook(lambda g: g * 2)
