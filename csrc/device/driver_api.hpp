@@ -149,6 +149,9 @@ struct DriverApi {
 #define DSK_DECLARE_ENTRY(member, symbol, arguments) Result(*member) arguments = nullptr;
   DSK_DRIVER_ENTRIES(DSK_DECLARE_ENTRY)
 #undef DSK_DECLARE_ENTRY
+  // Emulator only (null on a GPU): rethrows the exception behind the last failed call of this
+  // thread, which says far more than an error number: hazards, the state of every stuck warp.
+  void (*rethrow_cause)() = nullptr;
 };
 
 }  // namespace dsk::device::cu
