@@ -47,6 +47,8 @@ enum FunctionAttribute : int {
   kNonPortableClusterSizeAllowed = 14,
 };
 
+constexpr unsigned kHostRegisterReadOnly = 0x08;
+
 enum LaunchAttributeId : int {
   kAttributeClusterDimension = 4,
   kAttributeProgrammaticStreamSerialization = 6,
@@ -123,6 +125,8 @@ enum TensorMapOobFill : int { kOobZero = 0, kOobNan };
     (const LaunchConfig* config, Function function, void** params, void** extra))                 \
   X(mem_alloc, "cuMemAlloc_v2", (DevicePtr * address, size_t bytes))                              \
   X(mem_free, "cuMemFree_v2", (DevicePtr address))                                                \
+  X(mem_host_register, "cuMemHostRegister_v2", (void* address, size_t bytes, unsigned flags))     \
+  X(mem_host_unregister, "cuMemHostUnregister", (void* address))                                  \
   X(memcpy_to_device, "cuMemcpyHtoDAsync_v2",                                                     \
     (DevicePtr destination, const void* source, size_t bytes, Stream stream))                     \
   X(memcpy_to_host, "cuMemcpyDtoHAsync_v2",                                                       \

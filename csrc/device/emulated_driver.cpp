@@ -4,11 +4,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "emu/memory.hpp"
 #include "emu/num/tensor_map.hpp"
 #include "emu/system.hpp"
 
@@ -224,6 +227,41 @@ cu::Result mem_alloc(cu::DevicePtr* address, size_t bytes) {
 cu::Result mem_free(cu::DevicePtr address) {
   return guarded([&] {
     system().release(address);
+    return cu::kSuccess;
+  });
+}
+
+// Registered host memory is memory that kernels may touch. Sizes are remembered because the
+// driver's call to end it names the address only; the same address may be registered again by
+// another call that overlaps in time, so registrations of one address are a stack.
+std::mutex registered_mutex;
+std::map<void*, std::vector<size_t>> registered;
+
+cu::Result mem_host_register(void* address, size_t bytes, unsigned flags) {
+  return guarded([&] {
+    const bool read_only = (flags & cu::kHostRegisterReadOnly) != 0;
+    emu::AddressSpace::instance().lend(reinterpret_cast<uint64_t>(address), bytes, read_only,
+                                       "host memory");
+    std::lock_guard<std::mutex> lock(registered_mutex);
+    registered[address].push_back(bytes);
+    return cu::kSuccess;
+  });
+}
+
+cu::Result mem_host_unregister(void* address) {
+  return guarded([&] {
+    size_t bytes = 0;
+    {
+      std::lock_guard<std::mutex> lock(registered_mutex);
+      auto entry = registered.find(address);
+      if (entry == registered.end()) {
+        return refuse(cu::kInvalidValue, "this host memory is not registered");
+      }
+      bytes = entry->second.back();
+      entry->second.pop_back();
+      if (entry->second.empty()) registered.erase(entry);
+    }
+    emu::AddressSpace::instance().take_back(reinterpret_cast<uint64_t>(address), bytes);
     return cu::kSuccess;
   });
 }
