@@ -5,8 +5,8 @@
 // a lane: an 8- or 16-byte load, a 4-byte store), and occupancy hides the latency.
 //
 // Semantics are those of dskernels.ref.rowwise.quantize: amax clamped to 1e-4, scale = amax / 448
-// (or the next power of two for UE8M0), value = e4m3(x / scale), round to nearest even, saturating. A NaN does not
-// enter its group's amax and stays NaN; an infinity makes the whole group NaN.
+// (or the next power of two for UE8M0), value = e4m3(x / scale), round to nearest even, saturating.
+// A NaN does not enter its group's amax and stays NaN; an infinity makes the whole group NaN.
 #pragma once
 
 #include <cuda_bf16.h>
