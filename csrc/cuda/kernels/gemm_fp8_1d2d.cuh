@@ -18,6 +18,7 @@
 
 #include <cuda/ptx>
 
+#include "cuda/gemm_shape.hpp"
 #include "cuda/params.hpp"
 #include "cuda/ptx/control.cuh"
 #include "cuda/ptx/matrix.cuh"
@@ -277,6 +278,8 @@ __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& smem = *reinterpret_cast<GemmFp8Smem<Shape>*>(shared_memory);
   constexpr int kMathWarps = Shape::kMathThreads / 32;
+  static_assert(sizeof(smem) ==
+                gemm_fp8_shared_bytes(Shape::kBlockM, Shape::kBlockN, Shape::kNumStages));
   if (threadIdx.x == 0) smem.ring.init(kMathWarps);
   __syncthreads();
 
