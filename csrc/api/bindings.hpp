@@ -6,5 +6,6 @@
 namespace dsk::api {
 
 void bind_device(pybind11::module_& m);
+void bind_launch(pybind11::module_& m);
 
 }  // namespace dsk::api

@@ -13,4 +13,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("nvcc") = DSK_NVCC_VERSION;  // "" when the CUDA kernels were left out
 
   dsk::api::bind_device(m);
+  dsk::api::bind_launch(m);
 }
