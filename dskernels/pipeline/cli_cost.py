@@ -1,0 +1,6 @@
+def add_cost(c):
+    pass
+
+
+def add_tune(c):
+    pass
