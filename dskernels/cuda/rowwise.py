@@ -6,7 +6,8 @@ import torch
 
 from ..types import ScaledTensor, Support
 from . import launchers
-from ._tensor import Unsupported, device_of, stream_of
+from ..backend import Unsupported
+from ._tensor import device_of, stream_of
 
 
 def on(machine: str):
