@@ -24,13 +24,14 @@ def _check(a, b, out_dtype, c, bias, epilogue) -> None:
             raise Unsupported(f"{name}: expected a ScaledTensor, got {type(operand).__name__}")
         if tuple(operand.block) != block or operand.dtype != "e4m3":
             raise Unsupported(
-                f"{name}: expected e4m3 in blocks of {block}, got {operand.dtype} in {operand.block}"
+                f"{name}: expected e4m3 in blocks of {block}, "
+                f"got {operand.dtype} in {operand.block}"
             )
     if out_dtype not in (None, torch.bfloat16):
         raise Unsupported(f"out_dtype: expected torch.bfloat16, got {out_dtype}")
     for name, value in (("c", c), ("bias", bias), ("epilogue", epilogue)):
         if value is not None:
-            raise Unsupported(f"{name}: expected None, got {name}")
+            raise Unsupported(f"{name}: expected None, got a value")
     n, k = b.shape[-2:]
     if n % N_ALIGN or k % K_ALIGN or k == 0:
         raise Unsupported(
@@ -129,7 +130,7 @@ def on(machine: str):
         deterministic: bool = False,
         num_sms: int | None = None,
     ) -> torch.Tensor:
-        """As dskernels.ref.gemm.grouped_gemm, by group_sizes (any sizes, no padding) or masked_m."""
+        """As dskernels.ref.gemm.grouped_gemm, by group_sizes (no padding needed) or masked_m."""
         _check(a, b, out_dtype if out is None else out.dtype, c, bias, epilogue)
         if m_indices is not None:
             raise Unsupported("m_indices: expected group_sizes or masked_m, got m_indices")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..backend import Unsupported
 from ..types import ScaledTensor, Support
 from . import launchers
-from ..backend import Unsupported
 from ._tensor import device_of, stream_of
 
 
@@ -20,7 +20,7 @@ def on(machine: str):
         dtype: str = "e4m3",
         transpose: bool = False,
     ) -> ScaledTensor:
-        """As dskernels.ref.rowwise.quantize, for x [..., m, k] bf16 or fp32, block (1, 128), e4m3."""
+        """As dskernels.ref.rowwise.quantize, for x [m, k] bf16 or fp32 in blocks (1, 128)."""
         if not isinstance(x, torch.Tensor) or x.dtype not in (torch.bfloat16, torch.float32):
             raise Unsupported(f"x: expected bf16 or fp32, got {getattr(x, 'dtype', type(x))}")
         if x.dim() != 2 or tuple(block) != (1, 128) or dtype != "e4m3" or transpose:
