@@ -178,7 +178,10 @@ def run_mutant(mutant: Mutant, workdir: Path) -> tuple[str, str]:
         return "caught", failed[0].split(" - ")[0].removeprefix("FAILED ")
     if done.returncode == 0:
         return "SURVIVED", tests
-    return "STALE", f"pytest exit status {done.returncode}: {done.stdout[-200:]}{done.stderr[-200:]}"
+    return (
+        "STALE",
+        f"pytest exit status {done.returncode}: {done.stdout[-200:]}{done.stderr[-200:]}",
+    )
 
 
 def main() -> int:
