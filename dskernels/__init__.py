@@ -1,6 +1,6 @@
 """dskernels: the kernels and systems behind DeepSeek-V3."""
 
-from . import env, ops
+from . import env, ops, ref
 from .backend import (
     BackendError,
     Unsupported,
@@ -25,6 +25,7 @@ __all__ = [
     "current_backend",
     "env",
     "ops",
+    "ref",
     "supports",
     "use_backend",
 ]

@@ -54,7 +54,7 @@ _CHOICES = env.BACKEND_CHOICES
 # it is a proof, thousands of times slower than any other backend.
 AUTO_ORDER = {"cpu": ("cpu", "ref"), "cuda": ("cuda", "triton", "ref")}
 # Devices whose tensors a backend accepts; the reference runs wherever torch does.
-_DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "emu": ("cpu",)}
+_DEVICES = {"cuda": ("cuda",), "triton": ("cuda", "cpu"), "cpu": ("cpu",), "emu": ("cpu",)}
 
 # Public op -> stem, and the letters of the sizes that `supports` takes for a stem.
 OPS = {
@@ -175,9 +175,11 @@ def _probe_cpu() -> Support:
     if _module("_C") is None:
         reason = "the compiled library dskernels._C is missing (python setup.py build_ext)"
         return Support(False, reason)
-    if _module("cpu") is None:
+    info = getattr(_module("cpu"), "info", None)
+    if info is None:
         return Support(True, "no native kernels in this build: PyTorch reference path")
-    return Support(True, "native kernels; ops without one run the PyTorch reference path")
+    # A forced target that does not exist raises here: it is the user's to correct, not to miss.
+    return Support(True, f"native kernels, target {info()['target']}; other ops: PyTorch reference")
 
 
 def _backend_support(backend: str) -> Support:

@@ -63,6 +63,20 @@ VARIABLES: dict[str, Variable] = {
             _one_of(*BACKEND_CHOICES),
         ),
         Variable(
+            "DSK_CPU_TARGET",
+            "",
+            "a target of this processor, see dskernels.cpu.info()",
+            "Instruction set of the native CPU kernels; default: the best one.",
+            when="native",
+        ),
+        Variable(
+            "DSK_EMU_ISA",
+            "",
+            "an instruction set of this processor",
+            "Instruction set the Hopper emulator runs on; default: the best one.",
+            when="native",
+        ),
+        Variable(
             "DSK_BUILD_TYPE",
             "Release",
             "a CMake build type",

@@ -77,6 +77,41 @@ DSK_API int dsk_swiglu_quantize(const DLTensor* x, const DLTensor* data, const D
 DSK_API int dsk_rope(const DLTensor* x, const DLTensor* cos, const DLTensor* sin, int interleaved,
                      int inverse, const DLTensor* y, int num_threads);
 
+/* ---- gemm ---- */
+
+/* Bytes of the packed form of [n, k] e4m3 weights, and of its NaN marks (one per 64 n x 128 k). */
+DSK_API int64_t dsk_packed_bytes(int64_t n, int64_t k);
+DSK_API int64_t dsk_packed_marks(int64_t n, int64_t k);
+
+/* b [g, n, k] e4m3 -> packed uint8 [g, dsk_packed_bytes], marks uint8 [g, dsk_packed_marks]; and
+ * back. */
+DSK_API int dsk_pack(const DLTensor* b, const DLTensor* packed, const DLTensor* marks,
+                     int num_threads);
+DSK_API int dsk_unpack(const DLTensor* packed, const DLTensor* b, int num_threads);
+
+/* y [m, n] = x [m, k] times b [n, k] transposed, + c [m, n], + bias [n], added in fp32.
+ * x: e4m3 with scale_x [m, ceil(k/128)], or bf16 | fp16 | fp32 without (W8A16). b: packed [1, ...]
+ * with marks, scale_b fp32 [ceil(n/128), ceil(k/128)]. y: bf16 | fp16 | fp32. */
+DSK_API int dsk_gemm(const DLTensor* x, const DLTensor* scale_x, const DLTensor* packed,
+                     const DLTensor* marks, const DLTensor* scale_b, const DLTensor* c,
+                     const DLTensor* bias, const DLTensor* y, int num_threads);
+
+/* ---- mla ---- */
+
+/* q [b, s, h, dl + r]; cache [pages, page, dl + r] of q's type or bf16, or uint8 rows of FP8
+ * (dl e4m3 | fp32 scale per 128 | r bf16); block_table int32 [b, max_pages]; seq_lens int32 [b]
+ * -> out [b, s, h, dl], lse fp32 [b, h, s]. */
+DSK_API int dsk_mla_decode(const DLTensor* q, const DLTensor* cache, const DLTensor* block_table,
+                           const DLTensor* seq_lens, double softmax_scale, int causal,
+                           const DLTensor* out, const DLTensor* lse, int num_threads);
+
+/* q, k [t, h, dqk], v [t, h, dv] of one type; cu_seqlens int32 [requests + 1] -> out [t, h, dv],
+ * lse fp32 [h, t]. Rows behind the last request are left as they are. */
+DSK_API int dsk_mla_prefill(const DLTensor* q, const DLTensor* k, const DLTensor* v,
+                            const DLTensor* cu_seqlens_q, const DLTensor* cu_seqlens_k,
+                            double softmax_scale, int causal, const DLTensor* out,
+                            const DLTensor* lse, int num_threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -125,11 +125,15 @@ class TokenBatch:
     @cached_property
     def block_table(self) -> torch.Tensor:
         """[b, most pages] int32."""
+        return self._host_table.to(self.device)
+
+    @cached_property
+    def _host_table(self) -> torch.Tensor:
         used = [-(-length // self.cache.page_size) for length in self.lengths]
         table = torch.full((len(used), max(used)), UNUSED_PAGE, dtype=torch.int32)
         for row, sequence, pages in zip(table, self.sequences, used, strict=True):
             row[:pages] = torch.tensor(sequence.pages[:pages], dtype=torch.int32)
-        return table.to(self.device)
+        return table
 
     @cached_property
     def slots(self) -> torch.Tensor:
@@ -155,7 +159,7 @@ class TokenBatch:
     def _slots(self, starts: list[int], counts: list[int]) -> torch.Tensor:
         positions = _ranges(starts, counts)
         owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        page = self.block_table.cpu()[owner, positions // self.cache.page_size].to(torch.int64)
+        page = self._host_table[owner, positions // self.cache.page_size].to(torch.int64)
         slots = page * self.cache.page_size + positions % self.cache.page_size
         return slots.to(self.device)
 

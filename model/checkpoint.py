@@ -6,6 +6,7 @@ beside the target and takes the target's name only when complete: a crash leaves
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from model.safetensors_file import (
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SCALE_SUFFIX = "_scale_inv"  # of the fp32 scales beside an FP8 weight
-CHUNK_BYTES = 32 << 20  # rows read, converted or written at once
+CHUNK_ELEMENTS = 4 << 20  # read, converted or written at once: 16 MiB in fp32
 QUANTIZATION_CONFIG = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -238,12 +239,8 @@ class CheckpointWriter:
     def _take_name(self) -> None:
         self._refuse_existing()
         if self.directory.exists() and any(self.directory.iterdir()):
-            old = Path(
-                tempfile.mkdtemp(prefix=f".{self.directory.name}.old.", dir=self.directory.parent)
-            )
-            os.rename(self.directory, old)
-            os.rename(self._temporary, self.directory)
-            shutil.rmtree(old)
+            # The old checkpoint leaves with the temporary name, and `__exit__` removes it.
+            _exchange(self._temporary, self.directory)
         else:
             os.rename(self._temporary, self.directory)
         parent = os.open(self.directory.parent, os.O_RDONLY)
@@ -262,9 +259,10 @@ class CheckpointWriter:
 
 
 def row_chunks(info: TensorInfo) -> Iterator[tuple[int, int]]:
-    """(first, last) rows of about CHUNK_BYTES, at multiples of 128 rows; (0, 1) for a scalar."""
+    """(first, last) rows of about CHUNK_ELEMENTS, at multiples of 128; (0, 1) for a scalar."""
     rows = info.shape[0] if info.shape else 1
-    blocks = max(1, CHUNK_BYTES // max(1, info.row_bytes * FP8_BLOCK))
+    row = max(1, info.row_bytes // info.dtype.itemsize)
+    blocks = max(1, CHUNK_ELEMENTS // (row * FP8_BLOCK))
     for first in range(0, rows, blocks * FP8_BLOCK):
         yield first, min(rows, first + blocks * FP8_BLOCK)
 
@@ -310,6 +308,19 @@ def _split(tensors: list[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
         shards[-1].append(info)
         used += info.nbytes
     return shards
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap the names of two directories, in one step where the system can."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
+            return
+    aside = a.with_name(a.name + ".old")  # not atomic, but nothing is lost: two hidden copies stay
+    os.rename(b, aside)
+    os.rename(a, b)
+    os.rename(aside, a)
 
 
 def _count_bad(scale: torch.Tensor) -> int:

@@ -259,7 +259,7 @@ class DeepseekConfig:
         if isinstance(known.get("eos_token_id"), list):
             known["eos_token_id"] = known["eos_token_id"][0]
         ours = ("num_key_value_heads", "qk_head_dim", "head_dim", "topk_method", "architectures")
-        for name in ours:  # derived from the fields above, or written anew by to_hf
+        for name in (*ours, "auto_map"):  # derived, written anew by to_hf, or others' code
             hf.pop(name, None)
         return dataclasses.replace(base, **known, yarn=yarn, extra=hf)
 

@@ -31,7 +31,7 @@ class Stats:
     """Counts and times (seconds) of one generation."""
 
     prompt_tokens: int = 0
-    new_tokens: int = 0
+    new_tokens: int = 0  # by decoding; the first of each sequence comes from prefill
     decode_steps: int = 0  # forwards of the main model after prefill
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -175,7 +175,7 @@ class _Engine:
             for sequence, tokens in produced:
                 yield sequence.index, tokens
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _prefill(
         self, running: list[_Running], chunk_size: int
     ) -> list[tuple[_Running, list[int]]]:
@@ -193,7 +193,7 @@ class _Engine:
                 self._absorb_prompt(waiting)
         return out
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _decode(self, running: list[_Running]) -> list[tuple[_Running, list[int]]]:
         """One step: draft, check the drafts together with the last token, keep what agrees."""
         if self.depth:

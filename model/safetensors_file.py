@@ -101,16 +101,12 @@ class SafetensorsFile:
     def _parse_header(self) -> dict[str, TensorInfo]:
         size = os.fstat(self._fd).st_size
         start = os.pread(self._fd, 8, 0)
-        if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-            raise CheckpointError(
-                f"{self.path}: a pickle checkpoint; loading one runs code from the file: refused"
-            )
-        if len(start) < 8:
-            raise CheckpointError(
-                f"{self.path}: {size} bytes, too short for safetensors: truncated"
-            )
         length = int.from_bytes(start, "little")
-        if length > MAX_HEADER_BYTES or 8 + length > size:
+        if len(start) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+            if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":  # zip archive, bare pickle
+                raise CheckpointError(
+                    f"{self.path}: a pickle checkpoint; loading it would run its code: refused"
+                )
             raise CheckpointError(
                 f"{self.path}: header of {length} bytes in a file of {size}: truncated or corrupted"
             )

@@ -1,7 +1,7 @@
 """A model's parameters under their Hugging Face names, loaded from and saved to checkpoints.
 
 Loading checks every header first (missing, unexpected, wrong shape), then allocates the model once
-and fills it tensor by tensor, rows at a time: memory stays within 32 MiB or so of the model's own.
+and fills it tensor by tensor, rows at a time: memory stays within 100 MB or so of the model's own.
 A load that fails leaves nothing behind; a save that fails leaves what was there.
 """
 

@@ -64,6 +64,19 @@ def test_ue8m0_is_exact_on_powers_of_two_and_never_saturates():
         assert got.scale.flatten().tolist() == want
 
 
+def test_quantize_divides_and_never_multiplies_by_an_inverse():
+    """The two differ where a quotient lies on a tie: look for such values, block by block."""
+    torch.manual_seed(11)
+    amax = torch.rand(64, 1) + 1.0
+    scale = amax / 448
+    ties = torch.tensor([17.0, 19, 21, 23, 25, 27, 29, 31, 34, 38, 42, 46, 50, 54, 58, 62])
+    x = torch.zeros(64, 128)
+    x[:, :16], x[:, 127] = ties * scale, amax[:, 0]
+    divided, multiplied = fp8.cast_e4m3(x / scale), fp8.cast_e4m3(x * (1 / scale))
+    assert (divided.float() != multiplied.float()).sum() > 20
+    assert_bitwise_equal(rowwise.quantize(x).data, divided)
+
+
 def test_quantize_transpose_and_requantize():
     torch.manual_seed(1)
     x = torch.randn(200, 130)

@@ -10,6 +10,7 @@ from dskernels.ref import fp8, gemm, rowwise, tensorcore
 from dskernels.testing import assert_bitwise_equal
 
 nv_ptx = pytest.importorskip("mmasim.nv_ptx")
+# The simulator takes any m and n: a small tile of the instruction's shape.
 PTX = {
     torch.float8_e4m3fn: "m64n16k32.f32.e4m3.e4m3",
     torch.bfloat16: "m64n16k16.f32.bf16.bf16",
@@ -31,29 +32,47 @@ def finite(x):
 
 
 def draw(dtype, spread, generator):
-    shapes = (64, 96), (16, 96)
+    shapes = (16, 96), (8, 96)
     if spread == "any-bits":
         a, b = (finite(any_bits(shape, dtype, generator)) for shape in shapes)
-        return a, b, finite(any_bits((64, 16), torch.float32, generator))
+        return a, b, finite(any_bits((16, 8), torch.float32, generator))
     a, b = (torch.randn(shape, generator=generator) for shape in shapes)
-    c = torch.randn(64, 16, generator=generator)
+    c = torch.randn(16, 8, generator=generator)
     if spread == "positive":
         a, b, c = a.abs(), b.abs(), c.abs()
     if spread == "wide":  # terms of one sum differ by up to 2^24
         a, b = (x * torch.exp2(torch.randint(-6, 7, x.shape, generator=generator)) for x in (a, b))
+    if spread == "subnormal":  # the largest terms have a subnormal factor
+        smallest = torch.finfo(dtype).smallest_normal
+        a = torch.rand(shapes[0], generator=generator) * smallest
+        b = b * min(1.0, 2.0**-10 / smallest)
+        c = c * (smallest * b.abs().max() * 2**-6)
     if spread == "sparse":
         a, c = a * (torch.rand(a.shape, generator=generator) < 0.1), c * 0
     return a.to(dtype), b.to(dtype), c
 
 
 @DTYPES
-@pytest.mark.parametrize("spread", ["normal", "positive", "wide", "sparse", "any-bits"])
+@pytest.mark.parametrize(
+    "spread", ["normal", "positive", "wide", "subnormal", "sparse", "any-bits"]
+)
 def test_wgmma_equals_mmasim(dtype, spread):
     generator = torch.Generator().manual_seed(5)
     simulator = nv_ptx.WGMMA("Hopper", PTX[dtype])
-    for _ in range(3):
+    for _ in range(4):
         a, b, c = draw(dtype, spread, generator)
         assert_same_bits(tensorcore.wgmma(a, b, c), simulator(a, b.T, c.clone()))
+
+
+@pytest.mark.slow
+@DTYPES
+def test_wgmma_equals_mmasim_on_many_draws(dtype):
+    simulator = nv_ptx.WGMMA("Hopper", PTX[dtype])
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(1000 + seed)
+        for spread in ("wide", "subnormal", "any-bits"):
+            a, b, c = draw(dtype, spread, generator)
+            assert_same_bits(tensorcore.wgmma(a, b, c), simulator(a, b.T, c.clone()))
 
 
 @DTYPES
@@ -117,25 +136,18 @@ def test_fma_rounds_once():
 
 
 def test_fma_survives_the_double_rounding_trap():
-    # 1 + 2^-24 is a tie in fp32; 2^-60 more decides it, and is lost in a plain fp64 sum.
-    a, b = torch.tensor([2.0**-30]), torch.tensor([2.0**-30])
-    c = torch.tensor([1.0])
-    tie = torch.tensor([1 + 2.0**-12]), torch.tensor([1 + 2.0**-13])
-    for sign in (1, -1):
-        x, y = tie[0] * sign, tie[1]
-        product = Fraction(float(x)) * Fraction(float(y))
-        assert product != 0
-        assert tensorcore.fma(x, y, c * 2.0**-40).item() == rounded_once(x, y, c * 2.0**-40)
-    half_ulp = torch.tensor([2.0**-12]), torch.tensor([2.0**-12])
-    assert tensorcore.fma(*half_ulp, c).item() == 1.0  # a tie: to even
-    odd = torch.tensor([1 + 2.0**-23])
-    big = torch.tensor([2.0**12 + 2.0**-11])
-    assert tensorcore.fma(a, b, c).item() == 1.0
-    for x, y, z in ((half_ulp[0], half_ulp[1] * (1 + 2.0**-23), c), (odd, big, c * 2.0**-30)):
-        assert tensorcore.fma(x, y, z).item() == rounded_once(x, y, z)
-    tiny = torch.tensor([1 + 2.0**-23]) * 2.0**-60
-    x, y = torch.tensor([2.0**24 + 2]), torch.tensor([1 + 2.0**-23])
-    assert tensorcore.fma(x, y, tiny).item() == rounded_once(x, y, tiny)
+    """Sums within 2^-54 of a tie: an fp64 sum rounds onto the tie, and then to the wrong side."""
+    above = torch.tensor(1047553.0), torch.tensor(1025.0 * 2**-54)  # 2^-24 + 2^-54
+    below = torch.tensor(1 + 2.0**-15), torch.tensor((1 - 2.0**-15) * 2**-24)  # 2^-24 - 2^-54
+    even, odd, next_even = 1.0, 1 + 2.0**-23, 1 + 2.0**-22
+    for (a, b), c, want in ((above, even, odd), (below, odd, odd), (above, odd, next_even)):
+        for sign in (1, -1):
+            got = tensorcore.fma(sign * a, b, torch.tensor(sign * c)).item()
+            assert got == sign * want == rounded_once(sign * a, b, sign * c)
+    plain = (below[0].double() * below[1].double() + odd).float().item()
+    assert plain == next_even, "the trap: rounding twice goes up"
+    exact_tie = torch.tensor(2.0**-12)
+    assert tensorcore.fma(exact_tie, exact_tie, torch.tensor(even)).item() == even
 
 
 def test_fma_special_values():

@@ -75,6 +75,49 @@ void rope(py::handle x, py::handle cos, py::handle sin, bool interleaved, bool i
   });
 }
 
+void pack(py::handle b, py::handle packed, py::handle marks, int threads) {
+  const TensorArg b_("b", b), packed_("packed", packed, true), marks_("marks", marks, true);
+  without_gil([&] { return dsk_pack(b_.get(), packed_.get(), marks_.get(), threads); });
+}
+
+void unpack(py::handle packed, py::handle b, int threads) {
+  const TensorArg packed_("packed", packed), b_("b", b, true);
+  without_gil([&] { return dsk_unpack(packed_.get(), b_.get(), threads); });
+}
+
+void gemm(py::handle x, py::handle scale_x, py::handle packed, py::handle marks,
+          py::handle scale_b, py::handle c, py::handle bias, py::handle y, int threads) {
+  const TensorArg x_("x", x), scale_x_("scale_x", scale_x), packed_("packed", packed);
+  const TensorArg marks_("marks", marks), scale_b_("scale_b", scale_b), c_("c", c);
+  const TensorArg bias_("bias", bias), y_("y", y, true);
+  without_gil([&] {
+    return dsk_gemm(x_.get(), scale_x_.get(), packed_.get(), marks_.get(), scale_b_.get(),
+                    c_.get(), bias_.get(), y_.get(), threads);
+  });
+}
+
+void mla_decode(py::handle q, py::handle cache, py::handle block_table, py::handle seq_lens,
+                double scale, bool causal, py::handle out, py::handle lse, int threads) {
+  const TensorArg q_("q", q), cache_("kv_cache", cache), table_("block_table", block_table);
+  const TensorArg lens_("seq_lens", seq_lens), out_("out", out, true), lse_("lse", lse, true);
+  without_gil([&] {
+    return dsk_mla_decode(q_.get(), cache_.get(), table_.get(), lens_.get(), scale, causal,
+                          out_.get(), lse_.get(), threads);
+  });
+}
+
+void mla_prefill(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q,
+                 py::handle cu_seqlens_k, double scale, bool causal, py::handle out, py::handle lse,
+                 int threads) {
+  const TensorArg q_("q", q), k_("k", k), v_("v", v), ends_q("cu_seqlens_q", cu_seqlens_q);
+  const TensorArg ends_k("cu_seqlens_k", cu_seqlens_k), out_("out", out, true);
+  const TensorArg lse_("lse", lse, true);
+  without_gil([&] {
+    return dsk_mla_prefill(q_.get(), k_.get(), v_.get(), ends_q.get(), ends_k.get(), scale, causal,
+                           out_.get(), lse_.get(), threads);
+  });
+}
+
 std::string text_or_raise(const char* text) {
   if (text == nullptr) throw py::value_error(dsk_last_error());
   return text;
@@ -103,4 +146,11 @@ void dsk::api::bind_cpu(pybind11::module_& m) {
   cpu.def("swiglu", &swiglu);
   cpu.def("swiglu_quantize", &swiglu_quantize);
   cpu.def("rope", &rope);
+  cpu.def("packed_bytes", &dsk_packed_bytes);
+  cpu.def("packed_marks", &dsk_packed_marks);
+  cpu.def("pack", &pack);
+  cpu.def("unpack", &unpack);
+  cpu.def("gemm", &gemm);
+  cpu.def("mla_decode", &mla_decode);
+  cpu.def("mla_prefill", &mla_prefill);
 }

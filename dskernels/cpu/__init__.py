@@ -8,8 +8,9 @@ forces one. Kernels use torch.get_num_threads() threads of a pool of their own.
 from __future__ import annotations
 
 from .. import _C
+from .packing import PackedWeight, pack
 
-__all__ = ["info"]
+__all__ = ["PackedWeight", "info", "pack"]
 
 
 def info() -> dict[str, object]:

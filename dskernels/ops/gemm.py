@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as _backend
-from ..types import ScaledTensor, scale_shape
+from ..types import ScaledTensor
 from . import _check as check
 from ._registry import define
 from ._scaled import empty_scaled, parts, scaled
@@ -80,7 +80,8 @@ def check_scaled(op: str, name: str, data: Tensor, scale: Tensor, block: Sequenc
     check.block(op, f"{name}.block", block)
     check.dtype(op, f"{name}.data", data, (torch.float8_e4m3fn,))
     check.dtype(op, f"{name}.scale", scale, (torch.float32,))
-    expected = scale_shape(data.shape, (block[0], block[1]))
+    *lead, rows, columns = data.shape
+    expected = (*lead, -(-rows // block[0]), -(-columns // block[1]))
     check.shape(op, f"{name}.scale", scale, "ceil(shape / block)", expected)
     check.same_device(op, f"{name}.scale", scale, f"{name}.data", data)
 
@@ -114,16 +115,22 @@ def _result_dtype(
     return torch.float32 if blocks[2] == 1 else torch.bfloat16
 
 
-def _check_out(op: str, out: Tensor, shape: tuple, out_dtype: Any, inputs: tuple) -> None:
-    check.shape(op, "out", out, "the result's shape", shape)
-    check.dtype(op, "out", out, check.FLOATS)
+def _check_out(op: str, out: Any, out_dtype: torch.dtype | None, inputs: tuple) -> None:
+    """What only the Python function can see of `out`; its shape is the kernel's to check."""
+    if not isinstance(out, Tensor):
+        check.bad_type(op, "out", "Tensor", type(out).__name__)
     if out_dtype is not None and out_dtype != out.dtype:
         check.bad_value(op, "out_dtype", f"None or out's {out.dtype}", out_dtype)
-    check.same_device(op, "out", out, "a", inputs[0])
     if torch.is_grad_enabled():
         for tensor in (out, *inputs):
-            if tensor is not None and tensor.requires_grad:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
                 check.bad_value(op, "out", "None while an argument requires grad", "a tensor")
+
+
+def _check_result(op: str, out: Tensor, shape: tuple, a: Tensor) -> None:
+    check.shape(op, "out", out, "the result's shape", shape)
+    check.dtype(op, "out", out, check.FLOATS)
+    check.same_device(op, "out", out, "a", a)
 
 
 def _refuse_out_with_quant(op: str, out: Tensor | None, out_dtype: torch.dtype | None) -> None:
@@ -170,8 +177,7 @@ def gemm(
         return _gemm(
             a, b, sa, sb, blocks, c, bias, out_dtype, epilogue, deterministic, num_sms, name
         )
-    width = b.shape[0] // 2 if epilogue else b.shape[0]
-    _check_out("gemm", out, (*a.shape[:-1], width), out_dtype, (a, b, c, bias))
+    _check_out("gemm", out, out_dtype, (a, b, c, bias))
     _gemm_out(out, a, b, sa, sb, blocks, c, bias, epilogue, deterministic, num_sms, name)
     return out
 
@@ -262,7 +268,7 @@ _gemm = define(
 def _gemm_out_kernel(out, a, b, sa, sb, blocks, c, bias, epilogue, deterministic, num_sms, backend):
     _check_gemm(a, b, sa, sb, blocks, c, bias, None, epilogue, num_sms)
     width = b.shape[0] // 2 if epilogue else b.shape[0]
-    check.shape("gemm", "out", out, "the result's shape", (a.shape[0], width))
+    _check_result("gemm", out, (a.shape[0], width), a)
     left, right = _join(a, b, sa, sb, blocks)
     _run(
         "gemm",

@@ -22,6 +22,7 @@ from .gemm import (
     _check_modes,
     _check_operands,
     _check_out,
+    _check_result,
     _join,
     _refuse_out_with_quant,
     _result_dtype,
@@ -80,8 +81,7 @@ def grouped_gemm(
         return scaled(data, scale, _QUANT_BLOCK, "e4m3")
     if out is None:
         return _grouped(*lead, out_dtype, epilogue, deterministic, num_sms, name)
-    width = b.shape[1] // 2 if epilogue else b.shape[1]
-    _check_out("grouped_gemm", out, (*a.shape[:-1], width), out_dtype, (a, b, c, bias))
+    _check_out("grouped_gemm", out, out_dtype, (a, b, c, bias))
     _grouped_out(out, *lead, epilogue, deterministic, num_sms, name)
     return out
 
@@ -98,11 +98,16 @@ def _one_form(
         return m_indices, "m_indices"
     if masked_m is not None:
         return masked_m, "masked_m"
-    return _sizes_tensor(group_sizes), "group_sizes"
+    return _sizes_tensor("grouped_gemm", group_sizes), "group_sizes"
 
 
-def _sizes_tensor(sizes: Tensor | Sequence[int]) -> Tensor:
-    return sizes if isinstance(sizes, Tensor) else torch.tensor(sizes, dtype=torch.int64)
+def _sizes_tensor(op: str, sizes: Tensor | Sequence[int]) -> Tensor:
+    if isinstance(sizes, Tensor):
+        return sizes
+    try:
+        return torch.tensor(sizes, dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError):
+        check.bad_type(op, "group_sizes", "integers", repr(sizes))
 
 
 def _check_grouped(
@@ -134,28 +139,29 @@ def _check_grouped(
         _check_modes(op, n, out_dtype, epilogue, num_sms)
 
 
-def _check_groups(op: str, form: str, groups: Tensor, num_groups: int, limit: int) -> None:
-    """The values of a grouping tensor, where they can be read without waiting for a device.
+def _checked_groups(op: str, form: str, groups: Tensor, num_groups: int, limit: int) -> Tensor:
+    """The grouping tensor in the dtype implementations take: group_sizes int64, the others int32.
 
-    limit: rows of a that the groups share (group_sizes), or that each may have (masked_m).
+    Its values are checked where they can be read without waiting for a device. limit: rows of a
+    that the groups share (group_sizes), or that each may have (masked_m).
     """
-    if groups.device.type != "cpu":
-        return
     if form == "m_indices":
-        check.index_range(op, form, groups, -1, num_groups)
-        return
-    sizes = groups.tolist()
-    total = sum(sizes) if form == "group_sizes" else max(sizes, default=0)
-    if total > limit or min(sizes, default=0) < 0:
-        what = "a sum" if form == "group_sizes" else "each"
-        check.bad_value(op, form, f"sizes >= 0 with {what} of at most {limit}", sizes)
+        return check.index(op, form, groups, -1, num_groups).int()
+    if groups.is_cpu:
+        sizes = groups.tolist()
+        total = sum(sizes) if form == "group_sizes" else max(sizes, default=0)
+        if total > limit or min(sizes, default=0) < 0:
+            what = "a sum" if form == "group_sizes" else "each"
+            check.bad_value(op, form, f"sizes >= 0 with {what} of at most {limit}", sizes)
+    wanted = torch.int64 if form == "group_sizes" else torch.int32
+    return groups if groups.dtype is wanted else groups.to(wanted)
 
 
 def _run_grouped(
     a, b, sa, sb, blocks, groups, form, expected_m, c, bias, epilogue, deterministic, num_sms,
     backend, **result
 ):  # fmt: skip
-    _check_groups("grouped_gemm", form, groups, b.shape[0], a.shape[-2])
+    groups = _checked_groups("grouped_gemm", form, groups, b.shape[0], a.shape[-2])
     left, right = _join(a, b, sa, sb, blocks)
     return _run(
         "grouped_gemm",
@@ -252,7 +258,7 @@ def _grouped_out_kernel(
     lead = (a, b, sa, sb, blocks, groups, form, expected_m, c, bias)
     _check_grouped(*lead, None, epilogue, num_sms)
     width = b.shape[1] // 2 if epilogue else b.shape[1]
-    check.shape("grouped_gemm", "out", out, "the result's shape", (*a.shape[:-1], width))
+    _check_result("grouped_gemm", out, (*a.shape[:-1], width), a)
     _run_grouped(*lead, epilogue, deterministic, num_sms, backend, out=out)
 
 
@@ -326,12 +332,11 @@ def grouped_gemm_k(
     """
     name = _chosen(backend)
     a, b, sa, sb, blocks = _split("grouped_gemm_k", a, b)
-    groups = _sizes_tensor(group_sizes)
+    groups = _sizes_tensor("grouped_gemm_k", group_sizes)
     lead = (a, b, sa, sb, blocks, groups, c)
     if out is None:
         return _grouped_k(*lead, out_dtype, deterministic, num_sms, name)
-    shape = (groups.shape[0], a.shape[0], b.shape[0])
-    _check_out("grouped_gemm_k", out, shape, None, (a, b, c))
+    _check_out("grouped_gemm_k", out, None, (a, b, c))
     _grouped_k_out(out, *lead, deterministic, num_sms, name)
     return out
 
@@ -353,8 +358,8 @@ def _check_grouped_k(a, b, sa, sb, blocks, groups, c, out_dtype, num_sms):
 
 def _run_grouped_k(a, b, sa, sb, blocks, groups, c, deterministic, num_sms, backend, **result):
     op = "grouped_gemm_k"
-    _check_groups(op, "group_sizes", groups, groups.shape[0], a.shape[1])
-    if sa is not None and groups.device.type == "cpu" and (groups % blocks[1]).any():
+    groups = _checked_groups(op, "group_sizes", groups, groups.shape[0], a.shape[1])
+    if sa is not None and groups.is_cpu and any(size % blocks[1] for size in groups.tolist()):
         check.bad_value(op, "group_sizes", f"multiples of {blocks[1]}", groups.tolist())
     left, right = _join(a, b, sa, sb, blocks)
     return _run(
@@ -419,8 +424,7 @@ _grouped_k = define(
 def _grouped_k_out_kernel(out, a, b, sa, sb, blocks, groups, c, deterministic, num_sms, backend):
     lead = (a, b, sa, sb, blocks, groups, c)
     _check_grouped_k(*lead, torch.float32, num_sms)
-    sizes = (groups.shape[0], a.shape[0], b.shape[0])
-    check.shape("grouped_gemm_k", "out", out, "[g, m, n]", sizes)
+    _check_result("grouped_gemm_k", out, (groups.shape[0], a.shape[0], b.shape[0]), a)
     _run_grouped_k(*lead, deterministic, num_sms, backend, out=out, out_dtype=out.dtype)
 
 

@@ -13,6 +13,7 @@ from .. import backend as _backend
 from ..types import ScaledTensor
 from . import _check as check
 from ._registry import define
+from ._scaled import scaled
 from .gemm import Operand, _split, check_scaled
 
 SCORES = ("sigmoid", "softmax")
@@ -152,7 +153,7 @@ def _gate_backward_kernel(
     op = "moe_gate_backward"
     check.shape(op, "grad_weights", grad_weights, "[t, k]", topk_idx.shape)
     check.shape(op, "grad_scores", grad_scores, "[t, e]", scores.shape)
-    check.index_range(op, "topk_idx", topk_idx, 0, scores.shape[1])
+    topk_idx = check.index(op, "topk_idx", topk_idx, 0, scores.shape[1])
     args = (grad_weights, grad_scores, x, weight, topk_idx, scores, scale, score, renormalize)
     dx, dweight = _run(op, backend, x.device.type, *args)
     return dx.contiguous(), dweight.contiguous()
@@ -211,7 +212,7 @@ def _check_permute(x, topk_idx, num_experts, alignment, op="moe_permute"):
 
 def _permute_kernel(x, topk_idx, num_experts, alignment, backend):
     _check_permute(x, topk_idx, num_experts, alignment)
-    check.index_range("moe_permute", "topk_idx", topk_idx, -1, num_experts)
+    topk_idx = check.index("moe_permute", "topk_idx", topk_idx, -1, num_experts)
     device = x.device.type
     results = _run("moe_permute", backend, device, x, topk_idx, num_experts, alignment=alignment)
     return tuple(result.contiguous() for result in results)
@@ -276,7 +277,7 @@ def _check_unpermute(y, row_map, topk_weights, op="moe_unpermute"):
 
 def _unpermute_kernel(y, row_map, topk_weights, backend):
     _check_unpermute(y, row_map, topk_weights)
-    check.index_range("moe_unpermute", "row_map", row_map, -1, y.shape[0])
+    row_map = check.index("moe_unpermute", "row_map", row_map, -1, y.shape[0])
     return _run("moe_unpermute", backend, y.device.type, y, row_map, topk_weights).contiguous()
 
 
@@ -309,7 +310,7 @@ def _unpermute_backward_kernel(grad, y, row_map, topk_weights, backend):
     op = "moe_unpermute_backward"
     _check_unpermute(y, row_map, topk_weights, op)
     check.shape(op, "grad", grad, "[t, d]", (row_map.shape[0], y.shape[1]))
-    check.index_range(op, "row_map", row_map, -1, y.shape[0])
+    row_map = check.index(op, "row_map", row_map, -1, y.shape[0])
     dy, dweights = _run(op, backend, y.device.type, grad, y, row_map, topk_weights)
     return dy.contiguous(), dweights.contiguous()
 
@@ -396,15 +397,12 @@ def _check_expert_scales(w13, w2, s13, s2, blocks):
 def _weights(w13, w2, s13, s2, blocks):
     if s13 is None:
         return w13, w2
-    return (
-        ScaledTensor(w13, s13, tuple(blocks[:2])),
-        ScaledTensor(w2, s2, tuple(blocks[2:])),
-    )
+    return scaled(w13, s13, blocks[:2], "e4m3"), scaled(w2, s2, blocks[2:], "e4m3")
 
 
 def _experts_kernel(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights, backend):
     _check_experts(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights)
-    check.index_range("moe_experts", "topk_idx", topk_idx, -1, w13.shape[0])
+    topk_idx = check.index("moe_experts", "topk_idx", topk_idx, -1, w13.shape[0])
     first, second = _weights(w13, w2, s13, s2, blocks)
     device = x.device.type
     return _run(
@@ -442,7 +440,7 @@ _experts = define(
 def _experts_backward_kernel(grad, x, w13, w2, topk_idx, topk_weights, backend):
     op = "moe_experts_backward"
     check.shape(op, "grad", grad, "x's shape", x.shape)
-    check.index_range(op, "topk_idx", topk_idx, -1, w13.shape[0])
+    topk_idx = check.index(op, "topk_idx", topk_idx, -1, w13.shape[0])
     grads = _run(op, backend, x.device.type, grad, x, w13, w2, topk_idx, topk_weights)
     return tuple(g.contiguous() for g in grads)
 

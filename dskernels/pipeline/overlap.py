@@ -47,9 +47,9 @@ class Timeline:
     exposed: float
 
 
-def run_lanes(tasks: Sequence[Task], slowdown: float) -> Timeline:
+def run_lanes(tasks: Sequence[Task], slowdown: float, *, always: bool = False) -> Timeline:
     """Run both lanes in the order of `tasks`; computation takes `slowdown` (>= 1) times longer
-    while communication is in flight."""
+    while communication is in flight, or `always`."""
     queues = [[i for i, t in enumerate(tasks) if t.lane == lane] for lane in (0, 1)]
     left = [t.cost for t in tasks]
     start: dict[int, float] = {}
@@ -68,7 +68,7 @@ def run_lanes(tasks: Sequence[Task], slowdown: float) -> Timeline:
         compute, comm = running
         if compute is None and comm is None:
             raise ValueError("both lanes wait: the tasks' order contradicts their dependencies")
-        rate = 1 / slowdown if comm is not None else 1.0
+        rate = 1 / slowdown if always or comm is not None else 1.0
         times = []
         if compute is not None:
             times.append(left[compute] / rate)
@@ -103,7 +103,9 @@ class Work:
     dispatch_b          and its second one (gradient back to the tokens);
     tail, tail_b        work outside of the layers (embedding, output head, loss);
     layers              layers of the stage: the granularity of the overlap;
-    sms, comm_sms       multiprocessors of the device, and those the all-to-all kernels hold.
+    sms, comm_sms       multiprocessors of the device, and those the all-to-all kernels hold;
+    reserved            in a pair, computation never uses the communication SMs: persistent
+                        kernels are launched for a fixed number of SMs, whatever runs beside them.
     """
 
     attn: float = 0.0
@@ -121,10 +123,11 @@ class Work:
     layers: int = 1
     sms: int = 132
     comm_sms: int = 20
+    reserved: bool = False
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            if not getattr(self, f.name) >= 0:
+            if f.name != "reserved" and not getattr(self, f.name) >= 0:
                 raise ValueError(f"Work.{f.name} must be >= 0; got {getattr(self, f.name)!r}")
         if self.layers < 1 or not 0 <= self.comm_sms < self.sms:
             raise ValueError(
@@ -216,4 +219,4 @@ def _pair(fwd: Work, bwd: Work, split: bool) -> Timeline:
         if i + 1 < n:
             attn = lanes.add("F attn", 0, fwd.attn / n, combined)
     lanes.add("F tail", 0, fwd.tail, combined)
-    return run_lanes(lanes.tasks, fwd.slowdown)
+    return run_lanes(lanes.tasks, fwd.slowdown, always=fwd.reserved)

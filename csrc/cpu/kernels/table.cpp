@@ -14,6 +14,9 @@ const Kernels kTable = {
     .rms_norm = rms_norm,
     .swiglu = swiglu,
     .rope = rope,
+    .gemm = gemm,
+    .mla_decode = mla_decode,
+    .mla_prefill = mla_prefill,
 };
 
 }  // namespace dsk::cpu::DSK_CPU_NS

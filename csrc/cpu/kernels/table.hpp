@@ -9,5 +9,8 @@ void quantize(const RowwiseParams& p);
 void rms_norm(const RowwiseParams& p);
 void swiglu(const RowwiseParams& p);
 void rope(const RopeParams& p);
+void gemm(const GemmParams& p);
+void mla_decode(const DecodeParams& p);
+void mla_prefill(const PrefillParams& p);
 
 }  // namespace dsk::cpu::DSK_CPU_NS
