@@ -44,7 +44,7 @@ inline constexpr u8 kUniformBranch = 64;
 struct Ext {
   std::vector<u32> regs;    // lists: fragments, coordinates, vectors longer than 4
   std::vector<u32> regs2;   // a second list
-  std::vector<u32> matrix_regs;  // virtual ids of the wgmma registers concerned
+  std::vector<u32> matrix_writes, matrix_reads;  // wgmma: virtual ids of D and of A fragments
   u32 r[8] = {kNoReg, kNoReg, kNoReg, kNoReg, kNoReg, kNoReg, kNoReg, kNoReg};
   i64 v[8] = {0, 0, 0, 0, 0, 0, 0, 0};
   std::string text;
