@@ -107,6 +107,7 @@ struct Warp {
   WgmmaState wgmma;
   u64 cluster_phase = 0;        // cluster-barrier phase joined by the last arrive
   u32 cluster_arrived = 0;      // lanes between arrive and wait
+  u32 carry = 0;                // the condition code of add.cc and its kin, one bit per lane
   u32 current_pc = 0;           // of the instruction being executed, for reports
 
   template <class T>
