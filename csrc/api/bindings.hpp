@@ -4,3 +4,5 @@
 namespace pybind11 {
 class module_;
 }
+
+void bind_emu_num(pybind11::module_& m);

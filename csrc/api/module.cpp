@@ -10,4 +10,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled core of dskernels (torch-free; tensors cross the border by DLPack).";
   m.attr("__version__") = DSK_VERSION;
   m.attr("compiler") = DSK_COMPILER;
+  bind_emu_num(m);
 }

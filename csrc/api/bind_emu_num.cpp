@@ -1,0 +1,333 @@
+// Test-only Python face of the emulator's numerics: NumPy arrays in, NumPy arrays out. Bound as
+// `_C._emu_num`; nothing in the package uses it.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "api/bindings.hpp"
+#include "emu/num/convert.hpp"
+#include "emu/num/fragments.hpp"
+#include "emu/num/tensorcore.hpp"
+#include "emu/num/wgmma_desc.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace dsk::emu::num;  // this file exists to expose that namespace
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class E>
+E pick(const std::map<std::string, E>& names, const std::string& name, const char* what) {
+  const auto it = names.find(name);
+  if (it == names.end()) throw std::invalid_argument(std::string(what) + ": unknown name " + name);
+  return it->second;
+}
+
+const std::map<std::string, Format> kFormats = {{"f32", Format::f32},     {"tf32", Format::tf32},
+                                                {"f16", Format::f16},     {"bf16", Format::bf16},
+                                                {"e4m3", Format::e4m3},   {"e5m2", Format::e5m2},
+                                                {"ue8m0", Format::ue8m0}, {"e2m1", Format::e2m1},
+                                                {"e2m3", Format::e2m3},   {"e3m2", Format::e3m2}};
+const std::map<std::string, Round> kRounds = {{"rn", Round::rn},
+                                              {"rz", Round::rz},
+                                              {"rm", Round::rm},
+                                              {"rp", Round::rp},
+                                              {"rna", Round::rna}};
+const std::map<std::string, MmaType> kTypes = {
+    {"f16", MmaType::f16},   {"bf16", MmaType::bf16}, {"tf32", MmaType::tf32},
+    {"e4m3", MmaType::e4m3}, {"e5m2", MmaType::e5m2}, {"s8", MmaType::s8},
+    {"u8", MmaType::u8},     {"s4", MmaType::s4},     {"u4", MmaType::u4},
+    {"b1", MmaType::b1},     {"f64", MmaType::f64}};
+const std::map<std::string, AccType> kAccs = {
+    {"f32", AccType::f32}, {"f16", AccType::f16}, {"s32", AccType::s32}, {"f64", AccType::f64}};
+
+py::array_t<uint32_t> encode_array(const std::string& format, const Array<double>& values,
+                                   const std::string& round, bool satfinite, bool relu) {
+  const CvtMode mode{pick(kRounds, round, "round"), satfinite, relu};
+  const Format f = pick(kFormats, format, "format");
+  py::array_t<uint32_t> out(values.size());
+  for (py::ssize_t i = 0; i < values.size(); ++i) {
+    out.mutable_data()[i] = encode(f, values.data()[i], mode);
+  }
+  return out;
+}
+
+py::array_t<double> decode_array(const std::string& format, const Array<uint32_t>& bits) {
+  const Format f = pick(kFormats, format, "format");
+  py::array_t<double> out(bits.size());
+  for (py::ssize_t i = 0; i < bits.size(); ++i) {
+    out.mutable_data()[i] = decode(f, bits.data()[i]);
+  }
+  return out;
+}
+
+// The hot array forms by name, on raw bytes: `widths` are bytes per element in and out.
+template <class In, class Out>
+py::array_t<Out> unary(void (*fn)(const In*, Out*, int), const Array<In>& in) {
+  py::array_t<Out> out(in.size());
+  fn(in.data(), out.mutable_data(), static_cast<int>(in.size()));
+  return out;
+}
+
+template <class In, class Out>
+py::array_t<Out> unary_scalar(Out (*fn)(In), const Array<In>& in) {
+  py::array_t<Out> out(in.size());
+  for (py::ssize_t i = 0; i < in.size(); ++i) out.mutable_data()[i] = fn(in.data()[i]);
+  return out;
+}
+
+template <class Out>
+py::array_t<Out> binary(void (*fn)(const float*, const float*, Out*, int), const Array<float>& a,
+                        const Array<float>& b) {
+  if (a.size() != b.size()) throw std::invalid_argument("b: expected as many elements as a");
+  py::array_t<Out> out(a.size());
+  fn(a.data(), b.data(), out.mutable_data(), static_cast<int>(a.size()));
+  return out;
+}
+
+void bind_convert(py::module_& m) {
+  m.def("encode", encode_array, py::arg("format"), py::arg("values"), py::arg("round") = "rn",
+        py::arg("satfinite") = false, py::arg("relu") = false);
+  m.def("decode", decode_array);
+  m.def("f16_to_f32",
+        [](const Array<uint16_t>& x) { return unary<uint16_t, float>(f16_to_f32, x); });
+  m.def("bf16_to_f32",
+        [](const Array<uint16_t>& x) { return unary<uint16_t, float>(bf16_to_f32, x); });
+  m.def("e4m3_to_f32",
+        [](const Array<uint8_t>& x) { return unary<uint8_t, float>(e4m3_to_f32, x); });
+  m.def("e5m2_to_f32",
+        [](const Array<uint8_t>& x) { return unary<uint8_t, float>(e5m2_to_f32, x); });
+  m.def("f32_to_f16", [](const Array<float>& x) { return unary<float, uint16_t>(f32_to_f16, x); });
+  m.def("f32_to_bf16",
+        [](const Array<float>& x) { return unary<float, uint16_t>(f32_to_bf16, x); });
+  m.def("f32_to_e4m3",
+        [](const Array<float>& x) { return unary_scalar<float, uint8_t>(f32_to_e4m3, x); });
+  m.def("f32_to_e5m2",
+        [](const Array<float>& x) { return unary_scalar<float, uint8_t>(f32_to_e5m2, x); });
+  m.def("f32_to_tf32_rna",
+        [](const Array<float>& x) { return unary_scalar<float, uint32_t>(f32_to_tf32_rna, x); });
+  m.def("f32_to_f16x2", [](const Array<float>& a, const Array<float>& b) {
+    return binary<uint32_t>(f32_to_f16x2, a, b);
+  });
+  m.def("f32_to_bf16x2", [](const Array<float>& a, const Array<float>& b) {
+    return binary<uint32_t>(f32_to_bf16x2, a, b);
+  });
+  m.def("f32_to_e4m3x2", [](const Array<float>& a, const Array<float>& b) {
+    return binary<uint16_t>(f32_to_e4m3x2, a, b);
+  });
+  m.def("f32_to_e5m2x2", [](const Array<float>& a, const Array<float>& b) {
+    return binary<uint16_t>(f32_to_e5m2x2, a, b);
+  });
+  m.def("e4m3x2_to_f16x2",
+        [](const Array<uint16_t>& x) { return unary<uint16_t, uint32_t>(e4m3x2_to_f16x2, x); });
+  m.def("e5m2x2_to_f16x2",
+        [](const Array<uint16_t>& x) { return unary<uint16_t, uint32_t>(e5m2x2_to_f16x2, x); });
+}
+
+MmaKind make_kind(const std::string& unit, const std::string& d, const std::string& a,
+                  const std::string& b, int k, const std::string& mode) {
+  MmaKind kind;
+  kind.unit = unit == "wgmma" ? MmaUnit::wgmma : MmaUnit::mma_sync;
+  kind.d = pick(kAccs, d, "d");
+  kind.a = pick(kTypes, a, "a");
+  kind.b = pick(kTypes, b, "b");
+  kind.k = k;
+  kind.mode = mode == "fast" ? MmaMode::fast : MmaMode::exact;
+  return kind;
+}
+
+struct Operands {
+  Array<uint8_t> a;
+  Array<uint8_t> b;
+  py::array d;
+  bool accumulate;
+};
+
+void check_operands(const MmaKind& kind, const Operands& o) {
+  const size_t bytes = row_bytes(kind);
+  const auto width = kind.d == AccType::f16 ? 2 : (kind.d == AccType::f64 ? 8 : 4);
+  if (o.a.ndim() != 2 || o.b.ndim() != 2 || o.d.ndim() != 2 ||
+      static_cast<size_t>(o.a.shape(1)) != bytes || static_cast<size_t>(o.b.shape(1)) != bytes) {
+    throw std::invalid_argument("mma: expected a [m, " + std::to_string(bytes) + "] and b [n, " +
+                                std::to_string(bytes) + "] of bytes, d [m, n]");
+  }
+  if (o.d.shape(0) != o.a.shape(0) || o.d.shape(1) != o.b.shape(0) || o.d.itemsize() != width ||
+      !(o.d.flags() & py::array::c_style) || !o.d.writeable()) {
+    throw std::invalid_argument("mma: d must be a writable C-contiguous [m, n] of " +
+                                std::to_string(width) + "-byte elements");
+  }
+}
+
+double run_mma(const MmaKind& kind, const Operands& o, bool reference, int repeat) {
+  check_operands(kind, o);
+  const auto m = static_cast<int>(o.a.shape(0));
+  const auto n = static_cast<int>(o.b.shape(0));
+  const size_t bytes = row_bytes(kind);
+  void* d = py::array(o.d).mutable_data();
+  BPanel panel;
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < repeat; ++i) {
+    if (reference) {
+      mma_reference(kind, o.a.data(), bytes, o.b.data(), bytes, m, n, d, static_cast<size_t>(n),
+                    o.accumulate);
+    } else {
+      panel.load(kind, o.b.data(), bytes, n);
+      mma(panel, o.a.data(), bytes, m, d, static_cast<size_t>(n), o.accumulate);
+    }
+  }
+  const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+  return spent.count() / repeat;
+}
+
+void bind_tensorcore(py::module_& m) {
+  m.def("active_isa", active_isa);
+  m.def("force_isa", [](const std::string& name) { force_isa(name.c_str()); });
+  m.def(
+      "mma",
+      [](const std::string& unit, const std::string& d_type, const std::string& a_type,
+         const std::string& b_type, int k, const Array<uint8_t>& a, const Array<uint8_t>& b,
+         const py::array& d, const std::string& mode, bool accumulate, bool negate_a, bool negate_b,
+         bool saturate, bool bit_xor, bool reference, int repeat) {
+        MmaKind kind = make_kind(unit, d_type, a_type, b_type, k, mode);
+        kind.negate_a = negate_a;
+        kind.negate_b = negate_b;
+        kind.saturate = saturate;
+        kind.bit_op = bit_xor ? BitOp::bit_xor : BitOp::bit_and;
+        return run_mma(kind, {a, b, d, accumulate}, reference, repeat);
+      },
+      py::arg("unit"), py::arg("d_type"), py::arg("a_type"), py::arg("b_type"), py::arg("k"),
+      py::arg("a"), py::arg("b"), py::arg("d"), py::arg("mode") = "exact",
+      py::arg("accumulate") = true, py::arg("negate_a") = false, py::arg("negate_b") = false,
+      py::arg("saturate") = false, py::arg("bit_xor") = false, py::arg("reference") = false,
+      py::arg("repeat") = 1);
+  m.def("load_accumulator", [](const Array<uint32_t>& regs, int n, bool half) {
+    const uint32_t* pointers[128];
+    const int count = half ? n / 4 : n / 2;
+    if (regs.ndim() != 2 || regs.shape(0) != count || regs.shape(1) != 32 || count > 128) {
+      throw std::invalid_argument("regs: expected [" + std::to_string(count) + ", 32]");
+    }
+    for (int i = 0; i < count; ++i) pointers[i] = regs.data(i, 0);
+    py::array_t<uint32_t> out({16, half ? n / 2 : n});
+    load_accumulator(pointers, n, half ? AccType::f16 : AccType::f32, out.mutable_data(),
+                     static_cast<size_t>(n));
+    return out;
+  });
+  m.def("store_accumulator", [](const Array<uint32_t>& dense, int n, bool half) {
+    const int count = half ? n / 4 : n / 2;
+    if (dense.ndim() != 2 || dense.shape(0) != 16 || dense.shape(1) != (half ? n / 2 : n)) {
+      throw std::invalid_argument("dense: expected 16 rows of n elements");
+    }
+    py::array_t<uint32_t> out({count, 32});
+    uint32_t* pointers[128];
+    for (int i = 0; i < count; ++i) pointers[i] = out.mutable_data(i, 0);
+    store_accumulator(pointers, n, half ? AccType::f16 : AccType::f32, dense.data(),
+                      static_cast<size_t>(n));
+    return out;
+  });
+}
+
+SmemDesc make_desc(uint32_t start, uint32_t lbo, uint32_t sbo, int base_offset, int swizzle) {
+  SmemDesc desc;
+  desc.start = start;
+  desc.lbo = lbo;
+  desc.sbo = sbo;
+  desc.base_offset = static_cast<uint8_t>(base_offset);
+  desc.swizzle = static_cast<Swizzle>(swizzle);
+  return desc;
+}
+
+void bind_descriptor(py::module_& m) {
+  m.def("encode_desc", [](uint32_t start, uint32_t lbo, uint32_t sbo, int base, int swizzle) {
+    return encode_desc(make_desc(start, lbo, sbo, base, swizzle));
+  });
+  m.def("decode_desc", [](uint64_t bits) {
+    const SmemDesc d = decode_desc(bits);
+    return py::make_tuple(d.start, d.lbo, d.sbo, d.base_offset, static_cast<int>(d.swizzle),
+                          d.reserved_bits);
+  });
+  m.def("swizzle_address", [](uint32_t address, int mode) {
+    return swizzle_address(address, static_cast<Swizzle>(mode & 3));
+  });
+  m.def("gather_tile", [](uint64_t bits, bool mn_major, int mn, const Array<uint8_t>& smem,
+                          uint32_t window_base, int repeat) {
+    py::array_t<uint8_t> dense({mn < 0 ? 0 : mn, 32});
+    std::memset(dense.mutable_data(), 0, static_cast<size_t>(dense.nbytes()));
+    TileRead read;
+    for (int i = 0; i < repeat; ++i) {
+      read = gather_tile(decode_desc(bits), mn_major ? Major::mn : Major::k, mn, smem.data(),
+                         window_base, static_cast<uint32_t>(smem.size()), dense.mutable_data());
+    }
+    py::list ranges;
+    for (const ByteRange& r : *read.relative) {
+      ranges.append(py::make_tuple(r.begin + read.base, r.bytes));
+    }
+    return py::make_tuple(read.ok, read.bad_address, dense, ranges);
+  });
+}
+
+py::tuple coord(Coord c) { return py::make_tuple(c.row, c.col); }
+
+void bind_fragments(py::module_& m) {
+  m.def("accumulator", [](int lane, int e) { return coord(accumulator(lane, e)); });
+  m.def("multiplicand_a", [](int l, int e, int bits) { return coord(multiplicand_a(l, e, bits)); });
+  m.def("multiplicand_b", [](int l, int e, int bits) { return coord(multiplicand_b(l, e, bits)); });
+  m.def("f64_m8_a", [](int l) { return coord(f64_m8_a(l)); });
+  m.def("f64_m8_c", [](int l, int e) { return coord(f64_m8_c(l, e)); });
+  m.def("f64_m16_a", [](int l, int e) { return coord(f64_m16_a(l, e)); });
+  m.def("f64_b", [](int l, int e) { return coord(f64_b(l, e)); });
+  m.def("matrix_element", [](int l, int h, bool t) { return coord(matrix_element(l, h, t)); });
+  m.def("unpack", [](const Array<uint32_t>& regs, bool is_b) {
+    const auto count = static_cast<int>(regs.shape(0));
+    if (regs.ndim() != 2 || regs.shape(1) != 32 || count > 4) {
+      throw std::invalid_argument("regs: expected [1..4, 32]");
+    }
+    const uint32_t* pointers[4];
+    for (int i = 0; i < count; ++i) pointers[i] = regs.data(i, 0);
+    const int pitch = is_b ? 16 * count : 16 * ((count + 1) / 2);
+    py::array_t<uint8_t> rows({is_b ? 8 : 16, pitch});
+    std::memset(rows.mutable_data(), 0, static_cast<size_t>(rows.nbytes()));
+    (is_b ? unpack_b : unpack_a)(pointers, count, rows.mutable_data(), pitch);
+    return rows;
+  });
+  m.def("ldmatrix", [](const Array<uint8_t>& rows, bool trans) {
+    const auto count = static_cast<int>(rows.shape(0));
+    if (rows.ndim() != 3 || rows.shape(1) != 8 || rows.shape(2) != 16 || count > 4) {
+      throw std::invalid_argument("rows: expected [1..4, 8, 16]");
+    }
+    py::array_t<uint32_t> out({count, 32});
+    uint32_t* pointers[4];
+    for (int i = 0; i < count; ++i) pointers[i] = out.mutable_data(i, 0);
+    ldmatrix(reinterpret_cast<const uint8_t (*)[8][16]>(rows.data()), count, trans, pointers);
+    return out;
+  });
+  m.def("stmatrix", [](const Array<uint32_t>& regs, bool trans) {
+    const auto count = static_cast<int>(regs.shape(0));
+    if (regs.ndim() != 2 || regs.shape(1) != 32 || count > 4) {
+      throw std::invalid_argument("regs: expected [1..4, 32]");
+    }
+    const uint32_t* pointers[4];
+    for (int i = 0; i < count; ++i) pointers[i] = regs.data(i, 0);
+    py::array_t<uint8_t> rows({count, 8, 16});
+    stmatrix(pointers, count, trans, reinterpret_cast<uint8_t (*)[8][16]>(rows.mutable_data()));
+    return rows;
+  });
+}
+
+}  // namespace
+
+void bind_emu_num(py::module_& parent) {
+  py::module_ m = parent.def_submodule("_emu_num", "Emulator numerics, exposed for tests.");
+  bind_convert(m);
+  bind_tensorcore(m);
+  bind_descriptor(m);
+  bind_fragments(m);
+}
