@@ -167,6 +167,7 @@ struct Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
   std::vector<std::unique_ptr<ClusterObserver>> observers;
   bool watch_instructions = false;
+  bool check = true;  // hazards that need bookkeeping
   std::deque<AsyncPtr> async;
   u64 next_async_id = 1;
   // Cluster barrier.
@@ -207,8 +208,10 @@ AsyncPtr issue_async(Warp& w, u32 lane, AsyncKind kind, u64 bytes,
 bool wait_over(Warp& w, Split& s);
 // Completes wgmma groups of the warpgroup of `w` until `groups` are complete in each warp.
 void drain_wgmma(Warp& w, u64 groups);
-// Executes one wgmma quarter; set by the instruction set in use (see isa/wgmma.cpp).
+// Executes one warp's quarter of a wgmma (isa/wgmma.cpp).
 void execute_wgmma(Warp& w, const WgmmaOp& op);
+// Tells the observers that a CTA's warp left; releases barriers that only waited for it.
+void on_warp_exit(Warp& w);
 
 enum class Slice : u8 {
   Done,      // every warp of the cluster has exited

@@ -7,77 +7,70 @@
 namespace dsk::emu::DSK_EMU_LEVEL {
 namespace {
 
-// PTX lets cvt (and ld, st) use registers wider than the type; S is the register's element.
-template <class From, class To, class S, class D>
+// Straight truncation or extension: From read out of a register of S, written to one of D.
+template <class From, class S, class D>
 void int_to_int(Warp& w, const Inst& i, u32 mask) {
   const S* a = w.reg<S>(i.a);
-  map_lanes(w.reg<D>(i.d), mask,
-            [&](int l) { return static_cast<D>(static_cast<To>(static_cast<From>(a[l]))); });
+  map_lanes(w.reg<D>(i.d), mask, [&](int l) { return static_cast<D>(static_cast<From>(a[l])); });
 }
 
-template <class From, class To>
-To clamp_int(From v) {
-  using Wide = __int128;
-  const Wide lo = std::numeric_limits<To>::min(), hi = std::numeric_limits<To>::max();
-  const Wide x = v;
-  return static_cast<To>(x < lo ? lo : x > hi ? hi : x);
+template <class From, class S>
+Handler pick_width(int bytes) {
+  return bytes == 2   ? int_to_int<From, S, u16>
+         : bytes == 4 ? int_to_int<From, S, u32>
+                      : int_to_int<From, S, u64>;
 }
-template <class From, class To, class S, class D>
-void int_to_int_sat(Warp& w, const Inst& i, u32 mask) {
-  const S* a = w.reg<S>(i.a);
-  D* d = w.reg<D>(i.d);
+
+// Nullptr for the combinations that only the general handler knows.
+Handler pick_int_to_int(Type from, int from_bytes, int to_bytes) {
+  if (type_size(from) == 1 && from_bytes == 2) {
+    return from == Type::U8 ? pick_width<u8, u16>(to_bytes) : pick_width<i8, u16>(to_bytes);
+  }
+  if (type_size(from) == 1 && from_bytes == 4) {
+    return from == Type::U8 ? pick_width<u8, u32>(to_bytes) : pick_width<i8, u32>(to_bytes);
+  }
+  if (type_size(from) != from_bytes) return nullptr;
+  switch (from) {
+    case Type::U16: return pick_width<u16, u16>(to_bytes);
+    case Type::S16: return pick_width<i16, u16>(to_bytes);
+    case Type::U32: return pick_width<u32, u32>(to_bytes);
+    case Type::S32: return pick_width<i32, u32>(to_bytes);
+    case Type::U64: case Type::S64: return pick_width<u64, u64>(to_bytes);
+    default: return nullptr;
+  }
+}
+
+u64 extend(u64 raw, Type t) {
+  const int shift = 64 - 8 * type_size(t);
+  return is_signed(t) ? static_cast<u64>(static_cast<i64>(raw << shift) >> shift)
+                      : raw << shift >> shift;
+}
+
+u64 read_raw(Warp& w, u32 reg, i64 bytes, int l) {
+  return bytes == 2 ? w.reg<u16>(reg)[l] : bytes == 4 ? w.reg<u32>(reg)[l] : w.reg<u64>(reg)[l];
+}
+void write_raw(Warp& w, u32 reg, i64 bytes, int l, u64 value) {
+  if (bytes == 2) w.reg<u16>(reg)[l] = static_cast<u16>(value);
+  else if (bytes == 4) w.reg<u32>(reg)[l] = static_cast<u32>(value);
+  else w.reg<u64>(reg)[l] = value;
+}
+
+// v: 0 source register bytes, 1 destination register bytes, 2 saturate. PTX lets cvt use registers
+// wider than its types; a wider destination is extended by the destination type's sign.
+void int_to_int_general(Warp& w, const Inst& i, u32 mask) {
+  const Ext& x = *i.ext;
+  const int to_bits = 8 * type_size(x.type2);
+  const __int128 one = 1;
+  const __int128 lo = is_signed(x.type2) ? -(one << (to_bits - 1)) : 0;
+  const __int128 hi = (is_signed(x.type2) ? one << (to_bits - 1) : one << to_bits) - 1;
   for (u32 m = mask; m != 0; m &= m - 1) {
     const int l = std::countr_zero(m);
-    d[l] = static_cast<D>(clamp_int<From, To>(static_cast<From>(a[l])));
-  }
-}
-
-template <class From, class To, class S>
-Handler pick_dst_width(int bytes, bool sat) {
-  // A destination wider than To is extended by To's own sign.
-  switch (bytes) {
-    case 2: return sat ? int_to_int_sat<From, To, S, u16> : int_to_int<From, To, S, u16>;
-    case 4: return sat ? int_to_int_sat<From, To, S, u32> : int_to_int<From, To, S, u32>;
-    case 8: return sat ? int_to_int_sat<From, To, S, u64> : int_to_int<From, To, S, u64>;
-    default: return nullptr;
-  }
-}
-template <class From, class S>
-Handler pick_to(Type to, int bytes, bool sat) {
-  switch (to) {
-    case Type::U8: return pick_dst_width<From, u8, S>(bytes, sat);
-    case Type::S8: return pick_dst_width<From, i8, S>(bytes, sat);
-    case Type::U16: return pick_dst_width<From, u16, S>(bytes, sat);
-    case Type::S16: return pick_dst_width<From, i16, S>(bytes, sat);
-    case Type::U32: return pick_dst_width<From, u32, S>(bytes, sat);
-    case Type::S32: return pick_dst_width<From, i32, S>(bytes, sat);
-    case Type::U64: return pick_dst_width<From, u64, S>(bytes, sat);
-    case Type::S64: return pick_dst_width<From, i64, S>(bytes, sat);
-    default: return nullptr;
-  }
-}
-// The source is narrowed to `From` first, so reading it through a register of `From`'s own width
-// or wider is the same; only the stride differs.
-template <class From>
-Handler pick_src_width(int bytes, Type to, int to_bytes, bool sat) {
-  switch (bytes) {
-    case 2: return pick_to<From, u16>(to, to_bytes, sat);
-    case 4: return pick_to<From, u32>(to, to_bytes, sat);
-    case 8: return pick_to<From, u64>(to, to_bytes, sat);
-    default: return nullptr;
-  }
-}
-Handler pick_int_to_int(Type from, int from_bytes, Type to, int to_bytes, bool sat) {
-  switch (from) {
-    case Type::U8: return pick_src_width<u8>(from_bytes, to, to_bytes, sat);
-    case Type::S8: return pick_src_width<i8>(from_bytes, to, to_bytes, sat);
-    case Type::U16: return pick_src_width<u16>(from_bytes, to, to_bytes, sat);
-    case Type::S16: return pick_src_width<i16>(from_bytes, to, to_bytes, sat);
-    case Type::U32: return pick_src_width<u32>(from_bytes, to, to_bytes, sat);
-    case Type::S32: return pick_src_width<i32>(from_bytes, to, to_bytes, sat);
-    case Type::U64: return pick_src_width<u64>(from_bytes, to, to_bytes, sat);
-    case Type::S64: return pick_src_width<i64>(from_bytes, to, to_bytes, sat);
-    default: return nullptr;
+    u64 v = extend(read_raw(w, i.a, x.v[0], l), x.type);
+    if (x.v[2]) {
+      const __int128 wide = is_signed(x.type) ? __int128{static_cast<i64>(v)} : __int128{v};
+      v = static_cast<u64>(wide < lo ? lo : wide > hi ? hi : wide);
+    }
+    write_raw(w, i.d, x.v[1], l, extend(v, x.type2));
   }
 }
 
@@ -99,19 +92,6 @@ class RoundingScope {
   int saved_;
 };
 
-i64 read_int(Warp& w, const Inst& i, int l, bool* negative_wide) {
-  const Ext& x = *i.ext;
-  u64 raw = 0;
-  switch (x.v[0]) {
-    case 2: raw = w.reg<u16>(i.a)[l]; break;
-    case 4: raw = w.reg<u32>(i.a)[l]; break;
-    default: raw = w.reg<u64>(i.a)[l]; break;
-  }
-  const int shift = 64 - 8 * type_size(x.type);
-  *negative_wide = is_signed(x.type);
-  return is_signed(x.type) ? static_cast<i64>(raw << shift) >> shift
-                           : static_cast<i64>(raw << shift >> shift);
-}
 
 // The fast and frequent ones: i32/u32 -> f32, round to nearest.
 template <class T>
@@ -125,8 +105,8 @@ void int_to_float(Warp& w, const Inst& i, u32 mask) {
   const RoundingScope scope(static_cast<int>(x.v[1]));
   for (u32 m = mask; m != 0; m &= m - 1) {
     const int l = std::countr_zero(m);
-    bool is_signed_source;
-    volatile i64 v = read_int(w, i, l, &is_signed_source);
+    const bool is_signed_source = is_signed(x.type);
+    volatile i64 v = static_cast<i64>(extend(read_raw(w, i.a, x.v[0], l), x.type));
     const u64 unsigned_v = static_cast<u64>(v);
     if (x.type2 == Type::F64) {
       volatile double r =
@@ -204,11 +184,7 @@ void float_to_int(Warp& w, const Inst& i, u32 mask) {
       case Type::U64: r = float_to_integer<u64>(v, mode); break;
       default: r = float_to_integer<i64>(v, mode); break;
     }
-    switch (x.v[0]) {
-      case 2: w.reg<u16>(i.d)[l] = static_cast<u16>(r); break;
-      case 4: w.reg<u32>(i.d)[l] = static_cast<u32>(r); break;
-      default: w.reg<u64>(i.d)[l] = r; break;
-    }
+    write_raw(w, i.d, x.v[0], l, r);
   }
 }
 
@@ -376,7 +352,13 @@ void bind_int(Decoder& d, Inst& i) {
   const int to_bytes = register_width(d, 0, to), from_bytes = register_width(d, 1, from);
   i.d = d.dst(0, to_bytes);
   i.a = d.src(1, from_bytes);
-  use(d, i, pick_int_to_int(from, from_bytes, to, to_bytes, d.has("sat")));
+  const bool straight = !d.has("sat") && type_size(to) == to_bytes;
+  i.fn = straight ? pick_int_to_int(from, from_bytes, to_bytes) : nullptr;
+  if (i.fn != nullptr) return;
+  Ext& x = d.ext(i);
+  x.type = from, x.type2 = to;
+  x.v[0] = from_bytes, x.v[1] = to_bytes, x.v[2] = d.has("sat");
+  i.fn = int_to_int_general;
 }
 
 void bind_int_to_float(Decoder& d, Inst& i) {
