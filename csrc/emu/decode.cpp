@@ -340,6 +340,12 @@ bool Decoder::is_clock(std::size_t k, Special* which) const {
   return *which >= Special::Clock;
 }
 
+u32 Decoder::local_variable(const std::string& name) const {
+  const auto it = local_offset_.find(name);
+  if (it == local_offset_.end()) fail("'" + name + "' is not a variable of the function");
+  return it->second;
+}
+
 Ext& Decoder::ext(Inst& i) {
   if (i.ext == nullptr) {
     program_.exts.push_back(std::make_unique<Ext>());

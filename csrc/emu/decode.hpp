@@ -64,6 +64,8 @@ class Decoder {
   u32 address_register(const ptx::Operand& o, i64* displacement, bool* wide);
   // Which special register operand k is, if it is one read at execution time (clocks).
   bool is_clock(std::size_t k, Special* which) const;
+  // Offset of a .local or .param variable of the function in the thread's local memory.
+  u32 local_variable(const std::string& name) const;
   Ext& ext(Inst& i);
   // The listed registers belong to asynchronous wgmma: they get slots of their own.
   void matrix_register(u32 handle);

@@ -47,7 +47,8 @@ class WarpRunner {
   }
 
   static bool mergeable(const Split& s) {
-    return (s.wait == Wait::None && !s.timed_out) || s.wait == Wait::Converge;
+    // A split that has arrived at a barrier must not absorb one that has not.
+    return (s.wait == Wait::None && !s.timed_out && s.value == 0) || s.wait == Wait::Converge;
   }
 
   void merge() {
@@ -298,6 +299,7 @@ class WarpRunner {
     s.pc = pc;
     if (i.blocking(w_, i, m, s) == Step::Next) {
       s.timed_out = false;
+      s.value = 0;
       return true;
     }
     for (auto& o : w_.cta->cluster->observers) o->on_wait(w_, pc, m);
@@ -367,6 +369,7 @@ void flush(Cluster& cluster) {
 struct Round {
   u64 executed = 0;
   bool polled = false;
+  bool skipped = false;
 };
 
 Round run_round(Cluster& cluster) {
@@ -386,8 +389,9 @@ Round run_round(Cluster& cluster) {
   for (Warp* w : order) {
     u64 quantum = kQuantum;
     if (seeded) {
-      if (order.size() > 1 && cluster.random(8) < 2) {
-        round.polled = true;  // a warp left out is not a warp that cannot run
+      // Warps are left out at random, but never in every round: who cannot run must show.
+      if (order.size() > 1 && cluster.rounds % 4 != 0 && cluster.random(8) < 2) {
+        round.skipped = true;
         continue;
       }
       quantum = 16 + cluster.random(1024);
@@ -439,8 +443,9 @@ Slice run_cluster(Cluster& cluster, u64 budget) {
       flush(cluster);
       return Slice::Done;
     }
-    const bool stalled = round.executed == 0 && !round.polled;
+    const bool stalled = round.executed == 0 && !round.polled && !round.skipped;
     deliver(cluster, stalled);
+    if (round.skipped && cluster.changes == before && executed < budget) continue;
     if (cluster.changes != before) {
       cluster.quiet_rounds = 0;
       if (executed >= budget) return Slice::Progress;
