@@ -11,8 +11,10 @@
 #include <string>
 
 #include "api/bindings.hpp"
+#include "emu/num/approx.hpp"
 #include "emu/num/convert.hpp"
 #include "emu/num/fragments.hpp"
+#include "emu/num/tensor_map.hpp"
 #include "emu/num/tensorcore.hpp"
 #include "emu/num/wgmma_desc.hpp"
 
@@ -322,6 +324,164 @@ void bind_fragments(py::module_& m) {
   });
 }
 
+TensorMapArgs map_args(const py::dict& d) {
+  TensorMapArgs a;
+  const auto number = [&d](const char* name, uint64_t fallback) {
+    return d.contains(name) ? d[name].cast<uint64_t>() : fallback;
+  };
+  a.type = static_cast<TmaType>(number("type", 0));
+  a.rank = static_cast<uint32_t>(number("rank", 1));
+  a.address = number("address", 0);
+  a.interleave = static_cast<TmaInterleave>(number("interleave", 0));
+  a.swizzle = static_cast<Swizzle>(number("swizzle", 0));
+  a.l2_promotion = static_cast<uint8_t>(number("l2", 0));
+  a.fill = static_cast<TmaFill>(number("fill", 0));
+  const auto fill = [&d](const char* name, auto& out) {
+    if (!d.contains(name)) return;
+    const auto values = d[name].cast<std::vector<uint64_t>>();
+    for (size_t i = 0; i < out.size() && i < values.size(); ++i) {
+      out[i] = static_cast<std::decay_t<decltype(out[0])>>(values[i]);
+    }
+  };
+  a.element_strides.fill(1);
+  fill("dims", a.dims);
+  fill("strides", a.strides);
+  fill("box", a.box);
+  fill("element_strides", a.element_strides);
+  return a;
+}
+
+py::dict map_dict(const TensorMapArgs& a) {
+  py::dict d;
+  d["type"] = static_cast<int>(a.type);
+  d["rank"] = a.rank;
+  d["address"] = a.address;
+  d["interleave"] = static_cast<int>(a.interleave);
+  d["swizzle"] = static_cast<int>(a.swizzle);
+  d["l2"] = static_cast<int>(a.l2_promotion);
+  d["fill"] = static_cast<int>(a.fill);
+  d["dims"] = std::vector<uint64_t>(a.dims.begin(), a.dims.begin() + a.rank);
+  d["strides"] = std::vector<uint64_t>(a.strides.begin(), a.strides.begin() + a.rank - 1);
+  d["box"] = std::vector<uint32_t>(a.box.begin(), a.box.begin() + a.rank);
+  d["element_strides"] =
+      std::vector<uint32_t>(a.element_strides.begin(), a.element_strides.begin() + a.rank);
+  return d;
+}
+
+py::list walk(const py::dict& d, const std::vector<int32_t>& coords, uint32_t shared) {
+  const TensorMapArgs args = map_args(d);
+  const std::string why = check_tensor_map(args);
+  if (!why.empty()) throw std::invalid_argument(why);
+  if (coords.size() != args.rank) throw std::invalid_argument("coords: expected rank of them");
+  std::vector<TmaRun> runs;
+  walk_box(args, coords.data(), shared, runs);
+  py::list out;
+  for (const TmaRun& r : runs) out.append(py::make_tuple(r.global, r.shared, r.bytes, r.fill));
+  return out;
+}
+
+void bind_tensor_map(py::module_& m) {
+  m.def("check_tensor_map", [](const py::dict& d) { return check_tensor_map(map_args(d)); });
+  m.def("encode_tensor_map", [](const py::dict& d) {
+    const TensorMap map = encode_tensor_map(map_args(d));
+    return py::bytes(reinterpret_cast<const char*>(map.bytes.data()), map.bytes.size());
+  });
+  m.def("decode_tensor_map", [](const std::string& bytes) {
+    if (bytes.size() != 128) throw std::invalid_argument("bytes: expected 128");
+    TensorMapArgs args;
+    std::string error;
+    const bool ok = decode_tensor_map(reinterpret_cast<const uint8_t*>(bytes.data()), args, error);
+    return py::make_tuple(error, ok ? py::object(map_dict(args)) : py::object(py::none()));
+  });
+  m.def("replace_field",
+        [](std::string bytes, const std::string& field, uint32_t ordinal, uint64_t value) {
+          static const std::map<std::string, MapField> names = {
+              {"global_address", MapField::global_address},
+              {"rank", MapField::rank},
+              {"box_dim", MapField::box_dim},
+              {"global_dim", MapField::global_dim},
+              {"global_stride", MapField::global_stride},
+              {"element_stride", MapField::element_stride},
+              {"elemtype", MapField::elemtype},
+              {"interleave_layout", MapField::interleave_layout},
+              {"swizzle_mode", MapField::swizzle_mode},
+              {"fill_mode", MapField::fill_mode}};
+          if (bytes.size() != 128) throw std::invalid_argument("bytes: expected 128");
+          const std::string why = replace_field(reinterpret_cast<uint8_t*>(bytes.data()),
+                                                pick(names, field, "field"), ordinal, value);
+          return py::make_tuple(why, py::bytes(bytes));
+        });
+  m.def("refuse_im2col", refuse_im2col);
+  m.def("box_bytes", [](const py::dict& d) { return box_bytes(map_args(d)); });
+  m.def("shared_alignment", [](const py::dict& d) { return shared_alignment(map_args(d)); });
+  m.def("walk_box", walk);
+  m.def("fill_bytes", [](const py::dict& d, uint32_t bytes) {
+    std::string out(bytes, '\x5a');
+    write_fill(map_args(d), reinterpret_cast<uint8_t*>(out.data()), bytes);
+    return py::bytes(out);
+  });
+}
+
+const std::map<std::string, ApproxFn> kFns = {{"ex2", ApproxFn::ex2},   {"lg2", ApproxFn::lg2},
+                                              {"rcp", ApproxFn::rcp},   {"rsqrt", ApproxFn::rsqrt},
+                                              {"sqrt", ApproxFn::sqrt}, {"sin", ApproxFn::sin},
+                                              {"cos", ApproxFn::cos},   {"tanh", ApproxFn::tanh}};
+
+ApproxCtx approx_ctx(bool worst, uint64_t seed) {
+  return {worst ? ApproxMode::worst : ApproxMode::nearest, seed};
+}
+
+void bind_approx(py::module_& m) {
+  m.def(
+      "approx_f32",
+      [](const std::string& fn, const Array<float>& x, bool ftz, bool worst, uint64_t seed) {
+        py::array_t<float> out(x.size());
+        approx_f32(pick(kFns, fn, "fn"), x.data(), out.mutable_data(), static_cast<int>(x.size()),
+                   ftz, approx_ctx(worst, seed));
+        return out;
+      },
+      py::arg("fn"), py::arg("x"), py::arg("ftz") = false, py::arg("worst") = false,
+      py::arg("seed") = 0);
+  m.def(
+      "approx_half",
+      [](const std::string& fn, const Array<uint16_t>& x, bool bf16, bool ftz, bool worst,
+         uint64_t seed) {
+        py::array_t<uint16_t> out(x.size());
+        const ApproxFn f = pick(kFns, fn, "fn");
+        for (py::ssize_t i = 0; i < x.size(); ++i) {
+          out.mutable_data()[i] =
+              (bf16 ? approx_bf16 : approx_f16)(f, x.data()[i], ftz, approx_ctx(worst, seed));
+        }
+        return out;
+      },
+      py::arg("fn"), py::arg("x"), py::arg("bf16") = false, py::arg("ftz") = false,
+      py::arg("worst") = false, py::arg("seed") = 0);
+  m.def(
+      "div_f32",
+      [](const Array<float>& x, const Array<float>& y, bool full, bool ftz, bool worst,
+         uint64_t seed) {
+        if (x.size() != y.size()) throw std::invalid_argument("y: expected as many as x");
+        py::array_t<float> out(x.size());
+        for (py::ssize_t i = 0; i < x.size(); ++i) {
+          out.mutable_data()[i] =
+              (full ? full_div
+                    : static_cast<float (*)(float, float, bool, const ApproxCtx&)>(approx_div))(
+                  x.data()[i], y.data()[i], ftz, approx_ctx(worst, seed));
+        }
+        return out;
+      },
+      py::arg("x"), py::arg("y"), py::arg("full") = false, py::arg("ftz") = false,
+      py::arg("worst") = false, py::arg("seed") = 0);
+  m.def("approx_f64", [](const std::string& fn, const Array<double>& x) {
+    py::array_t<double> out(x.size());
+    const bool rcp = fn == "rcp";
+    for (py::ssize_t i = 0; i < x.size(); ++i) {
+      out.mutable_data()[i] = (rcp ? approx_rcp_f64 : approx_rsqrt_f64)(x.data()[i]);
+    }
+    return out;
+  });
+}
+
 }  // namespace
 
 void bind_emu_num(py::module_& parent) {
@@ -330,4 +490,6 @@ void bind_emu_num(py::module_& parent) {
   bind_tensorcore(m);
   bind_descriptor(m);
   bind_fragments(m);
+  bind_tensor_map(m);
+  bind_approx(m);
 }

@@ -97,10 +97,13 @@ struct TmaRun {
 // size.
 uint32_t box_bytes(const TensorMapArgs& args);
 
-// Required alignment of the shared address: 128, or (swizzle) the pattern's 256/512/1024 is what
-// the layout assumes but the hardware takes 128; returns the hard requirement.
+// Alignment the shared address must have: 128 bytes, 256 with interleave 32B. (A swizzled tile also
+// wants its pattern's 256/512/1024 for a descriptor's base offset to be 0; TMA does not.)
 uint32_t shared_alignment(const TensorMapArgs& args);
 
+// Rows of the box are packed at box[0] * element size, also when that is less than the swizzle
+// span. Interleaved maps are walked as plain ones. Neither is confirmed by an outside oracle.
+//
 // All runs of the box at `coords` (may be negative or beyond the end), in shared order. `shared` is
 // the box's shared-window address: swizzling acts on absolute addresses. Appends nothing else;
 // clears `runs` first. Runs never cross a 16-byte chunk boundary when swizzled.
