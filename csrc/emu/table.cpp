@@ -28,10 +28,22 @@ constexpr Class kClasses[] = {
     {"sem", "relaxed|acquire|release|acq_rel"},
 };
 
+// wgmma shapes m64nNkK for all N; K by the width of the elements.
+std::string wgmma_shapes(const char* k) {
+  std::string s;
+  for (int n = 8; n <= 256; n += 8) {
+    s += (n > 8 ? "|m64n" : "m64n") + std::to_string(n) + "k" + k;
+  }
+  return s;
+}
+
 std::string expand(const std::string& token) {
   if (token.empty() || token.front() != '{') return token;
   for (const Class& c : kClasses) {
     if (token.compare(1, token.size() - 2, c.name) == 0) return c.members;
+  }
+  if (token.compare(0, 6, "{wgmma") == 0) {
+    return wgmma_shapes(token.substr(6, token.size() - 7).c_str());
   }
   throw std::logic_error("unknown class in the instruction table: " + token);
 }
