@@ -6,6 +6,7 @@
 // with helper threads that live only as long as the wait; there are no background threads.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <map>
 #include <memory>
@@ -85,7 +86,7 @@ struct Grid {
   u32 num_sms = 132;
   u32 clusters_total = 0, clusters_started = 0, clusters_done = 0;
   u32 ctas_launched_dependents = 0, ctas_total = 0;
-  bool predecessor_done = true;  // griddepcontrol.wait passes
+  std::atomic<bool> predecessor_done{true};  // griddepcontrol.wait passes
   std::mutex mutex;              // stats, hazards
   LaunchStats stats;
   std::function<void(const std::string&)> print;  // device printf

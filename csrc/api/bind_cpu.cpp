@@ -1,0 +1,132 @@
+// Python face of the CPU kernels: `_C.cpu`. Objects become borrowed DLTensors, the C ABI does the
+// rest, the GIL is released while kernels run.
+#include <pybind11/pybind11.h>
+
+#include "api/bindings.hpp"
+#include "api/dlpack.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/threads.hpp"
+
+namespace dsk::api {
+namespace {
+
+void raise_on(int status) {
+  if (status != 0) throw py::value_error(dsk_last_error());
+}
+
+template <typename Call>
+void without_gil(Call&& call) {
+  int status;
+  {
+    py::gil_scoped_release release;
+    status = call();
+  }
+  raise_on(status);
+}
+
+void quantize(py::handle x, py::handle data, py::handle scale, int64_t block_m, int64_t block_k,
+              int scale_format, int threads) {
+  const TensorArg x_("x", x), data_("data", data, true), scale_("scale", scale, true);
+  without_gil([&] {
+    return dsk_quantize(x_.get(), data_.get(), scale_.get(), block_m, block_k, scale_format,
+                        threads);
+  });
+}
+
+void rms_norm(py::handle x, py::handle weight, py::handle residual, double eps, py::handle y,
+              py::handle sum, int threads) {
+  const TensorArg x_("x", x), weight_("weight", weight), residual_("residual", residual);
+  const TensorArg y_("y", y, true), sum_("sum", sum, true);
+  without_gil([&] {
+    return dsk_rms_norm(x_.get(), weight_.get(), residual_.get(), eps, y_.get(), sum_.get(),
+                        threads);
+  });
+}
+
+void rms_norm_quantize(py::handle x, py::handle weight, py::handle residual, double eps,
+                       py::handle data, py::handle scale, py::handle sum, int scale_format,
+                       int threads) {
+  const TensorArg x_("x", x), weight_("weight", weight), residual_("residual", residual);
+  const TensorArg data_("data", data, true), scale_("scale", scale, true), sum_("sum", sum, true);
+  without_gil([&] {
+    return dsk_rms_norm_quantize(x_.get(), weight_.get(), residual_.get(), eps, data_.get(),
+                                 scale_.get(), sum_.get(), scale_format, threads);
+  });
+}
+
+void swiglu(py::handle x, py::handle y, int threads) {
+  const TensorArg x_("x", x), y_("y", y, true);
+  without_gil([&] { return dsk_swiglu(x_.get(), y_.get(), threads); });
+}
+
+void swiglu_quantize(py::handle x, py::handle data, py::handle scale, int scale_format,
+                     int threads) {
+  const TensorArg x_("x", x), data_("data", data, true), scale_("scale", scale, true);
+  without_gil([&] {
+    return dsk_swiglu_quantize(x_.get(), data_.get(), scale_.get(), scale_format, threads);
+  });
+}
+
+void rope(py::handle x, py::handle cos, py::handle sin, bool interleaved, bool inverse,
+          py::handle y, int threads) {
+  const TensorArg x_("x", x), cos_("cos", cos), sin_("sin", sin), y_("y", y, true);
+  without_gil([&] {
+    return dsk_rope(x_.get(), cos_.get(), sin_.get(), interleaved, inverse, y_.get(), threads);
+  });
+}
+
+void pack(py::handle b, py::handle packed, py::handle marks, int threads) {
+  const TensorArg b_("b", b), packed_("packed", packed, true), marks_("marks", marks, true);
+  without_gil([&] { return dsk_pack(b_.get(), packed_.get(), marks_.get(), threads); });
+}
+
+void unpack(py::handle packed, py::handle b, int threads) {
+  const TensorArg packed_("packed", packed), b_("b", b, true);
+  without_gil([&] { return dsk_unpack(packed_.get(), b_.get(), threads); });
+}
+
+void gemm(py::handle x, py::handle scale_x, py::handle packed, py::handle marks,
+          py::handle scale_b, py::handle c, py::handle bias, py::handle y, int threads) {
+  const TensorArg x_("x", x), scale_x_("scale_x", scale_x), packed_("packed", packed);
+  const TensorArg marks_("marks", marks), scale_b_("scale_b", scale_b), c_("c", c);
+  const TensorArg bias_("bias", bias), y_("y", y, true);
+  without_gil([&] {
+    return dsk_gemm(x_.get(), scale_x_.get(), packed_.get(), marks_.get(), scale_b_.get(),
+                    c_.get(), bias_.get(), y_.get(), threads);
+  });
+}
+
+std::string text_or_raise(const char* text) {
+  if (text == nullptr) throw py::value_error(dsk_last_error());
+  return text;
+}
+
+}  // namespace
+}  // namespace dsk::api
+
+void dsk::api::bind_cpu(pybind11::module_& m) {
+  using namespace dsk::api;
+  py::module_ cpu = m.def_submodule("cpu", "CPU kernels; see dskernels.cpu");
+  cpu.def("target", [] { return text_or_raise(dsk_cpu_target()); });
+  cpu.def("target_reason", [] { return text_or_raise(dsk_cpu_target_reason()); });
+  cpu.def("select_target", [](const std::string& name) {
+    dsk::cpu::select_target(name.c_str());
+  });
+  cpu.def("available_targets", [] {
+    py::list names;
+    for (const char* name : dsk::cpu::available_targets()) names.append(name);
+    return names;
+  });
+  cpu.def("pool_size", &dsk::cpu::pool_size);
+  cpu.def("quantize", &quantize);
+  cpu.def("rms_norm", &rms_norm);
+  cpu.def("rms_norm_quantize", &rms_norm_quantize);
+  cpu.def("swiglu", &swiglu);
+  cpu.def("swiglu_quantize", &swiglu_quantize);
+  cpu.def("rope", &rope);
+  cpu.def("packed_bytes", &dsk_packed_bytes);
+  cpu.def("packed_marks", &dsk_packed_marks);
+  cpu.def("pack", &pack);
+  cpu.def("unpack", &unpack);
+  cpu.def("gemm", &gemm);
+}

@@ -1,0 +1,20 @@
+// One target's kernels as a table for dispatch.cpp.
+#include "cpu/kernels/table.hpp"
+
+#define DSK_STRING_(x) #x
+#define DSK_STRING(x) DSK_STRING_(x)
+
+namespace dsk::cpu::DSK_CPU_NS {
+
+// External linkage despite const: dispatch.cpp declares it.
+extern const Kernels kTable;
+const Kernels kTable = {
+    .name = DSK_STRING(DSK_CPU_NS),
+    .quantize = quantize,
+    .rms_norm = rms_norm,
+    .swiglu = swiglu,
+    .rope = rope,
+    .gemm = gemm,
+};
+
+}  // namespace dsk::cpu::DSK_CPU_NS

@@ -1,0 +1,14 @@
+// The entry points of one target, as its translation units see each other.
+#pragma once
+
+#include "cpu/kernels.hpp"
+
+namespace dsk::cpu::DSK_CPU_NS {
+
+void quantize(const RowwiseParams& p);
+void rms_norm(const RowwiseParams& p);
+void swiglu(const RowwiseParams& p);
+void rope(const RopeParams& p);
+void gemm(const GemmParams& p);
+
+}  // namespace dsk::cpu::DSK_CPU_NS

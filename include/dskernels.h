@@ -1,0 +1,102 @@
+/* The plain C ABI of dskernels. Tensors are DLPack's DLTensor, borrowed for the call.
+ *
+ * Every function returns 0, or -1 after storing a message that names the argument, what was
+ * expected and what was given: dsk_last_error(), valid until the thread's next call. Nothing is
+ * retained. Outputs are allocated by the caller and must not overlap inputs. num_threads <= 0
+ * means one thread per CPU that the process may use. Optional tensors may be NULL.
+ */
+#ifndef DSKERNELS_H_
+#define DSKERNELS_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define DSK_API __declspec(dllexport)
+#else
+#define DSK_API __attribute__((visibility("default")))
+#endif
+
+/* DLPack's structs, declared here unless its own header came first. */
+#ifndef DLPACK_DLPACK_H_
+typedef struct {
+  int32_t device_type; /* 1: CPU */
+  int32_t device_id;
+} DLDevice;
+
+typedef struct {
+  uint8_t code; /* 0 int, 1 uint, 2 float, 4 bfloat, 6 bool, 10 float8_e4m3fn */
+  uint8_t bits;
+  uint16_t lanes;
+} DLDataType;
+
+typedef struct {
+  void* data;
+  DLDevice device;
+  int32_t ndim;
+  DLDataType dtype;
+  int64_t* shape;
+  int64_t* strides; /* in elements; NULL: compact row-major */
+  uint64_t byte_offset;
+} DLTensor;
+#endif
+
+DSK_API const char* dsk_last_error(void);
+
+/* The CPU target in use ("amx", "avx512_fp16", "avx512", "avx2", "portable"), and why. */
+DSK_API const char* dsk_cpu_target(void);
+DSK_API const char* dsk_cpu_target_reason(void);
+
+/* ---- rowwise ---- */
+
+/* x [m, k] (fp32 | bf16 | fp16) -> data [m, k] e4m3 and scale [ceil(m/bm), ceil(k/bk)] fp32 (any
+ * strides). scale_format: 0 fp32, 1 rounded up to a power of two. Blocks: (1, 128), (128, 128). */
+DSK_API int dsk_quantize(const DLTensor* x, const DLTensor* data, const DLTensor* scale,
+                         int64_t block_m, int64_t block_k, int scale_format, int num_threads);
+
+/* x [m, d], weight [d] -> y [m, d]. residual [m, d] and sum [m, d] come together or not at all. */
+DSK_API int dsk_rms_norm(const DLTensor* x, const DLTensor* weight, const DLTensor* residual,
+                         double eps, const DLTensor* y, const DLTensor* sum, int num_threads);
+
+/* x [m, 2 i] = [gate; up] -> y [m, i]. */
+DSK_API int dsk_swiglu(const DLTensor* x, const DLTensor* y, int num_threads);
+
+/* The two fusions: the fp32 result is quantised in blocks of (1, 128), never stored wide. */
+DSK_API int dsk_rms_norm_quantize(const DLTensor* x, const DLTensor* weight,
+                                  const DLTensor* residual, double eps, const DLTensor* data,
+                                  const DLTensor* scale, const DLTensor* sum, int scale_format,
+                                  int num_threads);
+DSK_API int dsk_swiglu_quantize(const DLTensor* x, const DLTensor* data, const DLTensor* scale,
+                                int scale_format, int num_threads);
+
+/* x [t, h, r], cos and sin fp32 [t, r/2] -> y [t, h, r]. */
+DSK_API int dsk_rope(const DLTensor* x, const DLTensor* cos, const DLTensor* sin, int interleaved,
+                     int inverse, const DLTensor* y, int num_threads);
+
+/* ---- gemm ---- */
+
+/* Bytes of the packed form of [n, k] e4m3 weights, and of its NaN marks (one per 64 n x 128 k). */
+DSK_API int64_t dsk_packed_bytes(int64_t n, int64_t k);
+DSK_API int64_t dsk_packed_marks(int64_t n, int64_t k);
+
+/* b [g, n, k] e4m3 -> packed uint8 [g, dsk_packed_bytes], marks uint8 [g, dsk_packed_marks]; and
+ * back. */
+DSK_API int dsk_pack(const DLTensor* b, const DLTensor* packed, const DLTensor* marks,
+                     int num_threads);
+DSK_API int dsk_unpack(const DLTensor* packed, const DLTensor* b, int num_threads);
+
+/* y [m, n] = x [m, k] times b [n, k] transposed, + c [m, n], + bias [n], added in fp32.
+ * x: e4m3 with scale_x [m, ceil(k/128)], or bf16 | fp16 | fp32 without (W8A16). b: packed [1, ...]
+ * with marks, scale_b fp32 [ceil(n/128), ceil(k/128)]. y: bf16 | fp16 | fp32. */
+DSK_API int dsk_gemm(const DLTensor* x, const DLTensor* scale_x, const DLTensor* packed,
+                     const DLTensor* marks, const DLTensor* scale_b, const DLTensor* c,
+                     const DLTensor* bias, const DLTensor* y, int num_threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* DSKERNELS_H_ */

@@ -1,0 +1,310 @@
+"""What the processes of the pipeline runtime's tests run, and the stages they hold.
+
+The processes are forked from a server that has imported torch once: starting one takes
+milliseconds instead of seconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from dskernels.pipeline import add_comms, make
+from dskernels.pipeline.runtime import PipelineRuntime
+
+HIDDEN, TOKENS = 16, 6  # per micro-batch
+
+
+def run_ranks(function, ranks: int, *args, timeout: float = 120.0, expect_dead=()) -> list:
+    """Run function(rank, ranks, *args) in `ranks` processes over gloo; results by rank.
+
+    The store lives in this process, as torchrun's lives in its agent. A process that raises fails
+    the test with its traceback, one that dies without a word too, unless it is in `expect_dead`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline_workers"])
+    _teach_forkserver_our_path()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    results = context.Queue()
+    processes = [
+        context.Process(
+            target=_child, args=(function, r, ranks, store.port, results, args), daemon=True
+        )
+        for r in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    got: dict[int, object] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while len(got) < ranks - len(expect_dead):
+            try:
+                rank, ok, value = results.get(timeout=0.2)
+            except queue.Empty:
+                assert time.monotonic() < deadline, f"ranks {sorted(got)} of {ranks} answered"
+                dead = [
+                    r for r, p in enumerate(processes)
+                    if p.exitcode not in (None, 0) and r not in got and r not in expect_dead
+                ]  # fmt: skip
+                assert not dead, f"ranks {dead} died without a word"
+                continue
+            assert ok, f"rank {rank} raised:\n{value}"
+            got[rank] = value
+    finally:
+        for process in processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+    return [got.get(r) for r in range(ranks)]
+
+
+def _teach_forkserver_our_path() -> None:
+    """The server starts once, with our environment but not our sys.path."""
+    here = Path(__file__).parent
+    parts = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    wanted = [str(here), str(here.parent)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(wanted + [p for p in parts if p and p not in wanted])
+
+
+@contextmanager
+def one_thread():
+    """Reductions split over threads round differently: compare like with like."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _child(function, rank, ranks, port, results, args) -> None:
+    import traceback
+
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+    )
+    try:
+        results.put((rank, True, function(rank, ranks, *args)))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # leave at once: a peer may be dead, and destructors would wait for it
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """Two linears with biases around a GELU, a norm before, a residual around."""
+
+    def __init__(self, hidden: int = HIDDEN):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden)
+        self.up = nn.Linear(hidden, 2 * hidden)
+        self.down = nn.Linear(2 * hidden, hidden, bias=False)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class V3Block(nn.Module):
+    """Latent attention with rotary part and a mixture of experts with shared expert and sigmoid
+    gate, in plain torch so that it runs in any dtype. x [tokens, hidden] -> the same."""
+
+    def __init__(self, hidden: int = HIDDEN, heads: int = 2, experts: int = 4, topk: int = 2):
+        super().__init__()
+        self.heads, self.nope, self.rope, self.topk = heads, 4, 4, topk
+        self.norm1, self.norm2 = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
+        self.q_a, self.q_norm = nn.Linear(hidden, 8, bias=False), nn.RMSNorm(8)
+        self.q_b = nn.Linear(8, heads * (self.nope + self.rope), bias=False)
+        self.kv_a, self.kv_norm = nn.Linear(hidden, 6 + self.rope, bias=False), nn.RMSNorm(6)
+        self.kv_b = nn.Linear(6, heads * 2 * self.nope, bias=False)
+        self.out = nn.Linear(heads * self.nope, hidden, bias=False)
+        self.gate = nn.Linear(hidden, experts, bias=False)
+        self.experts = nn.ModuleList(
+            nn.ModuleList([nn.Linear(hidden, 16, bias=False), nn.Linear(8, hidden, bias=False)])
+            for _ in range(experts + 1)
+        )
+
+    def attention(self, x):
+        t = x.shape[0]
+        q = self.q_b(self.q_norm(self.q_a(x))).view(t, self.heads, -1)
+        latent, k_rope = self.kv_a(x).split([6, self.rope], -1)
+        k, v = self.kv_b(self.kv_norm(latent)).view(t, self.heads, -1).chunk(2, -1)
+        angle = torch.arange(t, dtype=x.dtype)[:, None] / torch.tensor([1.0, 10.0], dtype=x.dtype)
+
+        def rotate(y):  # [t, h, rope]
+            a, b = y.chunk(2, -1)
+            cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+            return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+        q_nope, q_rope = q.split([self.nope, self.rope], -1)
+        shared = rotate(k_rope[:, None]).expand(-1, self.heads, -1)
+        q, k = torch.cat([q_nope, rotate(q_rope)], -1), torch.cat([k, shared], -1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+        mask = torch.ones(t, t, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(mask, float("-inf")).softmax(-1)
+        return self.out(torch.einsum("hqk,khd->qhd", weights, v).reshape(t, -1))
+
+    def expert(self, index, x):
+        up, down = self.experts[index]
+        gate, value = up(x).chunk(2, -1)
+        return down(F.silu(gate) * value)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        y = self.norm2(x)
+        scores = self.gate(y).sigmoid()
+        picked = scores.topk(self.topk, -1).indices
+        chosen = torch.zeros_like(scores).scatter(-1, picked, 1.0)
+        weights = scores * chosen
+        weights = weights / weights.sum(-1, keepdim=True)
+        total = self.expert(len(self.experts) - 1, y)
+        for e in range(len(self.experts) - 1):
+            total = total + weights[:, e : e + 1] * self.expert(e, y)
+        return x + total
+
+
+class ManyTensors(nn.Module):
+    """A signature of its own: two tensors and an index list in, three out."""
+
+    def __init__(self, hidden: int = HIDDEN):
+        super().__init__()
+        self.mix = nn.Linear(hidden, hidden)
+        self.scale = nn.Parameter(torch.ones(hidden))
+
+    def forward(self, x, side, index, *, gain):
+        y = torch.tanh(self.mix(x)) * self.scale * gain
+        return y, side + y[index].sum(0), index
+
+
+KINDS = {"mlp": MLP, "v3": V3Block}
+
+
+def build_stages(kind: str, stages: int, dtype: torch.dtype, layers: int = 1) -> list[nn.Module]:
+    """The same weights in every process."""
+    torch.manual_seed(7)
+    total = [KINDS[kind]().to(dtype) for _ in range(stages * layers)]
+    return [nn.Sequential(*total[s * layers : (s + 1) * layers]) for s in range(stages)]
+
+
+def batches(count: int, dtype: torch.dtype) -> tuple[list, list]:
+    g = torch.Generator().manual_seed(11)
+
+    def shape():
+        return torch.randn(TOKENS, HIDDEN, generator=g, dtype=torch.float64).to(dtype)
+
+    return [(shape(),) for _ in range(count)], [(shape(),) for _ in range(count)]  # fmt: skip
+
+
+def reference(kind: str, schedule, dtype, layers: int = 1) -> tuple[dict, dict]:
+    """Single-process gradients, summed in the schedule's order: per stage over the micro-batches
+    as its weight gradients happen, per direction, then direction 0 plus direction 1."""
+    inputs, targets = batches(schedule.num_microbatches, dtype)
+    sums: list[list[dict]] = []
+    losses = {}
+    for d in range(schedule.num_directions):
+        stages = build_stages(kind, schedule.num_stages, dtype, layers)
+        grads: dict[tuple[int, int], list] = {}
+        for mb in schedule.microbatches_of(d):
+            x = inputs[mb][0]
+            for stage in stages:
+                stage.zero_grad()
+                x = stage(x)
+            loss = F.mse_loss(x, targets[mb][0])
+            loss.backward()
+            losses[mb] = loss.detach()
+            for s, stage in enumerate(stages):
+                grads[s, mb] = [p.grad.clone() for p in stage.parameters()]
+        sums.append(_sum_in_order(schedule, d, grads))
+    total = sums[0]
+    for other in sums[1:]:
+        total = {s: [a + b for a, b in zip(total[s], other[s], strict=True)] for s in total}
+    return total, losses
+
+
+def _sum_in_order(schedule, direction: int, grads: dict) -> dict[int, list]:
+    from dskernels.pipeline import Op
+
+    total: dict[int, list] = {}
+    for acts in schedule.actions:
+        for action in acts:
+            for a in action.atoms:
+                # Deferred linears add at W, everything else at Bi; both run in the same order.
+                if a.op in (Op.B, Op.W) and a.direction == direction:
+                    new = grads[a.stage, a.microbatch]
+                    old = total.get(a.stage)
+                    total[a.stage] = (
+                        [g.clone() for g in new]
+                        if old is None
+                        else [x + y for x, y in zip(old, new, strict=True)]
+                    )
+    return total
+
+
+# --- what the ranks do ----------------------------------------------------------------------------
+
+
+def train_all(rank, ranks, cases) -> list:
+    """Run each case (name, kind, microbatches, dtype, virtual, layers); per case the gradients of
+    this rank's stages, and the losses it saw."""
+    out = []
+    for name, kind, microbatches, dtype, virtual, layers in cases:
+        schedule = make(name, ranks, microbatches, virtual)
+        stages = build_stages(kind, schedule.num_stages, dtype, layers)
+        own = {s: stages[s] for s, _ in schedule.stages_of(rank)}
+        runtime = PipelineRuntime(schedule, own, F.mse_loss, timeout=30)
+        inputs, targets = batches(microbatches, dtype)
+        result = runtime.step(inputs, targets)
+        runtime.sync_replicas()
+        grads = {s: [p.grad for p in m.parameters()] for s, m in own.items()}
+        out.append((grads, result.losses))
+    # Plain numbers travel; shared-memory tensors would outlive their process.
+    return [
+        (
+            {s: [g.numpy() for g in gs] for s, gs in grads.items()},
+            {mb: loss.item() for mb, loss in losses.items()},
+        )
+        for grads, losses in out
+    ]
+
+
+def two_steps_and_inference(rank, ranks) -> tuple:
+    """Optimiser steps, then a forward-only run; stages with a signature of their own."""
+    torch.manual_seed(3)
+    stages = [ManyTensors().double() for _ in range(ranks)]
+    schedule = add_comms(make("zb1p", ranks, 6))
+    g = torch.Generator().manual_seed(5)
+    xs = [torch.randn(TOKENS, HIDDEN, generator=g, dtype=torch.float64) for _ in range(6)]
+    data = [(x, torch.zeros(HIDDEN, dtype=torch.float64), torch.tensor([0, 2])) for x in xs]
+    kwargs = [{"gain": 1.0 + mb / 10} for mb in range(6)]
+
+    def loss_fn(y, side, index):
+        return y.square().sum() + side.square().sum() + index.sum()
+
+    runtime = PipelineRuntime(schedule, {rank: stages[rank]}, loss_fn, timeout=30)
+    optimizer = torch.optim.SGD(stages[rank].parameters(), lr=1e-4)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        result = runtime.step(data, kwargs=kwargs)
+        optimizer.step()
+        losses.append([result.losses[mb].item() for mb in sorted(result.losses)])
+    with torch.no_grad():
+        forward = PipelineRuntime(make("zb1p", ranks, 6).forwards(), {rank: stages[rank]})
+        outputs = forward.step(data, kwargs=kwargs, return_outputs=True).outputs
+    weights = [p.detach().numpy() for p in stages[rank].parameters()]
+    return losses, {mb: [t.numpy() for t in ts] for mb, ts in outputs.items()}, weights

@@ -1,0 +1,146 @@
+"""The runtime over real processes: gradients bit for bit, failures by name, time as simulated."""
+
+import numpy as np
+import pipeline_workers as workers
+import pytest
+import torch
+
+from dskernels.pipeline import make
+from dskernels.pipeline.runtime import split_batch
+from dskernels.pipeline.weightgrad import WeightGradStore, defer_linears
+
+SCHEDULES = ("dualpipe", "dualpipev", "zb1p", "1f1b")
+ALL = (*SCHEDULES, "gpipe", "interleaved", "zbv", "chimera")
+
+
+def _check(ranks, cases, layers=1):
+    """Every rank's gradients against the single-process sums; losses too."""
+    results = workers.run_ranks(workers.train_all, ranks, cases, timeout=400)
+    for i, (name, kind, microbatches, dtype, virtual, n) in enumerate(cases):
+        schedule = make(name, ranks, microbatches, virtual)
+        with workers.one_thread():
+            want, losses = workers.reference(kind, schedule, dtype, n)
+        seen = {}
+        for rank in range(ranks):
+            grads, got_losses = results[rank][i]
+            seen.update(got_losses)
+            for stage, gs in grads.items():
+                assert len(gs) == len(want[stage]) > 0
+                for got, expected in zip(gs, want[stage], strict=True):
+                    expected = expected.numpy()
+                    if dtype == torch.float64:
+                        assert np.array_equal(got, expected), (name, kind, rank, stage)
+                    else:
+                        error = np.abs(got - expected).max() / (np.abs(expected).max() + 1e-30)
+                        assert error <= 1e-6, (name, kind, rank, stage, error)
+        assert sorted(seen) == list(range(microbatches))
+        for mb, loss in losses.items():
+            assert seen[mb] == pytest.approx(
+                loss.item(), rel=1e-12 if dtype == torch.float64 else 1e-5
+            )
+
+
+def _cases(kinds, names, ranks, dtypes, layers=1):
+    out = []
+    for name in names:
+        m = {"interleaved": 2 * ranks, "dualpipe": 2 * ranks + 2, "dualpipev": 2 * ranks + 1}
+        microbatches = m.get(name, ranks + 2)
+        virtual = 2 if name == "interleaved" else None
+        for kind in kinds:
+            for dtype in dtypes:
+                out.append((name, kind, microbatches, dtype, virtual, layers))
+    return out
+
+
+def test_gradients_are_the_single_process_ones_bit_for_bit_on_4_ranks():
+    _check(4, _cases(("mlp", "v3"), SCHEDULES, 4, (torch.float64, torch.float32)))
+
+
+def test_gradients_of_the_other_schedules_on_2_ranks():
+    _check(2, _cases(("v3",), ALL, 2, (torch.float64,), layers=2))
+
+
+@pytest.mark.slow
+def test_gradients_on_8_ranks():
+    _check(8, _cases(("mlp", "v3"), SCHEDULES, 8, (torch.float64, torch.float32)))
+
+
+def test_own_signatures_optimiser_steps_and_inference():
+    results = workers.run_ranks(workers.two_steps_and_inference, 3)
+    losses, outputs, _ = results[-1]
+    assert len(losses) == 2 and len(losses[0]) == 6
+    assert sum(losses[1]) < sum(losses[0])  # it learns
+    # The same in one process.
+    torch.manual_seed(3)
+    stages = [workers.ManyTensors().double() for _ in range(3)]
+    for s, (_, _, weights) in enumerate(results):
+        for p, w in zip(stages[s].parameters(), weights, strict=True):
+            p.data = torch.from_numpy(w)
+    g = torch.Generator().manual_seed(5)
+    xs = [torch.randn(workers.TOKENS, workers.HIDDEN, generator=g, dtype=torch.float64)
+          for _ in range(6)]  # fmt: skip
+    for mb, x in enumerate(xs):
+        state = (x, torch.zeros(workers.HIDDEN, dtype=torch.float64), torch.tensor([0, 2]))
+        for stage in stages:
+            state = stage(*state, gain=1.0 + mb / 10)
+        for got, want in zip(outputs[mb], state, strict=True):
+            assert np.array_equal(got, want.detach().numpy())
+
+
+# --- the split of a backward ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", workers.KINDS)
+def test_split_backward_equals_the_whole_one(kind):
+    plain, split = (workers.build_stages(kind, 1, torch.float64)[0] for _ in range(2))
+    x = torch.randn(workers.TOKENS, workers.HIDDEN, dtype=torch.float64)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    plain(a).square().sum().backward()
+    with defer_linears():
+        y = split(b)
+    WeightGradStore.enabled = True
+    y.square().sum().backward()
+    WeightGradStore.enabled = False
+    assert torch.equal(a.grad, b.grad)
+    linears = [m for m in split.modules() if isinstance(m, torch.nn.Linear)]
+    assert all(m.weight.grad is None for m in linears)  # not yet
+    closures = WeightGradStore.take()
+    assert len(closures) == len(linears)
+    for closure in closures:
+        closure()
+    for p, q in zip(plain.parameters(), split.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_weights_that_others_watch_are_not_deferred():
+    layer = torch.nn.Linear(4, 4).double()
+    layer.weight.register_hook(lambda g: g * 2)
+    x = torch.ones(2, 4, dtype=torch.float64)
+    with defer_linears():
+        y = layer(x)
+    WeightGradStore.enabled = True
+    y.sum().backward()
+    WeightGradStore.enabled = False
+    assert not WeightGradStore.take()
+    assert torch.equal(layer.weight.grad, torch.full((4, 4), 4.0, dtype=torch.float64))
+
+
+def test_weight_grad_store_is_a_fifo_of_passes():
+    WeightGradStore.clear()
+    seen = []
+    for name in "ab":
+        WeightGradStore.put(lambda name=name: seen.append(name))
+        WeightGradStore.flush()
+    WeightGradStore.pop()
+    assert seen == ["a"]
+    WeightGradStore.pop()
+    assert seen == ["a", "b"]
+    with pytest.raises(RuntimeError, match="no pass is queued"):
+        WeightGradStore.pop()
+
+
+def test_split_batch_refuses_what_does_not_divide():
+    assert split_batch(None, 3) == [None] * 3
+    assert [len(t) for t in split_batch(torch.zeros(6, 2), 3)] == [2, 2, 2]
+    with pytest.raises(ValueError, match="size 7 does not split into 3"):
+        split_batch(torch.zeros(7), 3)
