@@ -217,7 +217,7 @@ void bind_system(py::module_& m) {
 
 namespace dsk::api {
 
-void dsk::api::bind_emu(py::module_& root) {
+void bind_emu(py::module_& root) {
   py::module_ m = root.def_submodule("emu", "The Hopper emulator.");
   bind_errors(m);
   py::class_<Module, std::shared_ptr<Module>>(m, "Module")
