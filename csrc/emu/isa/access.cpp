@@ -91,6 +91,11 @@ Place resolve(Warp& w, Space space, u64 address, int lane, u32 bytes, bool write
       return resolve_local(w, address - kLocalWindow, lane, bytes);
     }
   }
+  const Grid& grid = *w.cta->cluster->grid;
+  const u64 offset = address - reinterpret_cast<u64>(grid.params);  // cvta.param: __grid_constant__
+  if (!write && offset < grid.program->param_bytes && offset + bytes <= grid.program->param_bytes) {
+    return {grid.params + offset, Space::Param, 0, offset};
+  }
   u8* host = global_pointer(w, address, bytes, 1u << lane, write);
   return {host, Space::Global, 0, address};
 }

@@ -80,7 +80,7 @@ DSK_LANE_INLINE bool resolve_fast(Warp& w, const Inst& i, u32 bytes, bool write,
     const u64 first = (low & 0xffffffff) - cta.shared_base;
     if (first < kSharedReserved || first >= cta.shared_bytes) return false;
     if (high - window - cta.shared_base + bytes > cta.shared_bytes) return false;
-    where = 0 - cta.shared_base - window;
+    where = u64{0} - cta.shared_base - window;
     move = reinterpret_cast<u64>(cta.shared) + where;
   } else if (i.space == Space::Local || i.space == Space::Param) {
     return false;
