@@ -21,5 +21,7 @@ def instruction_table_markdown() -> str:
     ]
     for row in instruction_table():
         pattern = row["pattern"].replace("|", "\\|")
-        lines.append(f"| `{pattern}` | sm_{row['min_sm']} | {row['summary']} |".replace("\\|\\|", "|"))
+        lines.append(
+            f"| `{pattern}` | sm_{row['min_sm']} | {row['summary']} |".replace("\\|\\|", "|")
+        )
     return "\n".join(lines) + "\n"
