@@ -113,8 +113,9 @@ py::bytes tensor_map(u64 address, int type, const std::vector<u64>& dims,
   num::TensorMapArgs args;
   if (dims.empty() || dims.size() > 5 || strides.size() + 1 != dims.size() ||
       box.size() != dims.size() || element_strides.size() != dims.size()) {
-    throw py::value_error("tensor_map: expected 1..5 dims, one stride fewer, equally many box and "
-                          "element_strides");
+    throw py::value_error(
+        "tensor_map: expected 1..5 dims, one stride fewer, equally many box and "
+        "element_strides");
   }
   args.type = static_cast<num::TmaType>(type);
   args.rank = static_cast<u32>(dims.size());
@@ -162,8 +163,11 @@ void bind_errors(py::module_& m) {
       .def_readonly("source_line", &Hazard::source_line)
       .def_readonly("message", &Hazard::message)
       .def_property_readonly(
-          "severity", [](const Hazard& h) { return h.severity == Severity::Error ? "error" : "formal"; })
-      .def_property_readonly("block", [](const Hazard& h) { return py::make_tuple(h.block[0], h.block[1], h.block[2]); })
+          "severity",
+          [](const Hazard& h) { return h.severity == Severity::Error ? "error" : "formal"; })
+      .def_property_readonly(
+          "block",
+          [](const Hazard& h) { return py::make_tuple(h.block[0], h.block[1], h.block[2]); })
       .def("__repr__", &Hazard::text);
   py::class_<StuckWarp>(m, "StuckWarp")
       .def_readonly("kernel", &StuckWarp::kernel)
@@ -174,7 +178,9 @@ void bind_errors(py::module_& m) {
       .def_readonly("source_file", &StuckWarp::source_file)
       .def_readonly("source_line", &StuckWarp::source_line)
       .def_readonly("state", &StuckWarp::state)
-      .def_property_readonly("block", [](const StuckWarp& s) { return py::make_tuple(s.block[0], s.block[1], s.block[2]); });
+      .def_property_readonly("block", [](const StuckWarp& s) {
+        return py::make_tuple(s.block[0], s.block[1], s.block[2]);
+      });
 }
 
 void bind_system(py::module_& m) {
@@ -209,8 +215,7 @@ void bind_system(py::module_& m) {
   m.def("lend", [](u64 base, u64 bytes, bool read_only, const std::string& name) {
     AddressSpace::instance().lend(base, bytes, read_only, name);
   });
-  m.def("take_back",
-        [](u64 base, u64 bytes) { AddressSpace::instance().take_back(base, bytes); });
+  m.def("take_back", [](u64 base, u64 bytes) { AddressSpace::instance().take_back(base, bytes); });
 }
 
 }  // namespace

@@ -40,8 +40,8 @@ void Decoder::layout_variables() {
                                  std::to_string(kMaxParamBytes) + " bytes");
     }
     param_offset_[p.name] = static_cast<u32>(offset);
-    program_.params.push_back({p.name, static_cast<u32>(offset), static_cast<u32>(p.bytes()),
-                               p.align, p.type});
+    program_.params.push_back(
+        {p.name, static_cast<u32>(offset), static_cast<u32>(p.bytes()), p.align, p.type});
     offset += p.bytes();
   }
   program_.param_bytes = static_cast<u32>(offset);
@@ -141,8 +141,7 @@ void Decoder::fail(const std::string& what) const {
 }
 
 bool Decoder::has(std::string_view modifier) const {
-  return std::find(in_->modifiers.begin(), in_->modifiers.end(), modifier) !=
-         in_->modifiers.end();
+  return std::find(in_->modifiers.begin(), in_->modifiers.end(), modifier) != in_->modifiers.end();
 }
 
 Type Decoder::type(std::size_t n) const {

@@ -12,8 +12,7 @@ std::string place(u32 ptx_line, const std::string& file, u32 line) {
 }
 
 std::string block_text(const u32* b) {
-  return "(" + std::to_string(b[0]) + "," + std::to_string(b[1]) + "," + std::to_string(b[2]) +
-         ")";
+  return "(" + std::to_string(b[0]) + "," + std::to_string(b[1]) + "," + std::to_string(b[2]) + ")";
 }
 
 std::string lanes_text(u32 lanes) {

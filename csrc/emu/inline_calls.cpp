@@ -159,16 +159,14 @@ class Inliner {
     // The callee's blocks hang below the kernel's body, where the return label lives.
     frame.first_scope = static_cast<u32>(out_.scope_parent.size());
     for (u32 parent : callee.scope_parent) {
-      out_.scope_parent.push_back(out_.scope_parent.size() == frame.first_scope
-                                      ? 0
-                                      : frame.first_scope + parent);
+      out_.scope_parent.push_back(
+          out_.scope_parent.size() == frame.first_scope ? 0 : frame.first_scope + parent);
     }
     for (ptx::Variable v : callee.locals) {
       // Static shared variables of a function exist once; locals once per inlined copy.
       if (v.space == Space::Shared) {
-        const bool known =
-            std::any_of(out_.locals.begin(), out_.locals.end(),
-                        [&](const ptx::Variable& o) { return o.name == v.name; });
+        const bool known = std::any_of(out_.locals.begin(), out_.locals.end(),
+                                       [&](const ptx::Variable& o) { return o.name == v.name; });
         if (!known) out_.locals.push_back(v);
         continue;
       }

@@ -135,7 +135,8 @@ class WarpRunner {
       u32 m = mask;
       if (i.pred != kNoReg) m &= i.flags & kPredNegated ? ~w_.pred(i.pred) : w_.pred(i.pred);
       w_.current_pc = pc;
-      if (watch) [[unlikely]] notify_instruction(pc, m);
+      if (watch) [[unlikely]]
+        notify_instruction(pc, m);
       ++n;
       if (i.kind == Kind::Plain) [[likely]] {
         if (m != 0) {
@@ -324,6 +325,7 @@ void advance(Cluster& cluster, AsyncOp& op, bool both) {
     ++cluster.changes;
     if (!both) return;
   }
+  for (auto& o : cluster.observers) o->on_async_landing(op.info);
   op.write(op);
   op.stage = AsyncOp::Stage::Done;
   op.buffer = {};

@@ -22,11 +22,21 @@ void broadcast(u8* regs, u32 offset, u64 value) {
 
 void fill(u8* regs, u32 offset, int size, u64 value) {
   switch (size) {
-    case 0: *reinterpret_cast<u32*>(regs + offset) = value ? kFullMask : 0; break;
-    case 1: broadcast<u8>(regs, offset, value); break;
-    case 2: broadcast<u16>(regs, offset, value); break;
-    case 4: broadcast<u32>(regs, offset, value); break;
-    default: broadcast<u64>(regs, offset, value); break;
+    case 0:
+      *reinterpret_cast<u32*>(regs + offset) = value ? kFullMask : 0;
+      break;
+    case 1:
+      broadcast<u8>(regs, offset, value);
+      break;
+    case 2:
+      broadcast<u16>(regs, offset, value);
+      break;
+    case 4:
+      broadcast<u32>(regs, offset, value);
+      break;
+    default:
+      broadcast<u64>(regs, offset, value);
+      break;
   }
 }
 
@@ -35,10 +45,17 @@ void fill_constants(Warp& w, const Grid& grid) {
   for (const ConstantReg& c : grid.program->constants) {
     u64 value = c.value;
     switch (c.base) {
-      case ConstantReg::Base::SharedStatic: value += cta.shared_base + kSharedReserved; break;
-      case ConstantReg::Base::SharedDynamic: value += cta.shared_base + cta.dynamic_offset; break;
-      case ConstantReg::Base::Symbol: value += grid.symbol_addresses[c.symbol]; break;
-      default: break;
+      case ConstantReg::Base::SharedStatic:
+        value += cta.shared_base + kSharedReserved;
+        break;
+      case ConstantReg::Base::SharedDynamic:
+        value += cta.shared_base + cta.dynamic_offset;
+        break;
+      case ConstantReg::Base::Symbol:
+        value += grid.symbol_addresses[c.symbol];
+        break;
+      default:
+        break;
     }
     fill(w.regs, c.offset, c.size, value);
   }
@@ -48,9 +65,12 @@ void fill_specials(Warp& w, const Grid& grid) {
   for (const SpecialReg& s : grid.program->specials) {
     for (u32 l = 0; l < kLanes; ++l) {
       const u64 v = special_value(w, s.which, l);
-      if (s.size == 8) w.reg<u64>(s.offset)[l] = v;
-      else if (s.size == 4) w.reg<u32>(s.offset)[l] = static_cast<u32>(v);
-      else fill(w.regs, s.offset, 0, v);
+      if (s.size == 8)
+        w.reg<u64>(s.offset)[l] = v;
+      else if (s.size == 4)
+        w.reg<u32>(s.offset)[l] = static_cast<u32>(v);
+      else
+        fill(w.regs, s.offset, 0, v);
     }
   }
 }

@@ -29,8 +29,7 @@ std::string offset_text(u32 offset) {
 
 }  // namespace
 
-Hazard make_hazard(const Warp& w, u32 pc, u32 lanes, const char* kind,
-                   const std::string& message) {
+Hazard make_hazard(const Warp& w, u32 pc, u32 lanes, const char* kind, const std::string& message) {
   const Grid& grid = *w.cta->cluster->grid;
   const InstInfo& info = grid.program->info[pc];
   Hazard h;

@@ -2,8 +2,8 @@
 //
 // A warp's lanes run together until they diverge; then each group of lanes is a Split with its own
 // program counter. The split with the smallest pc runs first and splits meeting at one pc merge. A
-// split that cannot go on is only state (Wait and what for): nothing here is a host thread. All CTAs
-// of a cluster run on one host thread at a time, so nothing inside a cluster needs a lock.
+// split that cannot go on is only state (Wait and what for): nothing here is a host thread. All
+// CTAs of a cluster run on one host thread at a time, so nothing inside a cluster needs a lock.
 #pragma once
 
 #include <deque>
@@ -31,7 +31,7 @@ enum class Wait : u8 {
   CpAsync,         // value = groups that may stay pending
   Bulk,            // value = groups that may stay pending
   BulkRead,
-  Grid,            // griddepcontrol.wait
+  Grid,  // griddepcontrol.wait
 };
 
 struct Split {
@@ -92,23 +92,23 @@ struct WgmmaState {
 
 struct Warp {
   Cta* cta = nullptr;
-  u8* regs = nullptr;   // register file: 32 lanes per register, see Inst
-  u32 index = 0;        // in the CTA
-  u32 live = 0;         // lanes that exist
-  u32 exited = 0;       // lanes that left
+  u8* regs = nullptr;  // register file: 32 lanes per register, see Inst
+  u32 index = 0;       // in the CTA
+  u32 live = 0;        // lanes that exist
+  u32 exited = 0;      // lanes that left
   bool done = false;
   std::vector<Split> splits;
-  u64 turn = 0;         // rotates the choice among splits that spin
+  u64 turn = 0;  // rotates the choice among splits that spin
   u64 instructions = 0, thread_instructions = 0;
   AddressCache cache;
   std::unique_ptr<u8[]> local;  // local_stride bytes per lane
   u32 local_stride = 0;
   GroupQueue cp_async, bulk;
   WgmmaState wgmma;
-  u64 cluster_phase = 0;        // cluster-barrier phase joined by the last arrive
-  u32 cluster_arrived = 0;      // lanes between arrive and wait
-  u32 carry = 0;                // the condition code of add.cc and its kin, one bit per lane
-  u32 current_pc = 0;           // of the instruction being executed, for reports
+  u64 cluster_phase = 0;    // cluster-barrier phase joined by the last arrive
+  u32 cluster_arrived = 0;  // lanes between arrive and wait
+  u32 carry = 0;            // the condition code of add.cc and its kin, one bit per lane
+  u32 current_pc = 0;       // of the instruction being executed, for reports
 
   template <class T>
   T* reg(u32 offset) {
@@ -134,22 +134,22 @@ struct Mbarrier {
   u32 count = 0;
   i64 pending = 0;
   i64 tx = 0;
-  u64 phase = 0;  // phases completed
-  u64 mirror = 0; // what the 8 bytes in shared memory must hold
+  u64 phase = 0;   // phases completed
+  u64 mirror = 0;  // what the 8 bytes in shared memory must hold
   u32 init_pc = 0;
   u32 last_pc = 0, last_warp = 0;  // who touched it last
 };
 
 struct Cta {
   Cluster* cluster = nullptr;
-  u32 rank = 0;       // in the cluster
-  u32 linear = 0;     // in the grid
+  u32 rank = 0;    // in the cluster
+  u32 linear = 0;  // in the grid
   Dim3 index{0, 0, 0};
   u32 sm = 0;
-  u8* shared = nullptr;   // indexed by offset, the reserved KiB included
+  u8* shared = nullptr;  // indexed by offset, the reserved KiB included
   u32 shared_bytes = 0;
-  u32 shared_base = 0;    // rank << kRankShift
-  u32 dynamic_offset = 0; // where the dynamic part starts
+  u32 shared_base = 0;     // rank << kRankShift
+  u32 dynamic_offset = 0;  // where the dynamic part starts
   std::vector<std::unique_ptr<Warp>> warps;
   u32 warps_done = 0;
   NamedBarrier barriers[16];
@@ -177,7 +177,7 @@ struct Cluster {
   // no progress, and a cluster without progress is either spinning on the outside or stuck.
   u64 changes = 0;
   u64 rounds = 0;
-  u64 rng = 0;       // 0 = not seeded: oldest first, as late as possible
+  u64 rng = 0;  // 0 = not seeded: oldest first, as late as possible
   u32 quiet_rounds = 0;
 
   u32 random(u32 bound);  // uniform below `bound`; only when seeded
@@ -196,8 +196,8 @@ void notify(const Warp& w, SyncKind kind, u32 mask, u64 a = 0, u64 b = 0, u64 c 
 Mbarrier& mbarrier_at(Warp& w, Cta& cta, u32 offset, u32 lanes, const char* what);
 void mbarrier_init(Warp& w, Cta& cta, u32 offset, u32 count, u32 lanes);
 void mbarrier_inval(Warp& w, Cta& cta, u32 offset, u32 lanes);
-void mbarrier_update(Warp& w, Cta& cta, Mbarrier& bar, i64 arrivals, i64 expect_tx,
-                     i64 complete_tx, u32 lanes, const char* what);
+void mbarrier_update(Warp& w, Cta& cta, Mbarrier& bar, i64 arrivals, i64 expect_tx, i64 complete_tx,
+                     u32 lanes, const char* what);
 
 // Issues an asynchronous operation; returns it so that groups can hold it.
 AsyncPtr issue_async(Warp& w, u32 lane, AsyncKind kind, u64 bytes,

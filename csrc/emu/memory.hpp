@@ -16,9 +16,9 @@ namespace dsk::emu {
 struct Allocation {
   u64 base = 0;
   u64 bytes = 0;
-  i32 device = -1;      // -1: host memory lent to the emulator
+  i32 device = -1;  // -1: host memory lent to the emulator
   bool read_only = false;
-  std::string name;     // what the host called it, for reports
+  std::string name;  // what the host called it, for reports
   u64 end() const { return base + bytes; }
 };
 

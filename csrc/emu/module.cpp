@@ -34,7 +34,8 @@ class Linker {
   // "sm_90a" -> 90. Absent or strange: whatever the machine knows.
   static u32 target_sm(const std::string& target) {
     u32 sm = 0;
-    for (std::size_t k = 3; k < target.size() && k < 7 && target[k] >= '0' && target[k] <= '9'; ++k) {
+    for (std::size_t k = 3; k < target.size() && k < 7 && target[k] >= '0' && target[k] <= '9';
+         ++k) {
       sm = sm * 10 + static_cast<u32>(target[k] - '0');
     }
     return target.rfind("sm_", 0) == 0 && sm != 0 ? sm : 90;

@@ -37,16 +37,16 @@ struct Access {
 
 // Asynchronous operations are agents of their own: they touch memory between issue and completion.
 enum class AsyncKind : u8 {
-  CpAsync,        // cp.async (generic proxy, per thread)
-  BulkLoad,       // cp.async.bulk global -> shared
-  BulkStore,      // cp.async.bulk shared -> global
-  BulkCluster,    // cp.async.bulk shared::cta -> shared::cluster
-  BulkReduce,     // cp.reduce.async.bulk
-  TensorLoad,     // cp.async.bulk.tensor global -> shared
-  TensorStore,    // cp.async.bulk.tensor shared -> global
-  TensorReduce,   // cp.reduce.async.bulk.tensor
-  StAsync,        // st.async / red.async
-  Wgmma,          // one wgmma.mma_async of one warpgroup
+  CpAsync,       // cp.async (generic proxy, per thread)
+  BulkLoad,      // cp.async.bulk global -> shared
+  BulkStore,     // cp.async.bulk shared -> global
+  BulkCluster,   // cp.async.bulk shared::cta -> shared::cluster
+  BulkReduce,    // cp.reduce.async.bulk
+  TensorLoad,    // cp.async.bulk.tensor global -> shared
+  TensorStore,   // cp.async.bulk.tensor shared -> global
+  TensorReduce,  // cp.reduce.async.bulk.tensor
+  StAsync,       // st.async / red.async
+  Wgmma,         // one wgmma.mma_async of one warpgroup
 };
 
 // A run of bytes that an asynchronous operation reads or writes.
@@ -68,24 +68,30 @@ struct AsyncInfo {
 };
 
 enum class SyncKind : u8 {
-  BarArrive,          // named barrier: arrived (a = id, b = generation joined)
-  BarPass,            // left the barrier (a = id, b = generation)
-  ClusterArrive,      // barrier.cluster.arrive (a = phase)
+  BarArrive,      // named barrier: arrived (a = id, b = generation joined)
+  BarPass,        // left the barrier (a = id, b = generation)
+  ClusterArrive,  // barrier.cluster.arrive (a = phase)
   ClusterPass,
-  MbarInit,           // a = rank, b = offset, c = count
+  MbarInit,  // a = rank, b = offset, c = count
   MbarInval,
-  MbarArrive,         // a = rank, b = offset, c = phase joined
-  MbarExpectTx,       // c = bytes
-  MbarPass,           // a wait saw phase c completed
+  MbarArrive,    // a = rank, b = offset, c = phase joined
+  MbarExpectTx,  // c = bytes
+  MbarPass,      // a wait saw phase c completed
   FenceProxyAsync,
   FenceProxyTensorMap,
-  Fence,              // a = Semantics, b = Scope
+  Fence,  // a = Semantics, b = Scope
   FenceMbarInit,
-  WarpSync,           // bar.warp.sync and the other convergent instructions (a = member mask)
-  CpAsyncCommit, CpAsyncWait,
-  BulkCommit, BulkWait, BulkWaitRead,
-  WgmmaFence, WgmmaCommit, WgmmaWait,
-  GridLaunchDependents, GridWait,
+  WarpSync,  // bar.warp.sync and the other convergent instructions (a = member mask)
+  CpAsyncCommit,
+  CpAsyncWait,
+  BulkCommit,
+  BulkWait,
+  BulkWaitRead,
+  WgmmaFence,
+  WgmmaCommit,
+  WgmmaWait,
+  GridLaunchDependents,
+  GridWait,
   Exit,
 };
 
@@ -113,6 +119,9 @@ class ClusterObserver {
   // An asynchronous operation: issued with its whole footprint, done reading, done.
   virtual void on_async_issue(const AsyncInfo&, const std::vector<Footprint>&) {}
   virtual void on_async_read_done(const AsyncInfo&) {}
+  // About to write; the mbarriers that it signals follow as on_complete_tx, then comes its end.
+  virtual void on_async_landing(const AsyncInfo&) {}
+  virtual void on_complete_tx(u32 rank, u32 offset) {}
   virtual void on_async_done(const AsyncInfo&) {}
   virtual void on_mbarrier_complete(u32 rank, u32 offset, u64 phase) {}
   virtual void on_cluster_end() {}

@@ -13,12 +13,18 @@ constexpr u64 kMaxVariableBytes = u64{1} << 36;
 constexpr u32 kMaxAlign = 1u << 20;
 
 bool parse_space(std::string_view word, Space* space) {
-  if (word == ".global") *space = Space::Global;
-  else if (word == ".const") *space = Space::Const;
-  else if (word == ".shared") *space = Space::Shared;
-  else if (word == ".local") *space = Space::Local;
-  else if (word == ".param") *space = Space::Param;
-  else return false;
+  if (word == ".global")
+    *space = Space::Global;
+  else if (word == ".const")
+    *space = Space::Const;
+  else if (word == ".shared")
+    *space = Space::Shared;
+  else if (word == ".local")
+    *space = Space::Local;
+  else if (word == ".param")
+    *space = Space::Param;
+  else
+    return false;
   return true;
 }
 
@@ -84,9 +90,7 @@ const Lexeme& Parser::take() {
   if (pos_ + 1 < tokens_.size()) ++pos_;
   return t;
 }
-bool Parser::at_punct(char c) const {
-  return peek().token == Token::Punct && peek().text[0] == c;
-}
+bool Parser::at_punct(char c) const { return peek().token == Token::Punct && peek().text[0] == c; }
 bool Parser::at_word(std::string_view word) const {
   return peek().token == Token::Word && peek().text == word;
 }

@@ -66,8 +66,7 @@ void Parser::parse_statement() {
         fail("label '" + name + "' is defined twice");
       }
     }
-    function_->labels.push_back(
-        {name, scopes_.back(), static_cast<u32>(function_->code.size())});
+    function_->labels.push_back({name, scopes_.back(), static_cast<u32>(function_->code.size())});
     return;
   }
   if (at_word(".reg")) return parse_registers();

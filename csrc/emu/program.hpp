@@ -22,8 +22,8 @@ enum class Step : u8 { Next, Wait };
 using BlockingHandler = Step (*)(Warp&, const Inst&, u32 mask, Split&);
 
 enum class Kind : u8 {
-  Plain,     // handler, then the next instruction
-  Yield,     // like Plain, and the warp gives way: a polling load, an atomic, nanosleep
+  Plain,  // handler, then the next instruction
+  Yield,  // like Plain, and the warp gives way: a polling load, an atomic, nanosleep
   Branch,
   Exit,
   Blocking,  // blocking handler
@@ -32,18 +32,18 @@ enum class Kind : u8 {
 inline constexpr u32 kNoReg = 0xffffffffu;  // `_`, or an absent operand
 
 // Flags of Inst::flags.
-inline constexpr u8 kPredNegated = 1;   // @!p
-inline constexpr u8 kAddress64 = 2;     // the address register is 64 bits wide
-inline constexpr u8 kAligned = 4;       // needs every live lane of the warp
-inline constexpr u8 kMemberMask = 8;    // needs the lanes named by the mask register in Inst::e
+inline constexpr u8 kPredNegated = 1;     // @!p
+inline constexpr u8 kAddress64 = 2;       // the address register is 64 bits wide
+inline constexpr u8 kAligned = 4;         // needs every live lane of the warp
+inline constexpr u8 kMemberMask = 8;      // needs the lanes named by the mask register in Inst::e
 inline constexpr u8 kTouchesMatrix = 16;  // reads or writes a register that a wgmma also uses
-inline constexpr u8 kWritesPair = 32;   // second destination present
+inline constexpr u8 kWritesPair = 32;     // second destination present
 inline constexpr u8 kUniformBranch = 64;
 
 // Rare operands, kept out of the hot line.
 struct Ext {
-  std::vector<u32> regs;    // lists: fragments, coordinates, vectors longer than 4
-  std::vector<u32> regs2;   // a second list
+  std::vector<u32> regs;   // lists: fragments, coordinates, vectors longer than 4
+  std::vector<u32> regs2;  // a second list
   std::vector<u32> matrix_writes, matrix_reads;  // wgmma: virtual ids of D and of A fragments
   u32 r[8] = {kNoReg, kNoReg, kNoReg, kNoReg, kNoReg, kNoReg, kNoReg, kNoReg};
   i64 v[8] = {0, 0, 0, 0, 0, 0, 0, 0};
@@ -94,19 +94,58 @@ struct ConstantReg {
   u8 size = 4;  // 0 = predicate
   Base base = Base::None;
   u64 value = 0;
-  u32 symbol = 0;  // Base::Symbol: index into ModuleImage::symbols
+  u32 symbol = 0;       // Base::Symbol: index into ModuleImage::symbols
   bool window = false;  // add the shared window (a generic address)
 };
 
 enum class Special : u8 {
-  TidX, TidY, TidZ, NtidX, NtidY, NtidZ, CtaidX, CtaidY, CtaidZ, NctaidX, NctaidY, NctaidZ,
-  LaneId, WarpId, NwarpId, SmId, NsmId, GridId,
-  ClusterIdX, ClusterIdY, ClusterIdZ, NclusterIdX, NclusterIdY, NclusterIdZ,
-  ClusterCtaidX, ClusterCtaidY, ClusterCtaidZ, ClusterNctaidX, ClusterNctaidY, ClusterNctaidZ,
-  ClusterCtarank, ClusterNctarank, IsExplicitCluster,
-  LanemaskEq, LanemaskLe, LanemaskLt, LanemaskGe, LanemaskGt,
-  DynamicSmemSize, TotalSmemSize, AggrSmemSize,
-  Clock, ClockHi, Clock64, GlobalTimer, GlobalTimerLo, GlobalTimerHi,  // read when executed
+  TidX,
+  TidY,
+  TidZ,
+  NtidX,
+  NtidY,
+  NtidZ,
+  CtaidX,
+  CtaidY,
+  CtaidZ,
+  NctaidX,
+  NctaidY,
+  NctaidZ,
+  LaneId,
+  WarpId,
+  NwarpId,
+  SmId,
+  NsmId,
+  GridId,
+  ClusterIdX,
+  ClusterIdY,
+  ClusterIdZ,
+  NclusterIdX,
+  NclusterIdY,
+  NclusterIdZ,
+  ClusterCtaidX,
+  ClusterCtaidY,
+  ClusterCtaidZ,
+  ClusterNctaidX,
+  ClusterNctaidY,
+  ClusterNctaidZ,
+  ClusterCtarank,
+  ClusterNctarank,
+  IsExplicitCluster,
+  LanemaskEq,
+  LanemaskLe,
+  LanemaskLt,
+  LanemaskGe,
+  LanemaskGt,
+  DynamicSmemSize,
+  TotalSmemSize,
+  AggrSmemSize,
+  Clock,
+  ClockHi,
+  Clock64,
+  GlobalTimer,
+  GlobalTimerLo,
+  GlobalTimerHi,  // read when executed
 };
 // The register's width is part of its name (%tid is 32 bits; %clock64, %gridid 64).
 bool parse_special(std::string_view name, Special* which, Type* type);
@@ -136,12 +175,12 @@ struct Program {
   std::vector<SpecialReg> specials;
   std::vector<KernelParam> params;
   u32 param_bytes = 0;
-  u32 register_bytes = 0;   // register file of one warp
-  u32 num_virtual = 0;      // virtual registers
-  u32 peak_registers = 0;   // 32-bit registers per thread alive at once, as packed here
-  u32 local_bytes = 0;      // per thread
-  u32 static_shared = 0;    // bytes, this kernel's and the module's together
-  u32 dynamic_align = 16;   // strictest alignment asked of the dynamic part
+  u32 register_bytes = 0;  // register file of one warp
+  u32 num_virtual = 0;     // virtual registers
+  u32 peak_registers = 0;  // 32-bit registers per thread alive at once, as packed here
+  u32 local_bytes = 0;     // per thread
+  u32 static_shared = 0;   // bytes, this kernel's and the module's together
+  u32 dynamic_align = 16;  // strictest alignment asked of the dynamic part
   u32 max_threads = 0;
   Dim3 required_cluster{0, 0, 0};
   bool uses_wgmma = false;

@@ -24,10 +24,10 @@ struct Variable {
   Type type = Type::B8;
   u64 count = 1;  // elements
   u32 align = 1;
-  bool is_extern = false;      // for .shared: the dynamic part
-  bool sized = true;           // false for `name[]`
-  std::vector<u8> init;        // initial bytes, shorter than the variable when zero-padded
-  struct AddressInit {         // initialiser that names another symbol
+  bool is_extern = false;  // for .shared: the dynamic part
+  bool sized = true;       // false for `name[]`
+  std::vector<u8> init;    // initial bytes, shorter than the variable when zero-padded
+  struct AddressInit {     // initialiser that names another symbol
     u64 offset;
     std::string symbol;
     i64 addend;
@@ -47,25 +47,25 @@ struct Register {
 struct Operand {
   enum class Kind : u8 { Register, Immediate, Symbol, Memory, Vector, Sink };
   Kind kind = Kind::Sink;
-  bool negated = false;      // !p
-  i32 reg = -1;              // Register; Memory with a register base
-  i32 second = -1;           // `d|p`
-  bool paired = false;       // a `|` was written, even if one side is `_`
-  u64 imm = 0;               // Immediate bits; displacement of Symbol and Memory
-  Type literal = Type::None; // F32 / F64 for 0f / 0d literals
-  std::string symbol;        // Symbol; Memory with a symbolic base; label
-  std::vector<Operand> list; // Vector elements; coordinates inside [..., {...}]
+  bool negated = false;       // !p
+  i32 reg = -1;               // Register; Memory with a register base
+  i32 second = -1;            // `d|p`
+  bool paired = false;        // a `|` was written, even if one side is `_`
+  u64 imm = 0;                // Immediate bits; displacement of Symbol and Memory
+  Type literal = Type::None;  // F32 / F64 for 0f / 0d literals
+  std::string symbol;         // Symbol; Memory with a symbolic base; label
+  std::vector<Operand> list;  // Vector elements; coordinates inside [..., {...}]
 };
 
 struct Instruction {
-  std::string opcode;                // the first word: "ld"
+  std::string opcode;                  // the first word: "ld"
   std::vector<std::string> modifiers;  // the rest: "global", "v4", "f32"
   std::vector<Operand> operands;
   i32 predicate = -1;
   bool predicate_negated = false;
-  u32 line = 0;       // in the PTX text
-  SourceLine source;  // in the CUDA source, inlining followed outwards
-  u32 scope = 0;      // lexical block, for labels
+  u32 line = 0;              // in the PTX text
+  SourceLine source;         // in the CUDA source, inlining followed outwards
+  u32 scope = 0;             // lexical block, for labels
   std::string text() const;  // "ld.global.v4.f32"
 };
 
@@ -83,9 +83,9 @@ struct Function {
     u32 index;  // of the next instruction
   };
   std::vector<Label> labels;
-  std::vector<u32> scope_parent;  // lexical blocks; 0 is the body
-  u32 max_threads = 0;            // .maxntid product, 0 = not stated
-  Dim3 required_cluster{0, 0, 0}; // .reqnctapercluster / .explicitcluster
+  std::vector<u32> scope_parent;   // lexical blocks; 0 is the body
+  u32 max_threads = 0;             // .maxntid product, 0 = not stated
+  Dim3 required_cluster{0, 0, 0};  // .reqnctapercluster / .explicitcluster
   u32 line = 0;
 };
 

@@ -80,48 +80,90 @@ u64 special_value(const Warp& w, Special which, u32 lane) {
   const Dim3 block = grid.config.block, dim = grid.config.grid, size = grid.config.cluster;
   const u32 tid = w.index * kLanes + lane;
   switch (which) {
-    case Special::TidX: return tid % block.x;
-    case Special::TidY: return tid / block.x % block.y;
-    case Special::TidZ: return tid / block.x / block.y;
-    case Special::NtidX: return block.x;
-    case Special::NtidY: return block.y;
-    case Special::NtidZ: return block.z;
-    case Special::CtaidX: return cta.index.x;
-    case Special::CtaidY: return cta.index.y;
-    case Special::CtaidZ: return cta.index.z;
-    case Special::NctaidX: return dim.x;
-    case Special::NctaidY: return dim.y;
-    case Special::NctaidZ: return dim.z;
-    case Special::LaneId: return lane;
-    case Special::WarpId: return w.index;
-    case Special::NwarpId: return cta.warps.size();
-    case Special::SmId: return cta.sm;
-    case Special::NsmId: return grid.num_sms;
-    case Special::GridId: return grid.id;
-    case Special::ClusterIdX: return cta.index.x / size.x;
-    case Special::ClusterIdY: return cta.index.y / size.y;
-    case Special::ClusterIdZ: return cta.index.z / size.z;
-    case Special::NclusterIdX: return dim.x / size.x;
-    case Special::NclusterIdY: return dim.y / size.y;
-    case Special::NclusterIdZ: return dim.z / size.z;
-    case Special::ClusterCtaidX: return cta.index.x % size.x;
-    case Special::ClusterCtaidY: return cta.index.y % size.y;
-    case Special::ClusterCtaidZ: return cta.index.z % size.z;
-    case Special::ClusterNctaidX: return size.x;
-    case Special::ClusterNctaidY: return size.y;
-    case Special::ClusterNctaidZ: return size.z;
-    case Special::ClusterCtarank: return cta.rank;
-    case Special::ClusterNctarank: return cluster.ctas.size();
-    case Special::IsExplicitCluster: return size.count() > 1;
-    case Special::LanemaskEq: return 1u << lane;
-    case Special::LanemaskLe: return (u64{2} << lane) - 1;
-    case Special::LanemaskLt: return (1u << lane) - 1;
-    case Special::LanemaskGe: return kFullMask & ~((1u << lane) - 1);
-    case Special::LanemaskGt: return kFullMask & ~((u64{2} << lane) - 1);
-    case Special::DynamicSmemSize: return grid.config.dynamic_shared;
-    case Special::TotalSmemSize: return cta.shared_bytes - kSharedReserved;
-    case Special::AggrSmemSize: return cta.shared_bytes;
-    default: return 0;  // clocks are read when executed
+    case Special::TidX:
+      return tid % block.x;
+    case Special::TidY:
+      return tid / block.x % block.y;
+    case Special::TidZ:
+      return tid / block.x / block.y;
+    case Special::NtidX:
+      return block.x;
+    case Special::NtidY:
+      return block.y;
+    case Special::NtidZ:
+      return block.z;
+    case Special::CtaidX:
+      return cta.index.x;
+    case Special::CtaidY:
+      return cta.index.y;
+    case Special::CtaidZ:
+      return cta.index.z;
+    case Special::NctaidX:
+      return dim.x;
+    case Special::NctaidY:
+      return dim.y;
+    case Special::NctaidZ:
+      return dim.z;
+    case Special::LaneId:
+      return lane;
+    case Special::WarpId:
+      return w.index;
+    case Special::NwarpId:
+      return cta.warps.size();
+    case Special::SmId:
+      return cta.sm;
+    case Special::NsmId:
+      return grid.num_sms;
+    case Special::GridId:
+      return grid.id;
+    case Special::ClusterIdX:
+      return cta.index.x / size.x;
+    case Special::ClusterIdY:
+      return cta.index.y / size.y;
+    case Special::ClusterIdZ:
+      return cta.index.z / size.z;
+    case Special::NclusterIdX:
+      return dim.x / size.x;
+    case Special::NclusterIdY:
+      return dim.y / size.y;
+    case Special::NclusterIdZ:
+      return dim.z / size.z;
+    case Special::ClusterCtaidX:
+      return cta.index.x % size.x;
+    case Special::ClusterCtaidY:
+      return cta.index.y % size.y;
+    case Special::ClusterCtaidZ:
+      return cta.index.z % size.z;
+    case Special::ClusterNctaidX:
+      return size.x;
+    case Special::ClusterNctaidY:
+      return size.y;
+    case Special::ClusterNctaidZ:
+      return size.z;
+    case Special::ClusterCtarank:
+      return cta.rank;
+    case Special::ClusterNctarank:
+      return cluster.ctas.size();
+    case Special::IsExplicitCluster:
+      return size.count() > 1;
+    case Special::LanemaskEq:
+      return 1u << lane;
+    case Special::LanemaskLe:
+      return (u64{2} << lane) - 1;
+    case Special::LanemaskLt:
+      return (1u << lane) - 1;
+    case Special::LanemaskGe:
+      return kFullMask & ~((1u << lane) - 1);
+    case Special::LanemaskGt:
+      return kFullMask & ~((u64{2} << lane) - 1);
+    case Special::DynamicSmemSize:
+      return grid.config.dynamic_shared;
+    case Special::TotalSmemSize:
+      return cta.shared_bytes - kSharedReserved;
+    case Special::AggrSmemSize:
+      return cta.shared_bytes;
+    default:
+      return 0;  // clocks are read when executed
   }
 }
 

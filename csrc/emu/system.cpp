@@ -10,14 +10,15 @@
 #include <thread>
 #include <utility>
 
+#include "emu/check/race.hpp"
 #include "emu/launch.hpp"
 #include "emu/memory.hpp"
 
 namespace dsk::emu {
 namespace {
 
-constexpr u64 kSliceBudget = 200000;     // warp-instructions before other clusters get a chance
-constexpr u64 kIdleSlices = 20000;       // slices without any change before it is a livelock
+constexpr u64 kSliceBudget = 200000;  // warp-instructions before other clusters get a chance
+constexpr u64 kIdleSlices = 20000;    // slices without any change before it is a livelock
 constexpr std::size_t kStatsKept = 1024;
 constexpr u32 kMaxDevices = 64;
 
@@ -39,7 +40,7 @@ struct Stream {
   u32 device = 0;
   std::deque<Item> items;
   std::exception_ptr error;
-  bool busy = false;      // a host item is running
+  bool busy = false;  // a host item is running
   bool destroyed = false;
 };
 
@@ -61,7 +62,8 @@ struct System::Impl {
   std::vector<DeviceProperties> devices;
   std::map<StreamId, Stream> streams;
   std::map<EventId, Event> events;
-  std::map<std::pair<const Module*, u32>, std::pair<std::shared_ptr<const Module>, std::vector<u64>>>
+  std::map<std::pair<const Module*, u32>,
+           std::pair<std::shared_ptr<const Module>, std::vector<u64>>>
       symbols;
   StreamId next_stream = kMaxDevices;  // lower numbers are the devices' default streams
   EventId next_event = 1;
@@ -116,7 +118,8 @@ const std::vector<u64>& System::Impl::symbol_addresses(const std::shared_ptr<con
     const u64 bytes = std::max<u64>(v->bytes(), 1);
     const u64 base = space.allocate(bytes, static_cast<i32>(device), v->name);
     std::memset(reinterpret_cast<void*>(base), 0, bytes);
-    if (!v->init.empty()) std::memcpy(reinterpret_cast<void*>(base), v->init.data(), v->init.size());
+    if (!v->init.empty())
+      std::memcpy(reinterpret_cast<void*>(base), v->init.data(), v->init.size());
     entry.second.push_back(base);
     by_name[v->name] = base;
   }
@@ -506,6 +509,7 @@ u64 System::launch(StreamId s, std::shared_ptr<const Module> m, const std::strin
   grid->stream = s;
   grid->program = &program;
   grid->config = config;
+  if (config.check) grid->config.observers.push_back(check::make_race_checker());
   grid->num_sms = device.num_sms;
   grid->param_storage.reset(new u8[program.param_bytes + 256]);
   const u64 raw = reinterpret_cast<u64>(grid->param_storage.get());

@@ -68,7 +68,7 @@ struct LaunchStats {
   u64 thread_instructions = 0;
   u64 async_operations = 0, async_bytes = 0;
   u64 wgmma = 0;
-  double seconds = 0;  // host time, first CTA to last
+  double seconds = 0;           // host time, first CTA to last
   std::vector<Hazard> hazards;  // formal findings
 };
 
@@ -87,7 +87,7 @@ struct Grid {
   u32 clusters_total = 0, clusters_started = 0, clusters_done = 0;
   u32 ctas_launched_dependents = 0, ctas_total = 0;
   std::atomic<bool> predecessor_done{true};  // griddepcontrol.wait passes
-  std::mutex mutex;              // stats, hazards
+  std::mutex mutex;                          // stats, hazards
   LaunchStats stats;
   std::function<void(const std::string&)> print;  // device printf
   u32 shared_bytes() const;
@@ -115,7 +115,7 @@ class System {
   void set_device_count(u32 n);  // only grows; at most 64
   DeviceProperties properties(u32 device) const;
   void set_properties(u32 device, const DeviceProperties& p);
-  void set_threads(u32 n);       // host threads for waiting; default: DSK_EMU_THREADS or cores
+  void set_threads(u32 n);  // host threads for waiting; default: DSK_EMU_THREADS or cores
   void set_printer(std::function<void(const std::string&)> print);  // device printf
 
   // Memory. Addresses are host addresses.

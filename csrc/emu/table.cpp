@@ -17,7 +17,8 @@ struct Class {
   const char* members;
 };
 constexpr Class kClasses[] = {
-    {"space", "global|shared|shared::cta|shared::cluster|local|const|param|param::entry|param::func"},
+    {"space",
+     "global|shared|shared::cta|shared::cluster|local|const|param|param::entry|param::func"},
     {"scope", "cta|cluster|gpu|sys"},
     {"cmp", "eq|ne|lt|le|gt|ge|lo|ls|hi|hs|equ|neu|ltu|leu|gtu|geu|num|nan"},
     {"cop", "ca|cg|cs|lu|cv|wb|wt"},
@@ -61,8 +62,10 @@ struct Row {
 std::vector<std::string> split(const std::string& text, char separator) {
   std::vector<std::string> parts(1);
   for (char c : text) {
-    if (c == separator) parts.emplace_back();
-    else parts.back() += c;
+    if (c == separator)
+      parts.emplace_back();
+    else
+      parts.back() += c;
   }
   return parts;
 }
@@ -127,7 +130,9 @@ std::string detect_isa() {
   if (const char* wish = std::getenv("DSK_EMU_ISA")) {
     const std::string w = wish;
     const bool have = w == "portable" || (w == "avx2" && avx2) || (w == "avx512" && avx512);
-    if (!have) throw Error("DSK_EMU_ISA=" + w + ": expected avx512, avx2 or portable, and a CPU that has it");
+    if (!have)
+      throw Error("DSK_EMU_ISA=" + w +
+                  ": expected avx512, avx2 or portable, and a CPU that has it");
     best = w;
   }
 #endif
@@ -151,9 +156,12 @@ const std::vector<Entry>& instruction_table() {
     std::vector<Entry> t;
     const std::string isa = host_isa();
 #if defined(DSK_EMU_X86_LEVELS)
-    if (isa == "avx512") append(t, avx512::lane_groups());
-    else if (isa == "avx2") append(t, avx2::lane_groups());
-    else append(t, portable::lane_groups());
+    if (isa == "avx512")
+      append(t, avx512::lane_groups());
+    else if (isa == "avx2")
+      append(t, avx2::lane_groups());
+    else
+      append(t, portable::lane_groups());
 #else
     append(t, portable::lane_groups());
 #endif

@@ -40,16 +40,40 @@ struct Dim3 {
 enum class Space : u8 { Generic, Global, Shared, SharedCluster, Local, Param, Const };
 
 enum class Type : u8 {
-  None, Pred,
-  B8, U8, S8, B16, U16, S16, B32, U32, S32, B64, U64, S64, B128,
-  F16, BF16, F32, F64, TF32, F16x2, BF16x2,
-  E4M3, E5M2, E4M3x2, E5M2x2, E2M1x2, UE8M0x2,
+  None,
+  Pred,
+  B8,
+  U8,
+  S8,
+  B16,
+  U16,
+  S16,
+  B32,
+  U32,
+  S32,
+  B64,
+  U64,
+  S64,
+  B128,
+  F16,
+  BF16,
+  F32,
+  F64,
+  TF32,
+  F16x2,
+  BF16x2,
+  E4M3,
+  E5M2,
+  E4M3x2,
+  E5M2x2,
+  E2M1x2,
+  UE8M0x2,
 };
 
 // Bytes of one element; 0 for predicates and None. E4M3/E5M2 scalars count 1.
 int type_size(Type t);
-bool is_float(Type t);   // any floating-point format, packed ones included
-bool is_signed(Type t);  // S8..S64
+bool is_float(Type t);                   // any floating-point format, packed ones included
+bool is_signed(Type t);                  // S8..S64
 Type parse_type(std::string_view name);  // Type::None when `name` is not a PTX type
 const char* type_name(Type t);
 

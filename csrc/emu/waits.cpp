@@ -24,8 +24,8 @@ std::string location(const Warp& w, u32 pc) {
 
 std::string mbarrier_text(const Warp& w, const Split& s) {
   Cta& cta = *w.cta->cluster->ctas[s.id];
-  const std::string where = "mbarrier at shared offset " +
-                            std::to_string(s.address - kSharedReserved);
+  const std::string where =
+      "mbarrier at shared offset " + std::to_string(s.address - kSharedReserved);
   const Mbarrier* b = cta.find_mbarrier(s.address);
   if (b == nullptr) return "waits for the " + where + ", which is no longer initialized";
   return "waits for phase " + std::to_string(s.value) + " of the " + where + ": " +
@@ -44,25 +44,32 @@ std::string barrier_text(const Warp& w, const Split& s) {
 
 std::string state_text(const Warp& w, const Split& s) {
   switch (s.wait) {
-    case Wait::None: return "runs (polling or not yet scheduled)";
+    case Wait::None:
+      return "runs (polling or not yet scheduled)";
     case Wait::Converge: {
       char buffer[64];
       std::snprintf(buffer, sizeof buffer, "waits for other lanes of the warp (live 0x%08x)",
                     w.active_lanes());
       return buffer;
     }
-    case Wait::Barrier: return barrier_text(w, s);
+    case Wait::Barrier:
+      return barrier_text(w, s);
     case Wait::ClusterBarrier:
-      return "waits at the cluster barrier: " +
-             std::to_string(w.cta->cluster->barrier_arrived) + " threads have arrived";
-    case Wait::Mbarrier: return mbarrier_text(w, s);
+      return "waits at the cluster barrier: " + std::to_string(w.cta->cluster->barrier_arrived) +
+             " threads have arrived";
+    case Wait::Mbarrier:
+      return mbarrier_text(w, s);
     case Wait::Wgmma:
       return "waits for " + std::to_string(s.value) +
              " wgmma groups that another warp of the warpgroup has not committed";
-    case Wait::CpAsync: return "waits for cp.async groups";
-    case Wait::Bulk: return "waits for bulk groups to complete";
-    case Wait::BulkRead: return "waits for bulk groups to read their source";
-    default: return "waits for the preceding grid (griddepcontrol.wait)";
+    case Wait::CpAsync:
+      return "waits for cp.async groups";
+    case Wait::Bulk:
+      return "waits for bulk groups to complete";
+    case Wait::BulkRead:
+      return "waits for bulk groups to read their source";
+    default:
+      return "waits for the preceding grid (griddepcontrol.wait)";
   }
 }
 
@@ -70,19 +77,27 @@ std::string state_text(const Warp& w, const Split& s) {
 
 bool wait_over(Warp& w, Split& s) {
   switch (s.wait) {
-    case Wait::Barrier: return w.cta->barriers[s.id].generation >= s.value;
-    case Wait::ClusterBarrier: return w.cta->cluster->barrier_phase >= s.value;
+    case Wait::Barrier:
+      return w.cta->barriers[s.id].generation >= s.value;
+    case Wait::ClusterBarrier:
+      return w.cta->cluster->barrier_phase >= s.value;
     case Wait::Mbarrier: {
       if (s.timed_out) return true;
       const Mbarrier* b = w.cta->cluster->ctas[s.id]->find_mbarrier(s.address);
       return b == nullptr || b->phase != s.value;
     }
-    case Wait::CpAsync: return w.cp_async.reached(s.mask, s.value, AsyncOp::Stage::Done);
-    case Wait::Bulk: return w.bulk.reached(s.mask, s.value, AsyncOp::Stage::Done);
-    case Wait::BulkRead: return w.bulk.reached(s.mask, s.value, AsyncOp::Stage::Read);
-    case Wait::Grid: return w.cta->cluster->grid->predecessor_done;
-    case Wait::Wgmma: return warpgroup_committed(w, s.value);
-    default: return true;
+    case Wait::CpAsync:
+      return w.cp_async.reached(s.mask, s.value, AsyncOp::Stage::Done);
+    case Wait::Bulk:
+      return w.bulk.reached(s.mask, s.value, AsyncOp::Stage::Done);
+    case Wait::BulkRead:
+      return w.bulk.reached(s.mask, s.value, AsyncOp::Stage::Read);
+    case Wait::Grid:
+      return w.cta->cluster->grid->predecessor_done;
+    case Wait::Wgmma:
+      return warpgroup_committed(w, s.value);
+    default:
+      return true;
   }
 }
 

@@ -81,7 +81,8 @@ Place resolve(Warp& w, Space space, u64 address, int lane, u32 bytes, bool write
       }
       return {grid.params + address, Space::Param, 0, address};
     }
-    default: break;
+    default:
+      break;
   }
   if (space == Space::Generic && (address >> kWindowShift) != 0) {
     if ((address >> kWindowShift) == (kSharedWindow >> kWindowShift)) {
@@ -91,6 +92,11 @@ Place resolve(Warp& w, Space space, u64 address, int lane, u32 bytes, bool write
       return resolve_local(w, address - kLocalWindow, lane, bytes);
     }
   }
+  const Grid& grid = *w.cta->cluster->grid;
+  const u64 offset = address - reinterpret_cast<u64>(grid.params);  // cvta.param: __grid_constant__
+  if (!write && offset < grid.program->param_bytes && offset + bytes <= grid.program->param_bytes) {
+    return {grid.params + offset, Space::Param, 0, offset};
+  }
   u8* host = global_pointer(w, address, bytes, 1u << lane, write);
   return {host, Space::Global, 0, address};
 }
@@ -98,9 +104,9 @@ Place resolve(Warp& w, Space space, u64 address, int lane, u32 bytes, bool write
 Cta& shared_owner(Warp& w, u32 address, int lane, u32 bytes, u32 align, const char* what,
                   u32* offset) {
   if (address % align != 0) {
-    fail(w, 1u << lane, "misaligned-access",
-         std::string(what) + " " + hex(address) + " must be a multiple of " +
-             std::to_string(align));
+    fail(
+        w, 1u << lane, "misaligned-access",
+        std::string(what) + " " + hex(address) + " must be a multiple of " + std::to_string(align));
   }
   const Place p = resolve_shared(w, address, lane, bytes, true);
   *offset = static_cast<u32>(p.where);
@@ -130,8 +136,7 @@ void observe(Warp& w, const Inst& i, u32 mask, AccessKind kind, u32 bytes, const
     access.scope = scope_of(i);
     access.size = bytes;
     for (auto& o : w.cta->cluster->observers) {
-      o->on_access(w, w.current_pc, lanes, access, where,
-                   space == Space::Shared ? rank : nullptr);
+      o->on_access(w, w.current_pc, lanes, access, where, space == Space::Shared ? rank : nullptr);
     }
   }
 }
@@ -140,22 +145,38 @@ void bind_space(const Decoder& d, Inst& i) {
   Semantics sem = Semantics::Weak;
   Scope scope = Scope::None;
   for (const std::string& m : d.in().modifiers) {
-    if (m == "global") i.space = Space::Global;
-    else if (m == "shared" || m == "shared::cta") i.space = Space::Shared;
-    else if (m == "shared::cluster") i.space = Space::SharedCluster;
-    else if (m == "local") i.space = Space::Local;
-    else if (m == "const") i.space = Space::Const;
-    else if (m.rfind("param", 0) == 0) i.space = Space::Param;
-    else if (m == "volatile") sem = Semantics::Volatile;
-    else if (m == "relaxed") sem = Semantics::Relaxed;
-    else if (m == "acquire") sem = Semantics::Acquire;
-    else if (m == "release") sem = Semantics::Release;
-    else if (m == "acq_rel") sem = Semantics::AcqRel;
-    else if (m == "sc") sem = Semantics::Sc;
-    else if (m == "cta") scope = Scope::Cta;
-    else if (m == "cluster") scope = Scope::Cluster;
-    else if (m == "gpu") scope = Scope::Gpu;
-    else if (m == "sys") scope = Scope::Sys;
+    if (m == "global")
+      i.space = Space::Global;
+    else if (m == "shared" || m == "shared::cta")
+      i.space = Space::Shared;
+    else if (m == "shared::cluster")
+      i.space = Space::SharedCluster;
+    else if (m == "local")
+      i.space = Space::Local;
+    else if (m == "const")
+      i.space = Space::Const;
+    else if (m.rfind("param", 0) == 0)
+      i.space = Space::Param;
+    else if (m == "volatile")
+      sem = Semantics::Volatile;
+    else if (m == "relaxed")
+      sem = Semantics::Relaxed;
+    else if (m == "acquire")
+      sem = Semantics::Acquire;
+    else if (m == "release")
+      sem = Semantics::Release;
+    else if (m == "acq_rel")
+      sem = Semantics::AcqRel;
+    else if (m == "sc")
+      sem = Semantics::Sc;
+    else if (m == "cta")
+      scope = Scope::Cta;
+    else if (m == "cluster")
+      scope = Scope::Cluster;
+    else if (m == "gpu")
+      scope = Scope::Gpu;
+    else if (m == "sys")
+      scope = Scope::Sys;
   }
   i.sem = static_cast<u8>(static_cast<u8>(sem) | static_cast<u8>(scope) << 4);
 }

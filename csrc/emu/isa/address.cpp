@@ -8,13 +8,15 @@ void nothing(Warp&, const Inst&, u32) {}
 
 // imm: the window; op: 1 to the window, 2 parameter space.
 void cvta(Warp& w, const Inst& i, u32 mask) {
-  const u64 base = i.op & 2 ? reinterpret_cast<u64>(w.cta->cluster->grid->params)
-                            : static_cast<u64>(i.imm);
+  const u64 base =
+      i.op & 2 ? reinterpret_cast<u64>(w.cta->cluster->grid->params) : static_cast<u64>(i.imm);
   each_lane(mask, [&](int l) {
     const u64 a = read_wide(w, i.a, i.flags & kAddress64, l);
     const u64 r = i.op & 1 ? a - base : a + base;
-    if (i.size == 8) w.reg<u64>(i.d)[l] = r;
-    else w.reg<u32>(i.d)[l] = static_cast<u32>(r);
+    if (i.size == 8)
+      w.reg<u64>(i.d)[l] = r;
+    else
+      w.reg<u32>(i.d)[l] = static_cast<u32>(r);
   });
 }
 void bind_cvta(Decoder& d, Inst& i) {
@@ -45,8 +47,10 @@ void mapa(Warp& w, const Inst& i, u32 mask) {
                std::to_string(cluster.ctas.size()));
     }
     const u64 r = (a & ~(u64{0xff} << kRankShift)) | u64{rank} << kRankShift;
-    if (i.size == 8) w.reg<u64>(i.d)[l] = r;
-    else w.reg<u32>(i.d)[l] = static_cast<u32>(r);
+    if (i.size == 8)
+      w.reg<u64>(i.d)[l] = r;
+    else
+      w.reg<u32>(i.d)[l] = static_cast<u32>(r);
   });
 }
 void bind_mapa(Decoder& d, Inst& i) {
@@ -80,12 +84,24 @@ void isspacep(Warp& w, const Inst& i, u32 mask) {
     const u64 window = a >> kWindowShift;
     bool yes = false;
     switch (i.space) {
-      case Space::Shared: yes = window == 1 && static_cast<u32>(a) >> kRankShift == w.cta->rank; break;
-      case Space::SharedCluster: yes = window == 1; break;
-      case Space::Local: yes = window == 2; break;
-      case Space::Param: yes = a >= params && a < params + param_bytes; break;
-      case Space::Const: yes = false; break;
-      default: yes = window == 0; break;
+      case Space::Shared:
+        yes = window == 1 && static_cast<u32>(a) >> kRankShift == w.cta->rank;
+        break;
+      case Space::SharedCluster:
+        yes = window == 1;
+        break;
+      case Space::Local:
+        yes = window == 2;
+        break;
+      case Space::Param:
+        yes = a >= params && a < params + param_bytes;
+        break;
+      case Space::Const:
+        yes = false;
+        break;
+      default:
+        yes = window == 0;
+        break;
     }
     hit |= static_cast<u32>(yes) << l;
   });

@@ -11,6 +11,7 @@ namespace dsk::emu {
 void complete_bytes(Warp& w, u32 rank, u32 offset, u64 bytes, int lane, const char* what) {
   Cta& cta = *w.cta->cluster->ctas[rank];
   Mbarrier& b = mbarrier_at(w, cta, offset, 1u << lane, what);
+  for (auto& o : w.cta->cluster->observers) o->on_complete_tx(rank, offset);
   mbarrier_update(w, cta, b, 0, 0, static_cast<i64>(bytes), 1u << lane, what);
 }
 
@@ -76,8 +77,10 @@ void bind_cp_async(Decoder& d, Inst& i) {
   i.size = static_cast<u8>(size);
   if (d.operands() > 3 + hint) {
     const bool ignore = d.register_bytes(d.operand(3)) == 0;
-    if (ignore) i.c = d.src(3, 0);
-    else i.b = d.src(3, 4);
+    if (ignore)
+      i.c = d.src(3, 0);
+    else
+      i.b = d.src(3, 4);
   }
   i.fn = cp_async;
 }
@@ -111,7 +114,8 @@ void bind_cp_wait(Decoder& d, Inst& i) {
 // Arrives once the thread's copies so far are done; without .noinc the count grows by one first.
 void cp_mbarrier(Warp& w, const Inst& i, u32 mask) {
   each_lane(mask, [&](int l) {
-    const SharedSpot at = shared_spot(w, lane_address(w, i, l), l, 8, 8, "cp.async.mbarrier.arrive");
+    const SharedSpot at =
+        shared_spot(w, lane_address(w, i, l), l, 8, 8, "cp.async.mbarrier.arrive");
     Cta& cta = *w.cta->cluster->ctas[at.rank];
     Mbarrier& b = mbarrier_at(w, cta, at.offset, 1u << l, "cp.async.mbarrier.arrive");
     if (i.op == 0) mbarrier_update(w, cta, b, -1, 0, 0, 1u << l, "cp.async.mbarrier.arrive");
@@ -130,7 +134,8 @@ void cp_mbarrier(Warp& w, const Inst& i, u32 mask) {
         w, static_cast<u32>(l), AsyncKind::CpAsync, 0, {},
         [before](AsyncOp&) {
           for (const AsyncPtr& op : before) {
-            if (op->stage == AsyncOp::Stage::Issued) op->read(*op), op->stage = AsyncOp::Stage::Read;
+            if (op->stage == AsyncOp::Stage::Issued)
+              op->read(*op), op->stage = AsyncOp::Stage::Read;
             if (op->stage == AsyncOp::Stage::Read) op->write(*op), op->stage = AsyncOp::Stage::Done;
           }
         },
@@ -151,7 +156,8 @@ void bind_cp_mbarrier(Decoder& d, Inst& i) {
   i.fn = cp_mbarrier;
 }
 
-// --- bulk copies. ext addresses: 0 destination, 1 source, 2 mbarrier; i.b size; i.c multicast mask.
+// --- bulk copies. ext addresses: 0 destination, 1 source, 2 mbarrier; i.b size; i.c multicast
+// mask.
 u32 bulk_size(Warp& w, const Inst& i, int l) {
   const u32 bytes = w.reg<u32>(i.b)[l];
   if (bytes % 16 != 0) {
@@ -162,7 +168,8 @@ u32 bulk_size(Warp& w, const Inst& i, int l) {
 }
 
 const u8* bulk_source(Warp& w, u64 address, u32 bytes, int l) {
-  if (address % 16 != 0) fail(w, 1u << l, "misaligned-access", "bulk source must be 16-byte aligned");
+  if (address % 16 != 0)
+    fail(w, 1u << l, "misaligned-access", "bulk source must be 16-byte aligned");
   return bytes == 0 ? nullptr : global_pointer(w, address, bytes, 1u << l, false);
 }
 
@@ -172,7 +179,8 @@ void bulk_load(Warp& w, const Inst& i, u32 mask) {
     const u32 bytes = bulk_size(w, i, l);
     const u64 from = pair_address(w, x, 1, l);
     const u8* host = bulk_source(w, from, bytes, l);
-    const SharedSpot first = shared_spot(w, pair_address(w, x, 0, l), l, bytes, 16, "bulk destination");
+    const SharedSpot first =
+        shared_spot(w, pair_address(w, x, 0, l), l, bytes, 16, "bulk destination");
     const SharedSpot bar = shared_spot(w, pair_address(w, x, 2, l), l, 8, 8, "mbarrier");
     const u32 ranks = i.c == kNoReg ? 1u << first.rank : w.reg<u16>(i.c)[l];
     std::vector<Footprint> footprint = {{AccessKind::Read, Space::Global, 0, from, bytes}};
@@ -190,7 +198,8 @@ void bulk_load(Warp& w, const Inst& i, u32 mask) {
           w.current_pc = pc;
           for (u32 r = ranks; r != 0; r &= r - 1) {
             const u32 rank = static_cast<u32>(std::countr_zero(r));
-            if (bytes != 0) std::memcpy(shared_bytes(w, {rank, first.offset}), op.buffer.data(), bytes);
+            if (bytes != 0)
+              std::memcpy(shared_bytes(w, {rank, first.offset}), op.buffer.data(), bytes);
             complete_bytes(w, multicast ? rank : bar.rank, bar.offset, bytes, l, "cp.async.bulk");
           }
         });
@@ -201,7 +210,8 @@ void bulk_cluster(Warp& w, const Inst& i, u32 mask) {
   const Ext& x = *i.ext;
   each_lane(mask, [&](int l) {
     const u32 bytes = bulk_size(w, i, l);
-    const SharedSpot to = shared_spot(w, pair_address(w, x, 0, l), l, bytes, 16, "bulk destination");
+    const SharedSpot to =
+        shared_spot(w, pair_address(w, x, 0, l), l, bytes, 16, "bulk destination");
     const SharedSpot from = shared_spot(w, pair_address(w, x, 1, l), l, bytes, 16, "bulk source");
     const SharedSpot bar = shared_spot(w, pair_address(w, x, 2, l), l, 8, 8, "mbarrier");
     const std::vector<Footprint> footprint = {
@@ -226,7 +236,8 @@ void bulk_store(Warp& w, const Inst& i, u32 mask) {
   each_lane(mask, [&](int l) {
     const u32 bytes = bulk_size(w, i, l);
     const u64 to = pair_address(w, x, 0, l);
-    if (to % 16 != 0) fail(w, 1u << l, "misaligned-access", "bulk destination must be 16-byte aligned");
+    if (to % 16 != 0)
+      fail(w, 1u << l, "misaligned-access", "bulk destination must be 16-byte aligned");
     const SharedSpot from = shared_spot(w, pair_address(w, x, 1, l), l, bytes, 16, "bulk source");
     u8* host = bytes == 0 ? nullptr : global_pointer(w, to, bytes, 1u << l, true);
     const bool reduce = x.type != Type::None;
@@ -243,8 +254,10 @@ void bulk_store(Warp& w, const Inst& i, u32 mask) {
         },
         [host, bytes, type, op_code, reduce](AsyncOp& op) {
           if (bytes == 0) return;
-          if (reduce) reduce_bytes(host, op.buffer.data(), bytes, type, op_code);
-          else std::memcpy(host, op.buffer.data(), bytes);
+          if (reduce)
+            reduce_bytes(host, op.buffer.data(), bytes, type, op_code);
+          else
+            std::memcpy(host, op.buffer.data(), bytes);
         }));
   });
 }
@@ -260,9 +273,7 @@ void bind_bulk(Decoder& d, Inst& i) {
   i.b = d.src(2, 4);
   if (to_shared) bind_pair_address(d, x, 2, d.operand(3));
   if (multicast) i.c = d.src(4, 2);
-  i.fn = !to_shared              ? bulk_store
-         : d.has("global")       ? bulk_load
-                                 : bulk_cluster;
+  i.fn = !to_shared ? bulk_store : d.has("global") ? bulk_load : bulk_cluster;
 }
 void bind_bulk_reduce(Decoder& d, Inst& i) {
   d.arity(3u + d.has("L2::cache_hint"));
@@ -314,9 +325,8 @@ void st_async(Warp& w, const Inst& i, u32 mask) {
       std::memcpy(data.data() + k * i.size, &v, i.size);
     }
     const bool reduce = i.sub != 0;
-    const std::vector<Footprint> footprint = {
-        {reduce ? AccessKind::ReadWrite : AccessKind::Write, Space::Shared, to.rank, to.offset,
-         bytes}};
+    const std::vector<Footprint> footprint = {{reduce ? AccessKind::ReadWrite : AccessKind::Write,
+                                               Space::Shared, to.rank, to.offset, bytes}};
     const u32 pc = w.current_pc;
     const Type type = x.type;
     const u8 op_code = i.op;
@@ -326,8 +336,10 @@ void st_async(Warp& w, const Inst& i, u32 mask) {
         [&w, to, bar, bytes, l, pc, reduce, type, op_code](AsyncOp& op) {
           w.current_pc = pc;
           u8* host = shared_bytes(w, to);
-          if (reduce) reduce_bytes(host, op.buffer.data(), bytes, type, op_code);
-          else std::memcpy(host, op.buffer.data(), bytes);
+          if (reduce)
+            reduce_bytes(host, op.buffer.data(), bytes, type, op_code);
+          else
+            std::memcpy(host, op.buffer.data(), bytes);
           complete_bytes(w, bar.rank, bar.offset, bytes, l, "st.async");
         });
   });
@@ -373,7 +385,8 @@ constexpr Entry kEntries[] = {
      bind_bulk_reduce, "bulk reduction, shared to global", 90},
     {"cp.async.bulk.commit_group", bind_bulk_commit, "closes a bulk group", 90},
     {"cp.async.bulk.wait_group.read?", bind_bulk_wait, "waits until n bulk groups are pending", 90},
-    {"st.async.weak?.shared::cluster?.mbarrier::complete_tx::bytes.v2|v4?.b32|b64|u32|u64|s32|s64|f32|f64",
+    {"st.async.weak?.shared::cluster?.mbarrier::complete_tx::bytes.v2|v4?.b32|b64|u32|u64|s32|s64|"
+     "f32|f64",
      bind_st_async, "store to another CTA, reported to its mbarrier", 90},
     {"red.async.relaxed?.cluster?.shared::cluster?.mbarrier::complete_tx::bytes."
      "inc|dec|min|max|add|and|or|xor.u32|s32|u64|b32",

@@ -14,16 +14,26 @@ template <class T>
 T integer_op(Op op, T old, T b, T c) {
   using U = std::make_unsigned_t<T>;
   switch (op) {
-    case kAdd: return static_cast<T>(static_cast<U>(old) + static_cast<U>(b));
-    case kMin: return b < old ? b : old;
-    case kMax: return b > old ? b : old;
-    case kAnd: return old & b;
-    case kOr: return old | b;
-    case kXor: return old ^ b;
-    case kExch: return b;
-    case kCas: return old == b ? c : old;
-    case kInc: return old >= b ? T(0) : static_cast<T>(old + 1);
-    default: return (old == 0 || old > b) ? b : static_cast<T>(old - 1);
+    case kAdd:
+      return static_cast<T>(static_cast<U>(old) + static_cast<U>(b));
+    case kMin:
+      return b < old ? b : old;
+    case kMax:
+      return b > old ? b : old;
+    case kAnd:
+      return old & b;
+    case kOr:
+      return old | b;
+    case kXor:
+      return old ^ b;
+    case kExch:
+      return b;
+    case kCas:
+      return old == b ? c : old;
+    case kInc:
+      return old >= b ? T(0) : static_cast<T>(old + 1);
+    default:
+      return (old == 0 || old > b) ? b : static_cast<T>(old - 1);
   }
 }
 
@@ -48,24 +58,36 @@ u16 half_op(bool bf, Op op, u16 old, u16 b) {
 // New value from old; bits of type T.
 u64 combine(Type t, Op op, u64 old, u64 b, u64 c) {
   switch (t) {
-    case Type::S32: return static_cast<u32>(integer_op<i32>(op, static_cast<i32>(old), static_cast<i32>(b), static_cast<i32>(c)));
-    case Type::S64: return static_cast<u64>(integer_op<i64>(op, static_cast<i64>(old), static_cast<i64>(b), static_cast<i64>(c)));
+    case Type::S32:
+      return static_cast<u32>(
+          integer_op<i32>(op, static_cast<i32>(old), static_cast<i32>(b), static_cast<i32>(c)));
+    case Type::S64:
+      return static_cast<u64>(
+          integer_op<i64>(op, static_cast<i64>(old), static_cast<i64>(b), static_cast<i64>(c)));
     case Type::F32:
-      return std::bit_cast<u32>(float_add(std::bit_cast<float>(static_cast<u32>(old)), std::bit_cast<float>(static_cast<u32>(b))));
-    case Type::F64: return std::bit_cast<u64>(float_add(std::bit_cast<double>(old), std::bit_cast<double>(b)));
-    case Type::F16: case Type::BF16:
+      return std::bit_cast<u32>(float_add(std::bit_cast<float>(static_cast<u32>(old)),
+                                          std::bit_cast<float>(static_cast<u32>(b))));
+    case Type::F64:
+      return std::bit_cast<u64>(float_add(std::bit_cast<double>(old), std::bit_cast<double>(b)));
+    case Type::F16:
+    case Type::BF16:
       return half_op(t == Type::BF16, op, static_cast<u16>(old), static_cast<u16>(b));
-    case Type::F16x2: case Type::BF16x2: {
+    case Type::F16x2:
+    case Type::BF16x2: {
       const bool bf = t == Type::BF16x2;
       return u32{half_op(bf, op, static_cast<u16>(old), static_cast<u16>(b))} |
              u32{half_op(bf, op, static_cast<u16>(old >> 16), static_cast<u16>(b >> 16))} << 16;
     }
-    default: break;
+    default:
+      break;
   }
   switch (type_size(t)) {
-    case 2: return integer_op<u16>(op, static_cast<u16>(old), static_cast<u16>(b), static_cast<u16>(c));
-    case 4: return integer_op<u32>(op, static_cast<u32>(old), static_cast<u32>(b), static_cast<u32>(c));
-    default: return integer_op<u64>(op, old, b, c);
+    case 2:
+      return integer_op<u16>(op, static_cast<u16>(old), static_cast<u16>(b), static_cast<u16>(c));
+    case 4:
+      return integer_op<u32>(op, static_cast<u32>(old), static_cast<u32>(b), static_cast<u32>(c));
+    default:
+      return integer_op<u64>(op, old, b, c);
   }
 }
 
@@ -91,9 +113,12 @@ u64 read_source(Warp& w, u32 reg, int bytes, int l) {
   return bytes == 2 ? w.reg<u16>(reg)[l] : bytes == 4 ? w.reg<u32>(reg)[l] : w.reg<u64>(reg)[l];
 }
 void write_result(Warp& w, u32 reg, int bytes, int l, u64 v) {
-  if (bytes == 2) w.reg<u16>(reg)[l] = static_cast<u16>(v);
-  else if (bytes == 4) w.reg<u32>(reg)[l] = static_cast<u32>(v);
-  else w.reg<u64>(reg)[l] = v;
+  if (bytes == 2)
+    w.reg<u16>(reg)[l] = static_cast<u16>(v);
+  else if (bytes == 4)
+    w.reg<u32>(reg)[l] = static_cast<u32>(v);
+  else
+    w.reg<u64>(reg)[l] = v;
 }
 
 // ext: type; count > 1 for vector forms (regs: destinations, regs2: sources).
@@ -194,9 +219,12 @@ void reduce_bytes(u8* dst, const u8* src, u64 bytes, Type type, u8 op) {
     u64 b = 0;
     std::memcpy(&b, src + k, size);
     const Op o = static_cast<Op>(op);
-    if (size == 2) apply<u16>(dst + k, type, o, b, 0, &changed);
-    else if (size == 4) apply<u32>(dst + k, type, o, b, 0, &changed);
-    else apply<u64>(dst + k, type, o, b, 0, &changed);
+    if (size == 2)
+      apply<u16>(dst + k, type, o, b, 0, &changed);
+    else if (size == 4)
+      apply<u32>(dst + k, type, o, b, 0, &changed);
+    else
+      apply<u64>(dst + k, type, o, b, 0, &changed);
   }
 }
 

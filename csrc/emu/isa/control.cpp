@@ -64,8 +64,10 @@ void grid_launch(Warp& w, const Inst& i, u32 mask) {
 }
 void bind_griddep(Decoder& d, Inst& i) {
   d.arity(0);
-  if (d.has("wait")) make_blocking(i, grid_wait);
-  else i.fn = grid_launch;
+  if (d.has("wait"))
+    make_blocking(i, grid_wait);
+  else
+    i.fn = grid_launch;
 }
 
 // --- vprintf and __assertfail
@@ -73,7 +75,8 @@ void bind_griddep(Decoder& d, Inst& i) {
 std::string c_string(Warp& w, u64 address, int lane) {
   std::string s;
   while (s.size() < 4096) {
-    const char c = static_cast<char>(*resolve(w, Space::Generic, address + s.size(), lane, 1, false).host);
+    const char c =
+        static_cast<char>(*resolve(w, Space::Generic, address + s.size(), lane, 1, false).host);
     if (c == '\0') break;
     s += c;
   }
@@ -119,12 +122,20 @@ Conversion parse_conversion(const std::string& format, std::size_t* k) {
 std::string format_one(Warp& w, const Conversion& c, u64 args, u64* offset, int lane) {
   char buffer[512];
   switch (c.letter) {
-    case '%': return "%";
+    case '%':
+      return "%";
     case 's': {
       const u64 address = next_argument(w, args, offset, 8, lane);
       return c_string(w, address, lane);
     }
-    case 'f': case 'F': case 'e': case 'E': case 'g': case 'G': case 'a': case 'A': {
+    case 'f':
+    case 'F':
+    case 'e':
+    case 'E':
+    case 'g':
+    case 'G':
+    case 'a':
+    case 'A': {
       const double v = std::bit_cast<double>(next_argument(w, args, offset, 8, lane));
       std::snprintf(buffer, sizeof buffer, (c.flags + c.letter).c_str(), v);
       return buffer;
@@ -134,20 +145,26 @@ std::string format_one(Warp& w, const Conversion& c, u64 args, u64* offset, int 
       std::snprintf(buffer, sizeof buffer, "0x%" PRIx64, v);
       return buffer;
     }
-    case 'd': case 'i': {
+    case 'd':
+    case 'i': {
       const u64 raw = next_argument(w, args, offset, c.wide ? 8 : 4, lane);
       const long long v = c.wide ? static_cast<i64>(raw) : static_cast<i32>(raw);
       std::snprintf(buffer, sizeof buffer, (c.flags + "ll" + c.letter).c_str(), v);
       return buffer;
     }
-    case 'u': case 'x': case 'X': case 'o': case 'c': {
+    case 'u':
+    case 'x':
+    case 'X':
+    case 'o':
+    case 'c': {
       const u64 raw = next_argument(w, args, offset, c.wide ? 8 : 4, lane);
       if (c.letter == 'c') return std::string(1, static_cast<char>(raw));
       std::snprintf(buffer, sizeof buffer, (c.flags + "ll" + c.letter).c_str(),
                     static_cast<unsigned long long>(raw));
       return buffer;
     }
-    default: return c.flags + c.letter;
+    default:
+      return c.flags + c.letter;
   }
 }
 
@@ -166,13 +183,17 @@ void vprintf_lane(Warp& w, const Inst& i, int lane) {
   std::string out;
   u64 offset = 0;
   for (std::size_t k = 0; k < format.size();) {
-    if (format[k] != '%') out += format[k++];
-    else out += format_one(w, parse_conversion(format, &k), args, &offset, lane);
+    if (format[k] != '%')
+      out += format[k++];
+    else
+      out += format_one(w, parse_conversion(format, &k), args, &offset, lane);
   }
   Grid& grid = *w.cta->cluster->grid;
   const std::lock_guard lock(grid.mutex);
-  if (grid.print) grid.print(out);
-  else std::fputs(out.c_str(), stdout);
+  if (grid.print)
+    grid.print(out);
+  else
+    std::fputs(out.c_str(), stdout);
 }
 
 void call_vprintf(Warp& w, const Inst& i, u32 mask) {
@@ -192,7 +213,8 @@ void call_assertfail(Warp& w, const Inst& i, u32 mask) {
   const Place p = resolve(w, Space::Local, static_cast<u64>(x.v[3]), l, 4, false);
   u32 line;
   std::memcpy(&line, p.host, 4);
-  fail(w, mask, "assert", file + ":" + std::to_string(line) + ": assertion `" + message + "' failed");
+  fail(w, mask, "assert",
+       file + ":" + std::to_string(line) + ": assertion `" + message + "' failed");
 }
 
 void bind_call(Decoder& d, Inst& i) {
@@ -201,8 +223,10 @@ void bind_call(Decoder& d, Inst& i) {
   std::string name;
   for (std::size_t k = 0; k < d.operands(); ++k) {
     const ptx::Operand& o = d.operand(k);
-    if (o.kind == ptx::Operand::Kind::Vector) (name.empty() ? results : arguments) = &o;
-    else if (name.empty()) name = o.symbol;
+    if (o.kind == ptx::Operand::Kind::Vector)
+      (name.empty() ? results : arguments) = &o;
+    else if (name.empty())
+      name = o.symbol;
   }
   const bool print = name == "vprintf";
   if (!print && name != "__assertfail") d.fail("call of unknown function '" + name + "'");

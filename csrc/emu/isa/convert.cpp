@@ -31,12 +31,19 @@ Handler pick_int_to_int(Type from, int from_bytes, int to_bytes) {
   }
   if (type_size(from) != from_bytes) return nullptr;
   switch (from) {
-    case Type::U16: return pick_width<u16, u16>(to_bytes);
-    case Type::S16: return pick_width<i16, u16>(to_bytes);
-    case Type::U32: return pick_width<u32, u32>(to_bytes);
-    case Type::S32: return pick_width<i32, u32>(to_bytes);
-    case Type::U64: case Type::S64: return pick_width<u64, u64>(to_bytes);
-    default: return nullptr;
+    case Type::U16:
+      return pick_width<u16, u16>(to_bytes);
+    case Type::S16:
+      return pick_width<i16, u16>(to_bytes);
+    case Type::U32:
+      return pick_width<u32, u32>(to_bytes);
+    case Type::S32:
+      return pick_width<i32, u32>(to_bytes);
+    case Type::U64:
+    case Type::S64:
+      return pick_width<u64, u64>(to_bytes);
+    default:
+      return nullptr;
   }
 }
 
@@ -50,9 +57,12 @@ u64 read_raw(Warp& w, u32 reg, i64 bytes, int l) {
   return bytes == 2 ? w.reg<u16>(reg)[l] : bytes == 4 ? w.reg<u32>(reg)[l] : w.reg<u64>(reg)[l];
 }
 void write_raw(Warp& w, u32 reg, i64 bytes, int l, u64 value) {
-  if (bytes == 2) w.reg<u16>(reg)[l] = static_cast<u16>(value);
-  else if (bytes == 4) w.reg<u32>(reg)[l] = static_cast<u32>(value);
-  else w.reg<u64>(reg)[l] = value;
+  if (bytes == 2)
+    w.reg<u16>(reg)[l] = static_cast<u16>(value);
+  else if (bytes == 4)
+    w.reg<u32>(reg)[l] = static_cast<u32>(value);
+  else
+    w.reg<u64>(reg)[l] = value;
 }
 
 // v: 0 source register bytes, 1 destination register bytes, 2 saturate. PTX lets cvt use registers
@@ -91,7 +101,6 @@ class RoundingScope {
  private:
   int saved_;
 };
-
 
 // The fast and frequent ones: i32/u32 -> f32, round to nearest.
 template <class T>
@@ -135,10 +144,17 @@ void int_to_float(Warp& w, const Inst& i, u32 mask) {
 double read_float(Warp& w, const Inst& i, int l, Type t, bool ftz) {
   double v;
   switch (t) {
-    case Type::F64: return w.reg<double>(i.a)[l];
-    case Type::F32: v = static_cast<double>(w.reg<float>(i.a)[l]); break;
-    case Type::F16: v = static_cast<double>(num::f16_to_f32(w.reg<u16>(i.a)[l])); break;
-    default: v = static_cast<double>(num::bf16_to_f32(w.reg<u16>(i.a)[l])); break;
+    case Type::F64:
+      return w.reg<double>(i.a)[l];
+    case Type::F32:
+      v = static_cast<double>(w.reg<float>(i.a)[l]);
+      break;
+    case Type::F16:
+      v = static_cast<double>(num::f16_to_f32(w.reg<u16>(i.a)[l]));
+      break;
+    default:
+      v = static_cast<double>(num::bf16_to_f32(w.reg<u16>(i.a)[l]));
+      break;
   }
   if (ftz && t == Type::F32 && std::fabs(v) < 1.17549435082228750797e-38) v = std::copysign(0.0, v);
   return v;
@@ -146,10 +162,14 @@ double read_float(Warp& w, const Inst& i, int l, Type t, bool ftz) {
 
 double round_integral(double v, int mode) {
   switch (mode) {
-    case FE_TOWARDZERO: return std::trunc(v);
-    case FE_DOWNWARD: return std::floor(v);
-    case FE_UPWARD: return std::ceil(v);
-    default: return std::nearbyint(v);
+    case FE_TOWARDZERO:
+      return std::trunc(v);
+    case FE_DOWNWARD:
+      return std::floor(v);
+    case FE_UPWARD:
+      return std::ceil(v);
+    default:
+      return std::nearbyint(v);
   }
 }
 
@@ -175,14 +195,30 @@ void float_to_int(Warp& w, const Inst& i, u32 mask) {
     const int mode = static_cast<int>(x.v[1]);
     u64 r = 0;
     switch (x.type2) {
-      case Type::U8: r = float_to_integer<u8>(v, mode); break;
-      case Type::S8: r = float_to_integer<i8>(v, mode); break;
-      case Type::U16: r = float_to_integer<u16>(v, mode); break;
-      case Type::S16: r = float_to_integer<i16>(v, mode); break;
-      case Type::U32: r = float_to_integer<u32>(v, mode); break;
-      case Type::S32: r = float_to_integer<i32>(v, mode); break;
-      case Type::U64: r = float_to_integer<u64>(v, mode); break;
-      default: r = float_to_integer<i64>(v, mode); break;
+      case Type::U8:
+        r = float_to_integer<u8>(v, mode);
+        break;
+      case Type::S8:
+        r = float_to_integer<i8>(v, mode);
+        break;
+      case Type::U16:
+        r = float_to_integer<u16>(v, mode);
+        break;
+      case Type::S16:
+        r = float_to_integer<i16>(v, mode);
+        break;
+      case Type::U32:
+        r = float_to_integer<u32>(v, mode);
+        break;
+      case Type::S32:
+        r = float_to_integer<i32>(v, mode);
+        break;
+      case Type::U64:
+        r = float_to_integer<u64>(v, mode);
+        break;
+      default:
+        r = float_to_integer<i64>(v, mode);
+        break;
     }
     write_raw(w, i.d, x.v[0], l, r);
   }
@@ -212,8 +248,7 @@ void float_to_float(Warp& w, const Inst& i, u32 mask) {
                               : x.v[1] == FE_DOWNWARD   ? num::Round::rm
                                                         : num::Round::rp;
       const num::Format f = x.type2 == Type::F16 ? num::Format::f16 : num::Format::bf16;
-      w.reg<u16>(i.d)[l] =
-          static_cast<u16>(num::encode(f, v, {mode, x.v[6] != 0, x.v[5] != 0}));
+      w.reg<u16>(i.d)[l] = static_cast<u16>(num::encode(f, v, {mode, x.v[6] != 0, x.v[5] != 0}));
     }
   }
 }
@@ -253,18 +288,25 @@ void convert_pair(Warp& w, const Inst& i, u32 mask) {
     }
     const u32 r = num::encode(to, num::decode(from, low), mode) |
                   num::encode(to, num::decode(from, high), mode) << to_bits;
-    if (to_bits == 16) w.reg<u32>(i.d)[l] = r;
-    else w.reg<u16>(i.d)[l] = static_cast<u16>(r);
+    if (to_bits == 16)
+      w.reg<u32>(i.d)[l] = r;
+    else
+      w.reg<u16>(i.d)[l] = static_cast<u16>(r);
   }
 }
 
 num::Format pair_format(Type t) {
   switch (t) {
-    case Type::F16x2: return num::Format::f16;
-    case Type::BF16x2: return num::Format::bf16;
-    case Type::E4M3x2: return num::Format::e4m3;
-    case Type::E5M2x2: return num::Format::e5m2;
-    default: return num::Format::f32;
+    case Type::F16x2:
+      return num::Format::f16;
+    case Type::BF16x2:
+      return num::Format::bf16;
+    case Type::E4M3x2:
+      return num::Format::e4m3;
+    case Type::E5M2x2:
+      return num::Format::e5m2;
+    default:
+      return num::Format::f32;
   }
 }
 

@@ -30,13 +30,48 @@ DSK_LANE_INLINE T saturate(T x) {
 DSK_LANE_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 DSK_LANE_INLINE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
-struct Add { template <class T> static T f(T a, T b, T) { return a + b; } };
-struct Sub { template <class T> static T f(T a, T b, T) { return a - b; } };
-struct Mul { template <class T> static T f(T a, T b, T) { return a * b; } };
-struct Div { template <class T> static T f(T a, T b, T) { return a / b; } };
-struct Fma { template <class T> static T f(T a, T b, T c) { return fused(a, b, c); } };
-struct Rcp { template <class T> static T f(T a, T, T) { return T(1) / a; } };
-struct Sqrt { template <class T> static T f(T a, T, T) { return std::sqrt(a); } };
+struct Add {
+  template <class T>
+  static T f(T a, T b, T) {
+    return a + b;
+  }
+};
+struct Sub {
+  template <class T>
+  static T f(T a, T b, T) {
+    return a - b;
+  }
+};
+struct Mul {
+  template <class T>
+  static T f(T a, T b, T) {
+    return a * b;
+  }
+};
+struct Div {
+  template <class T>
+  static T f(T a, T b, T) {
+    return a / b;
+  }
+};
+struct Fma {
+  template <class T>
+  static T f(T a, T b, T c) {
+    return fused(a, b, c);
+  }
+};
+struct Rcp {
+  template <class T>
+  static T f(T a, T, T) {
+    return T(1) / a;
+  }
+};
+struct Sqrt {
+  template <class T>
+  static T f(T a, T, T) {
+    return std::sqrt(a);
+  }
+};
 
 template <class T>
 struct Sources {
@@ -114,12 +149,14 @@ void absolute(Warp& w, const Inst& i, u32 mask) {
 void bind_neg(Decoder& d, Inst& i) {
   const bool single = d.type() == Type::F32;
   bind_same(d, i, single ? 4 : 8, 1);
-  i.fn = !single ? negate<double, false> : d.has("ftz") ? negate<float, true> : negate<float, false>;
+  i.fn = !single        ? negate<double, false>
+         : d.has("ftz") ? negate<float, true>
+                        : negate<float, false>;
 }
 void bind_abs(Decoder& d, Inst& i) {
   const bool single = d.type() == Type::F32;
   bind_same(d, i, single ? 4 : 8, 1);
-  i.fn = !single         ? absolute<double, false>
+  i.fn = !single        ? absolute<double, false>
          : d.has("ftz") ? absolute<float, true>
                         : absolute<float, false>;
 }
@@ -157,7 +194,7 @@ void bind_extreme(Decoder& d, Inst& i) {
   bind_same(d, i, single ? 4 : 8, 2);
   i.op = static_cast<u8>((d.has("ftz") ? kFtz : 0) | (d.has("NaN") ? kNanWins : 0) |
                          (d.has("xorsign") ? kXorSign : 0));
-  i.fn = !single    ? extreme<IsMax, double>
+  i.fn = !single     ? extreme<IsMax, double>
          : i.op != 0 ? extreme_modified<IsMax>
                      : extreme<IsMax, float>;
 }
@@ -181,19 +218,31 @@ void test_property(Warp& w, const Inst& i, u32 mask) {
     const int c = std::fpclassify(a[l]);
     bool yes = false;
     switch (i.op) {
-      case 0: yes = c != FP_NAN && c != FP_INFINITE; break;
-      case 1: yes = c == FP_INFINITE; break;
-      case 2: yes = c != FP_NAN; break;
-      case 3: yes = c == FP_NAN; break;
-      case 4: yes = c == FP_NORMAL; break;
-      default: yes = c == FP_SUBNORMAL; break;
+      case 0:
+        yes = c != FP_NAN && c != FP_INFINITE;
+        break;
+      case 1:
+        yes = c == FP_INFINITE;
+        break;
+      case 2:
+        yes = c != FP_NAN;
+        break;
+      case 3:
+        yes = c == FP_NAN;
+        break;
+      case 4:
+        yes = c == FP_NORMAL;
+        break;
+      default:
+        yes = c == FP_SUBNORMAL;
+        break;
     }
     hit |= static_cast<u32>(yes) << l;
   }
   write_pred(w, i.d, mask, hit);
 }
 void bind_testp(Decoder& d, Inst& i) {
-  static constexpr const char* kNames[] = {"finite",    "infinite", "number",
+  static constexpr const char* kNames[] = {"finite",     "infinite", "number",
                                            "notanumber", "normal",   "subnormal"};
   d.arity(2);
   i.d = d.dst(0, 0);

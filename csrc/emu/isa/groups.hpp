@@ -11,17 +11,17 @@ namespace dsk::emu {
 
 using EntryGroups = std::vector<std::span<const Entry>>;
 
-#define DSK_LANE_GROUPS(level)                                              \
-  namespace level {                                                         \
-  std::span<const Entry> integer_entries();                                 \
-  std::span<const Entry> logic_entries();                                   \
-  std::span<const Entry> float_entries();                                   \
-  std::span<const Entry> convert_entries();                                 \
-  std::span<const Entry> memory_entries();                                  \
-  inline EntryGroups lane_groups() {                                        \
-    return {integer_entries(), logic_entries(), float_entries(),            \
-            convert_entries(), memory_entries()};                           \
-  }                                                                         \
+#define DSK_LANE_GROUPS(level)                                                      \
+  namespace level {                                                                 \
+  std::span<const Entry> integer_entries();                                         \
+  std::span<const Entry> logic_entries();                                           \
+  std::span<const Entry> float_entries();                                           \
+  std::span<const Entry> convert_entries();                                         \
+  std::span<const Entry> memory_entries();                                          \
+  inline EntryGroups lane_groups() {                                                \
+    return {integer_entries(), logic_entries(), float_entries(), convert_entries(), \
+            memory_entries()};                                                      \
+  }                                                                                 \
   }
 DSK_LANE_GROUPS(portable)
 #if defined(DSK_EMU_X86_LEVELS)
@@ -43,9 +43,9 @@ std::span<const Entry> wgmma_entries();
 std::span<const Entry> mma_entries();
 
 inline EntryGroups common_groups() {
-  return {half_entries(),     address_entries(), atomic_entries(), control_entries(),
-          warp_entries(),     sync_entries(),    mbarrier_entries(), async_entries(),
-          tensor_entries(),   wgmma_entries(),   mma_entries()};
+  return {half_entries(),   address_entries(), atomic_entries(),   control_entries(),
+          warp_entries(),   sync_entries(),    mbarrier_entries(), async_entries(),
+          tensor_entries(), wgmma_entries(),   mma_entries()};
 }
 
 }  // namespace dsk::emu

@@ -58,16 +58,32 @@ u16 apply(Op op, u8 flags, u16 a, u16 b, u16 c) {
   if (ftz) a = flush_f16(a), b = flush_f16(b), c = flush_f16(c);
   u16 r;
   switch (op) {
-    case kAdd: r = round(bf, widen(bf, a) + widen(bf, b)); break;
-    case kSub: r = round(bf, widen(bf, a) - widen(bf, b)); break;
-    case kMul: r = round(bf, widen(bf, a) * widen(bf, b)); break;
-    case kFma: r = fused(bf, a, b, c); break;
-    case kMin: return extreme(bf, false, flags, a, b);
-    case kMax: return extreme(bf, true, flags, a, b);
-    case kNeg: return a ^ 0x8000;
-    case kAbs: return a & 0x7fff;
-    case kEx2: return bf ? num::approx_bf16(num::ApproxFn::ex2, a, true) : num::approx_f16(num::ApproxFn::ex2, a, ftz);
-    default: return bf ? num::approx_bf16(num::ApproxFn::tanh, a, false) : num::approx_f16(num::ApproxFn::tanh, a, false);
+    case kAdd:
+      r = round(bf, widen(bf, a) + widen(bf, b));
+      break;
+    case kSub:
+      r = round(bf, widen(bf, a) - widen(bf, b));
+      break;
+    case kMul:
+      r = round(bf, widen(bf, a) * widen(bf, b));
+      break;
+    case kFma:
+      r = fused(bf, a, b, c);
+      break;
+    case kMin:
+      return extreme(bf, false, flags, a, b);
+    case kMax:
+      return extreme(bf, true, flags, a, b);
+    case kNeg:
+      return a ^ 0x8000;
+    case kAbs:
+      return a & 0x7fff;
+    case kEx2:
+      return bf ? num::approx_bf16(num::ApproxFn::ex2, a, true)
+                : num::approx_f16(num::ApproxFn::ex2, a, ftz);
+    default:
+      return bf ? num::approx_bf16(num::ApproxFn::tanh, a, false)
+                : num::approx_f16(num::ApproxFn::tanh, a, false);
   }
   if (ftz) r = flush_f16(r);
   const bool nan = widen(bf, r) != widen(bf, r);
@@ -87,8 +103,10 @@ void arith(Warp& w, const Inst& i, u32 mask) {
     const u32 *a = w.reg<u32>(i.a), *b = w.reg<u32>(b_reg), *c = w.reg<u32>(c_reg);
     u32* d = w.reg<u32>(i.d);
     each_lane(mask, [&](int l) {
-      const u16 lo = apply(op, i.sub, static_cast<u16>(a[l]), static_cast<u16>(b[l]), static_cast<u16>(c[l]));
-      const u16 hi = apply(op, i.sub, static_cast<u16>(a[l] >> 16), static_cast<u16>(b[l] >> 16), static_cast<u16>(c[l] >> 16));
+      const u16 lo =
+          apply(op, i.sub, static_cast<u16>(a[l]), static_cast<u16>(b[l]), static_cast<u16>(c[l]));
+      const u16 hi = apply(op, i.sub, static_cast<u16>(a[l] >> 16), static_cast<u16>(b[l] >> 16),
+                           static_cast<u16>(c[l] >> 16));
       d[l] = lo | u32{hi} << 16;
     });
     return;
@@ -119,20 +137,34 @@ void bind(Decoder& d, Inst& i) {
 // --- comparison
 bool compare(int c, float a, float b) {
   switch (c) {
-    case 0: return a == b;
-    case 1: return a < b || a > b;
-    case 2: return a < b;
-    case 3: return a <= b;
-    case 4: return a > b;
-    case 5: return a >= b;
-    case 6: return !(a < b || a > b);
-    case 7: return a != b;
-    case 8: return !(a >= b);
-    case 9: return !(a > b);
-    case 10: return !(a <= b);
-    case 11: return !(a < b);
-    case 12: return a == a && b == b;
-    default: return a != a || b != b;
+    case 0:
+      return a == b;
+    case 1:
+      return a < b || a > b;
+    case 2:
+      return a < b;
+    case 3:
+      return a <= b;
+    case 4:
+      return a > b;
+    case 5:
+      return a >= b;
+    case 6:
+      return !(a < b || a > b);
+    case 7:
+      return a != b;
+    case 8:
+      return !(a >= b);
+    case 9:
+      return !(a > b);
+    case 10:
+      return !(a <= b);
+    case 11:
+      return !(a < b);
+    case 12:
+      return a == a && b == b;
+    default:
+      return a != a || b != b;
   }
 }
 

@@ -13,43 +13,67 @@ template <class T>
 using Bits = std::make_unsigned_t<T>;
 
 // Products of u16 would be computed in (signed) int and overflow: widen first.
-struct Add { template <class T> static T f(T a, T b) { return static_cast<T>(a + b); } };
-struct Sub { template <class T> static T f(T a, T b) { return static_cast<T>(a - b); } };
+struct Add {
+  template <class T>
+  static T f(T a, T b) {
+    return static_cast<T>(a + b);
+  }
+};
+struct Sub {
+  template <class T>
+  static T f(T a, T b) {
+    return static_cast<T>(a - b);
+  }
+};
 struct Mul {
-  template <class T> static T f(T a, T b) { return static_cast<T>(u64{a} * u64{b}); }
+  template <class T>
+  static T f(T a, T b) {
+    return static_cast<T>(u64{a} * u64{b});
+  }
 };
 struct MulHi {
-  template <class T> static T f(T a, T b) {
+  template <class T>
+  static T f(T a, T b) {
     return static_cast<T>((Wide<T>(a) * Wide<T>(b)) >> (8 * sizeof(T)));
   }
 };
 struct MadLo {
-  template <class T> static T f(T a, T b, T c) { return static_cast<T>(u64{a} * u64{b} + u64{c}); }
+  template <class T>
+  static T f(T a, T b, T c) {
+    return static_cast<T>(u64{a} * u64{b} + u64{c});
+  }
 };
 struct MadHi {
-  template <class T> static T f(T a, T b, T c) {
+  template <class T>
+  static T f(T a, T b, T c) {
     return static_cast<T>(static_cast<Bits<T>>(MulHi::f<T>(a, b)) + static_cast<Bits<T>>(c));
   }
 };
 struct AddSat {
-  template <class T> static T f(T a, T b) {
+  template <class T>
+  static T f(T a, T b) {
     const i64 s = i64{a} + i64{b};
     return s > 2147483647 ? 2147483647 : s < -2147483648ll ? -2147483648ll : static_cast<T>(s);
   }
 };
 struct SubSat {
-  template <class T> static T f(T a, T b) {
+  template <class T>
+  static T f(T a, T b) {
     const i64 s = i64{a} - i64{b};
     return s > 2147483647 ? 2147483647 : s < -2147483648ll ? -2147483648ll : static_cast<T>(s);
   }
 };
 struct MadHiSat {
-  template <class T> static T f(T a, T b, T c) { return AddSat::f<T>(MulHi::f<T>(a, b), c); }
+  template <class T>
+  static T f(T a, T b, T c) {
+    return AddSat::f<T>(MulHi::f<T>(a, b), c);
+  }
 };
 // Division by zero and the overflowing quotient are unspecified in PTX; the machine gives all ones
 // and the wrapped quotient, and must not trap itself.
 struct Div {
-  template <class T> static T f(T a, T b) {
+  template <class T>
+  static T f(T a, T b) {
     if (b == 0) return static_cast<T>(-1);
     if (std::is_signed_v<T> && b == static_cast<T>(-1)) {
       return static_cast<T>(Bits<T>(0) - static_cast<Bits<T>>(a));
@@ -58,22 +82,52 @@ struct Div {
   }
 };
 struct Rem {
-  template <class T> static T f(T a, T b) {
+  template <class T>
+  static T f(T a, T b) {
     if (b == 0) return a;
     if (std::is_signed_v<T> && b == static_cast<T>(-1)) return 0;
     return static_cast<T>(a % b);
   }
 };
-struct Min { template <class T> static T f(T a, T b) { return a < b ? a : b; } };
-struct Max { template <class T> static T f(T a, T b) { return a > b ? a : b; } };
-struct MinRelu { template <class T> static T f(T a, T b) { return Max::f<T>(Min::f<T>(a, b), 0); } };
-struct MaxRelu { template <class T> static T f(T a, T b) { return Max::f<T>(Max::f<T>(a, b), 0); } };
-struct Neg {
-  template <class T> static T f(T a) { return static_cast<T>(Bits<T>(0) - static_cast<Bits<T>>(a)); }
+struct Min {
+  template <class T>
+  static T f(T a, T b) {
+    return a < b ? a : b;
+  }
 };
-struct Abs { template <class T> static T f(T a) { return a < 0 ? Neg::f<T>(a) : a; } };
+struct Max {
+  template <class T>
+  static T f(T a, T b) {
+    return a > b ? a : b;
+  }
+};
+struct MinRelu {
+  template <class T>
+  static T f(T a, T b) {
+    return Max::f<T>(Min::f<T>(a, b), 0);
+  }
+};
+struct MaxRelu {
+  template <class T>
+  static T f(T a, T b) {
+    return Max::f<T>(Max::f<T>(a, b), 0);
+  }
+};
+struct Neg {
+  template <class T>
+  static T f(T a) {
+    return static_cast<T>(Bits<T>(0) - static_cast<Bits<T>>(a));
+  }
+};
+struct Abs {
+  template <class T>
+  static T f(T a) {
+    return a < 0 ? Neg::f<T>(a) : a;
+  }
+};
 struct Sad {
-  template <class T> static T f(T a, T b, T c) {
+  template <class T>
+  static T f(T a, T b, T c) {
     const Bits<T> diff = a < b ? static_cast<Bits<T>>(b) - static_cast<Bits<T>>(a)
                                : static_cast<Bits<T>>(a) - static_cast<Bits<T>>(b);
     return static_cast<T>(static_cast<Bits<T>>(c) + diff);
@@ -102,11 +156,16 @@ struct MadWide {
 
 Handler pick_wide(Type t, bool mad) {
   switch (t) {
-    case Type::S16: return mad ? MadWide<i16>::run : MulWide<i16>::run;
-    case Type::U16: return mad ? MadWide<u16>::run : MulWide<u16>::run;
-    case Type::S32: return mad ? MadWide<i32>::run : MulWide<i32>::run;
-    case Type::U32: return mad ? MadWide<u32>::run : MulWide<u32>::run;
-    default: return nullptr;
+    case Type::S16:
+      return mad ? MadWide<i16>::run : MulWide<i16>::run;
+    case Type::U16:
+      return mad ? MadWide<u16>::run : MulWide<u16>::run;
+    case Type::S32:
+      return mad ? MadWide<i32>::run : MulWide<i32>::run;
+    case Type::U32:
+      return mad ? MadWide<u32>::run : MulWide<u32>::run;
+    default:
+      return nullptr;
   }
 }
 
@@ -224,8 +283,8 @@ void bind_mad_lo(Decoder& d, Inst& i) {
 }
 void bind_mad_hi(Decoder& d, Inst& i) {
   bind_same(d, i, type_size(d.type()), 3);
-  use(d, i, d.has("sat") ? Ternary<MadHiSat>::On<i32>::run
-                         : pick_int<Ternary<MadHi>::On>(d.type()));
+  use(d, i,
+      d.has("sat") ? Ternary<MadHiSat>::On<i32>::run : pick_int<Ternary<MadHi>::On>(d.type()));
 }
 void bind_sad(Decoder& d, Inst& i) {
   bind_same(d, i, type_size(d.type()), 3);

@@ -1,5 +1,6 @@
 // How a handler works on 32 lanes. The files that include this are compiled once per host
-// instruction set, each time in a namespace of its own (DSK_EMU_LEVEL); see csrc/emu/CMakeLists.txt.
+// instruction set, each time in a namespace of its own (DSK_EMU_LEVEL); see
+// csrc/emu/CMakeLists.txt.
 #pragma once
 
 #include <bit>
@@ -21,9 +22,9 @@
 
 namespace dsk::emu::DSK_EMU_LEVEL {
 
-// d[l] = f(l) for the lanes of `mask`. A full warp is one straight vector loop; a partial one visits
-// its lanes, which is also the fast way for the single lane of a producer warp. `d` may be the same
-// register as a source of equal width, never a shifted one: hence ivdep.
+// d[l] = f(l) for the lanes of `mask`. A full warp is one straight vector loop; a partial one
+// visits its lanes, which is also the fast way for the single lane of a producer warp. `d` may be
+// the same register as a source of equal width, never a shifted one: hence ivdep.
 template <class T, class F>
 DSK_LANE_INLINE void map_lanes(T* d, u32 mask, F f) {
   if (mask == kFullMask) {
@@ -42,7 +43,8 @@ template <class F>
 DSK_LANE_INLINE u32 mask_lanes(u32 mask, F f) {
   u32 result = 0;
   if (mask == kFullMask) {
-    // A byte per lane first: compilers turn this into compares, and the second loop into a movemask.
+    // A byte per lane first: compilers turn this into compares, and the second loop into a
+    // movemask.
     alignas(64) u8 flag[kLanes];
 #pragma GCC ivdep
     for (int l = 0; l < kLanes; ++l) flag[l] = f(l) ? 1 : 0;
@@ -70,13 +72,23 @@ DSK_LANE_INLINE void write_pred(Warp& w, u32 offset, u32 mask, u32 value) {
 template <template <class> class H>
 Handler pick_int(Type t) {
   switch (t) {
-    case Type::S16: return H<i16>::run;
-    case Type::U16: case Type::B16: return H<u16>::run;
-    case Type::S32: return H<i32>::run;
-    case Type::U32: case Type::B32: return H<u32>::run;
-    case Type::S64: return H<i64>::run;
-    case Type::U64: case Type::B64: return H<u64>::run;
-    default: return nullptr;
+    case Type::S16:
+      return H<i16>::run;
+    case Type::U16:
+    case Type::B16:
+      return H<u16>::run;
+    case Type::S32:
+      return H<i32>::run;
+    case Type::U32:
+    case Type::B32:
+      return H<u32>::run;
+    case Type::S64:
+      return H<i64>::run;
+    case Type::U64:
+    case Type::B64:
+      return H<u64>::run;
+    default:
+      return nullptr;
   }
 }
 
@@ -84,11 +96,16 @@ Handler pick_int(Type t) {
 template <template <class> class H>
 Handler pick_bits(Type t) {
   switch (type_size(t)) {
-    case 1: return H<u8>::run;
-    case 2: return H<u16>::run;
-    case 4: return H<u32>::run;
-    case 8: return H<u64>::run;
-    default: return nullptr;
+    case 1:
+      return H<u8>::run;
+    case 2:
+      return H<u16>::run;
+    case 4:
+      return H<u32>::run;
+    case 8:
+      return H<u64>::run;
+    default:
+      return nullptr;
   }
 }
 

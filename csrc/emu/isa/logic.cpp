@@ -7,14 +7,45 @@ namespace {
 template <class T>
 using Bits = std::make_unsigned_t<T>;
 
-struct And { template <class T> static T f(T a, T b) { return static_cast<T>(a & b); } };
-struct Or { template <class T> static T f(T a, T b) { return static_cast<T>(a | b); } };
-struct Xor { template <class T> static T f(T a, T b) { return static_cast<T>(a ^ b); } };
-struct Not { template <class T> static T f(T a) { return static_cast<T>(~a); } };
-struct Cnot { template <class T> static T f(T a) { return a == 0 ? 1 : 0; } };
-struct Copy { template <class T> static T f(T a) { return a; } };
+struct And {
+  template <class T>
+  static T f(T a, T b) {
+    return static_cast<T>(a & b);
+  }
+};
+struct Or {
+  template <class T>
+  static T f(T a, T b) {
+    return static_cast<T>(a | b);
+  }
+};
+struct Xor {
+  template <class T>
+  static T f(T a, T b) {
+    return static_cast<T>(a ^ b);
+  }
+};
+struct Not {
+  template <class T>
+  static T f(T a) {
+    return static_cast<T>(~a);
+  }
+};
+struct Cnot {
+  template <class T>
+  static T f(T a) {
+    return a == 0 ? 1 : 0;
+  }
+};
+struct Copy {
+  template <class T>
+  static T f(T a) {
+    return a;
+  }
+};
 struct Brev {
-  template <class T> static T f(T a) {
+  template <class T>
+  static T f(T a) {
     u64 v = u64{a} << (64 - 8 * sizeof(T));
     v = (v >> 1 & 0x5555555555555555ull) | (v & 0x5555555555555555ull) << 1;
     v = (v >> 2 & 0x3333333333333333ull) | (v & 0x3333333333333333ull) << 2;
@@ -65,8 +96,10 @@ void lop3(Warp& w, const Inst& i, u32 mask) {
   for (int k = 0; k < 8; ++k) term[k] = (i.imm >> k & 1) ? ~0u : 0u;
   map_lanes(w.reg<u32>(i.d), mask, [&](int l) {
     const u32 x = a[l], y = b[l], z = c[l];
-    const u32 low = (~y & ((~z & term[0]) | (z & term[1]))) | (y & ((~z & term[2]) | (z & term[3])));
-    const u32 high = (~y & ((~z & term[4]) | (z & term[5]))) | (y & ((~z & term[6]) | (z & term[7])));
+    const u32 low =
+        (~y & ((~z & term[0]) | (z & term[1]))) | (y & ((~z & term[2]) | (z & term[3])));
+    const u32 high =
+        (~y & ((~z & term[4]) | (z & term[5]))) | (y & ((~z & term[6]) | (z & term[7])));
     return (~x & low) | (x & high);
   });
 }
@@ -102,13 +135,27 @@ void prmt(Warp& w, const Inst& i, u32 mask) {
       u32 n;
       const u32 s = sel & 3;
       switch (Mode) {
-        case 0: n = sel >> (4 * k) & 15; break;
-        case 1: n = s + k; break;
-        case 2: n = (s + 8 - k) & 7; break;
-        case 3: n = s; break;
-        case 4: n = k < s ? s : k; break;
-        case 5: n = k < s ? k : s; break;
-        default: n = (s & 1) * 2 + (k & 1); break;
+        case 0:
+          n = sel >> (4 * k) & 15;
+          break;
+        case 1:
+          n = s + k;
+          break;
+        case 2:
+          n = (s + 8 - k) & 7;
+          break;
+        case 3:
+          n = s;
+          break;
+        case 4:
+          n = k < s ? s : k;
+          break;
+        case 5:
+          n = k < s ? k : s;
+          break;
+        default:
+          n = (s & 1) * 2 + (k & 1);
+          break;
       }
       u32 byte = static_cast<u32>(v >> (8 * (n & 7))) & 0xff;
       if (Mode == 0 && (n & 8)) byte = byte & 0x80 ? 0xff : 0;
@@ -249,20 +296,34 @@ enum Cmp : u8 { kEq, kNe, kLt, kLe, kGt, kGe, kEqu, kNeu, kLtu, kLeu, kGtu, kGeu
 template <int C, class T>
 DSK_LANE_INLINE bool compare(T a, T b) {
   switch (C) {
-    case kEq: return a == b;
-    case kNe: return std::is_floating_point_v<T> ? (a < b || a > b) : a != b;
-    case kLt: return a < b;
-    case kLe: return a <= b;
-    case kGt: return a > b;
-    case kGe: return a >= b;
-    case kEqu: return !(a < b || a > b);
-    case kNeu: return a != b;
-    case kLtu: return !(a >= b);
-    case kLeu: return !(a > b);
-    case kGtu: return !(a <= b);
-    case kGeu: return !(a < b);
-    case kNum: return a == a && b == b;
-    default: return a != a || b != b;
+    case kEq:
+      return a == b;
+    case kNe:
+      return std::is_floating_point_v<T> ? (a < b || a > b) : a != b;
+    case kLt:
+      return a < b;
+    case kLe:
+      return a <= b;
+    case kGt:
+      return a > b;
+    case kGe:
+      return a >= b;
+    case kEqu:
+      return !(a < b || a > b);
+    case kNeu:
+      return a != b;
+    case kLtu:
+      return !(a >= b);
+    case kLeu:
+      return !(a > b);
+    case kGtu:
+      return !(a <= b);
+    case kGeu:
+      return !(a < b);
+    case kNum:
+      return a == a && b == b;
+    default:
+      return a != a || b != b;
   }
 }
 
@@ -304,10 +365,10 @@ void set(Warp& w, const Inst& i, u32 mask) {
 
 template <class T, bool Set>
 Handler pick_compare(int c) {
-  static constexpr Handler kSetp[] = {
-      setp<T, kEq>, setp<T, kNe>,  setp<T, kLt>,  setp<T, kLe>,  setp<T, kGt>,
-      setp<T, kGe>, setp<T, kEqu>, setp<T, kNeu>, setp<T, kLtu>, setp<T, kLeu>,
-      setp<T, kGtu>, setp<T, kGeu>, setp<T, kNum>, setp<T, kNan>};
+  static constexpr Handler kSetp[] = {setp<T, kEq>,  setp<T, kNe>,  setp<T, kLt>,  setp<T, kLe>,
+                                      setp<T, kGt>,  setp<T, kGe>,  setp<T, kEqu>, setp<T, kNeu>,
+                                      setp<T, kLtu>, setp<T, kLeu>, setp<T, kGtu>, setp<T, kGeu>,
+                                      setp<T, kNum>, setp<T, kNan>};
   static constexpr Handler kSet[] = {set<T, kEq>,  set<T, kNe>,  set<T, kLt>,  set<T, kLe>,
                                      set<T, kGt>,  set<T, kGe>,  set<T, kEqu>, set<T, kNeu>,
                                      set<T, kLtu>, set<T, kLeu>, set<T, kGtu>, set<T, kGeu>,
@@ -319,15 +380,27 @@ Handler pick_compare(int c) {
 template <bool Set>
 Handler pick_compare_type(Type t, int c) {
   switch (t) {
-    case Type::S16: return pick_compare<i16, Set>(c);
-    case Type::U16: case Type::B16: return pick_compare<u16, Set>(c);
-    case Type::S32: return pick_compare<i32, Set>(c);
-    case Type::U32: case Type::B32: return pick_compare<u32, Set>(c);
-    case Type::S64: return pick_compare<i64, Set>(c);
-    case Type::U64: case Type::B64: return pick_compare<u64, Set>(c);
-    case Type::F32: return pick_compare<float, Set>(c);
-    case Type::F64: return pick_compare<double, Set>(c);
-    default: return nullptr;
+    case Type::S16:
+      return pick_compare<i16, Set>(c);
+    case Type::U16:
+    case Type::B16:
+      return pick_compare<u16, Set>(c);
+    case Type::S32:
+      return pick_compare<i32, Set>(c);
+    case Type::U32:
+    case Type::B32:
+      return pick_compare<u32, Set>(c);
+    case Type::S64:
+      return pick_compare<i64, Set>(c);
+    case Type::U64:
+    case Type::B64:
+      return pick_compare<u64, Set>(c);
+    case Type::F32:
+      return pick_compare<float, Set>(c);
+    case Type::F64:
+      return pick_compare<double, Set>(c);
+    default:
+      return nullptr;
   }
 }
 
@@ -456,11 +529,11 @@ void bind_lop3(Decoder& d, Inst& i) {
 }
 void bind_prmt(Decoder& d, Inst& i) {
   bind_same(d, i, 4, 3);
-  i.fn = d.has("f4e")   ? prmt<1>
-         : d.has("b4e") ? prmt<2>
-         : d.has("rc8") ? prmt<3>
-         : d.has("ecl") ? prmt<4>
-         : d.has("ecr") ? prmt<5>
+  i.fn = d.has("f4e")    ? prmt<1>
+         : d.has("b4e")  ? prmt<2>
+         : d.has("rc8")  ? prmt<3>
+         : d.has("ecl")  ? prmt<4>
+         : d.has("ecr")  ? prmt<5>
          : d.has("rc16") ? prmt<6>
                          : prmt<0>;
 }
@@ -528,7 +601,8 @@ void bind_slct(Decoder& d, Inst& i) {
   i.a = d.src(1, bytes);
   i.b = d.src(2, bytes);
   i.c = d.src(3, 4);
-  use(d, i, d.type(1) == Type::F32 ? pick_bits<SlctFloat>(d.type(0)) : pick_bits<SlctInt>(d.type(0)));
+  use(d, i,
+      d.type(1) == Type::F32 ? pick_bits<SlctFloat>(d.type(0)) : pick_bits<SlctInt>(d.type(0)));
 }
 
 // --- mov: registers, constants, addresses, and packing of vectors of registers
@@ -556,7 +630,9 @@ void mov_unpack(Warp& w, const Inst& i, u32 mask) {
   }
 }
 
-struct Wide128 { u64 lo, hi; };
+struct Wide128 {
+  u64 lo, hi;
+};
 void mov_pack128(Warp& w, const Inst& i, u32 mask) {
   for (u32 m = mask; m != 0; m &= m - 1) {
     const int l = std::countr_zero(m);
@@ -584,11 +660,20 @@ void mov_clock(Warp& w, const Inst& i, u32 mask) {
   const u64 ns = cycles * 1000 / 1755;
   u64 v = cycles;
   switch (static_cast<Special>(i.op)) {
-    case Special::ClockHi: v = cycles >> 32; break;
-    case Special::GlobalTimer: v = ns; break;
-    case Special::GlobalTimerLo: v = ns & 0xffffffff; break;
-    case Special::GlobalTimerHi: v = ns >> 32; break;
-    default: break;
+    case Special::ClockHi:
+      v = cycles >> 32;
+      break;
+    case Special::GlobalTimer:
+      v = ns;
+      break;
+    case Special::GlobalTimerLo:
+      v = ns & 0xffffffff;
+      break;
+    case Special::GlobalTimerHi:
+      v = ns >> 32;
+      break;
+    default:
+      break;
   }
   if (i.size == 8) {
     map_lanes(w.reg<u64>(i.d), mask, [&](int) { return v; });
@@ -604,8 +689,10 @@ void bind_mov_parts(Decoder& d, Inst& i, int bytes, bool pack) {
   if ((n != 2 && n != 4) || part == 0 || (bytes == 16 && n != 2)) d.fail("bad vector operand");
   u32* regs[4] = {pack ? &i.a : &i.d, &i.b, &i.c, &i.e};
   for (int k = 0; k < n; ++k) *regs[k] = pack ? d.src(list[k], part) : d.dst(list[k], part);
-  if (pack) i.d = d.dst(0, bytes);
-  else i.a = d.src(1, bytes);
+  if (pack)
+    i.d = d.dst(0, bytes);
+  else
+    i.a = d.src(1, bytes);
   if (bytes == 16) {
     i.fn = pack ? mov_pack128 : mov_unpack128;
   } else if (bytes == 8) {

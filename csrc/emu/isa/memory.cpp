@@ -80,7 +80,7 @@ DSK_LANE_INLINE bool resolve_fast(Warp& w, const Inst& i, u32 bytes, bool write,
     const u64 first = (low & 0xffffffff) - cta.shared_base;
     if (first < kSharedReserved || first >= cta.shared_bytes) return false;
     if (high - window - cta.shared_base + bytes > cta.shared_bytes) return false;
-    where = 0 - cta.shared_base - window;
+    where = u64{0} - cta.shared_base - window;
     move = reinterpret_cast<u64>(cta.shared) + where;
   } else if (i.space == Space::Local || i.space == Space::Param) {
     return false;
@@ -214,31 +214,53 @@ Handler pick_register(int bytes) {
   using I = std::conditional_t<std::is_signed_v<M>, i32, u32>;
   using L = std::conditional_t<std::is_signed_v<M>, i64, u64>;
   switch (bytes) {
-    case 2: return H<M, S>::run;
-    case 4: return H<M, I>::run;
-    case 8: return H<M, L>::run;
-    default: return nullptr;
+    case 2:
+      return H<M, S>::run;
+    case 4:
+      return H<M, I>::run;
+    case 8:
+      return H<M, L>::run;
+    default:
+      return nullptr;
   }
 }
-template <class M, class R> struct Load { static constexpr Handler run = load<M, R>; };
-template <class M, class R> struct LoadParam { static constexpr Handler run = load_param<M, R>; };
-template <class M, class R> struct Store { static constexpr Handler run = store<M, R>; };
+template <class M, class R>
+struct Load {
+  static constexpr Handler run = load<M, R>;
+};
+template <class M, class R>
+struct LoadParam {
+  static constexpr Handler run = load_param<M, R>;
+};
+template <class M, class R>
+struct Store {
+  static constexpr Handler run = store<M, R>;
+};
 
 template <template <class, class> class H>
 Handler pick_memory(Type t, int bytes) {
   if (bytes < type_size(t)) return nullptr;
   switch (t) {
-    case Type::S8: return pick_register<i8, H>(bytes);
-    case Type::S16: return pick_register<i16, H>(bytes);
-    case Type::S32: return pick_register<i32, H>(bytes);
-    default: break;
+    case Type::S8:
+      return pick_register<i8, H>(bytes);
+    case Type::S16:
+      return pick_register<i16, H>(bytes);
+    case Type::S32:
+      return pick_register<i32, H>(bytes);
+    default:
+      break;
   }
   switch (type_size(t)) {
-    case 1: return pick_register<u8, H>(bytes);
-    case 2: return pick_register<u16, H>(bytes);
-    case 4: return pick_register<u32, H>(bytes);
-    case 8: return bytes == 8 ? H<u64, u64>::run : nullptr;
-    default: return nullptr;
+    case 1:
+      return pick_register<u8, H>(bytes);
+    case 2:
+      return pick_register<u16, H>(bytes);
+    case 4:
+      return pick_register<u32, H>(bytes);
+    case 8:
+      return bytes == 8 ? H<u64, u64>::run : nullptr;
+    default:
+      return nullptr;
   }
 }
 

@@ -8,13 +8,20 @@ namespace {
 
 num::MmaType mma_type(Type t) {
   switch (t) {
-    case Type::F16: return num::MmaType::f16;
-    case Type::BF16: return num::MmaType::bf16;
-    case Type::TF32: return num::MmaType::tf32;
-    case Type::E4M3: return num::MmaType::e4m3;
-    case Type::E5M2: return num::MmaType::e5m2;
-    case Type::S8: return num::MmaType::s8;
-    default: return num::MmaType::u8;
+    case Type::F16:
+      return num::MmaType::f16;
+    case Type::BF16:
+      return num::MmaType::bf16;
+    case Type::TF32:
+      return num::MmaType::tf32;
+    case Type::E4M3:
+      return num::MmaType::e4m3;
+    case Type::E5M2:
+      return num::MmaType::e5m2;
+    case Type::S8:
+      return num::MmaType::s8;
+    default:
+      return num::MmaType::u8;
   }
 }
 

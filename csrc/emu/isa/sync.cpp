@@ -87,8 +87,10 @@ Step bar_red(Warp& w, const Inst& i, u32 mask, Split& s) {
   }
   const Step step = bar_sync(w, i, mask, s);
   if (step == Step::Wait) return step;
-  if (i.op == 2) each_lane(mask, [&](int l) { w.reg<u32>(i.d)[l] = bar.result_popc; });
-  else set_pred(w, i.d, mask, (i.op == 0 ? bar.result_and : bar.result_or) ? kFullMask : 0);
+  if (i.op == 2)
+    each_lane(mask, [&](int l) { w.reg<u32>(i.d)[l] = bar.result_popc; });
+  else
+    set_pred(w, i.d, mask, (i.op == 0 ? bar.result_and : bar.result_or) ? kFullMask : 0);
   return step;
 }
 
@@ -186,8 +188,10 @@ void bind_fence(Decoder& d, Inst& i) {
   SyncKind kind = SyncKind::Fence;
   if (d.has("mbarrier_init")) kind = SyncKind::FenceMbarInit;
   for (const std::string& m : d.in().modifiers) {
-    if (m.rfind("tensormap", 0) == 0) kind = SyncKind::FenceProxyTensorMap;
-    else if (m.rfind("async", 0) == 0) kind = SyncKind::FenceProxyAsync;
+    if (m.rfind("tensormap", 0) == 0)
+      kind = SyncKind::FenceProxyTensorMap;
+    else if (m.rfind("async", 0) == 0)
+      kind = SyncKind::FenceProxyAsync;
   }
   i.op = static_cast<u8>(kind);
   if (kind == SyncKind::FenceProxyTensorMap && d.has("acquire")) {
@@ -218,8 +222,8 @@ constexpr Entry kEntries[] = {
      bind_fence, "memory fence of shared memory", 90},
     {"fence.proxy.alias", bind_fence, "proxy fence", 70},
     {"fence.proxy.async", bind_fence, "generic writes before asynchronous accesses", 90},
-    {"fence.proxy.async.global|shared::cta|shared::cluster", bind_fence,
-     "the same in one space", 90},
+    {"fence.proxy.async.global|shared::cta|shared::cluster", bind_fence, "the same in one space",
+     90},
     {"fence.proxy.async::generic.acquire|release.sync_restrict::shared::cta|"
      "sync_restrict::shared::cluster.cluster",
      bind_fence, "the same, one way", 90},

@@ -58,15 +58,17 @@ std::vector<Footprint> footprint(const Warp& w, const Box& box, u32 ranks, Acces
   std::vector<Footprint> out;
   if (!watched(w)) return out;
   for (u32 r = ranks; r != 0; r &= r - 1) {
-    out.push_back({shared, Space::Shared, static_cast<u32>(std::countr_zero(r)), box.spot.offset,
-                   box.bytes});
+    out.push_back(
+        {shared, Space::Shared, static_cast<u32>(std::countr_zero(r)), box.spot.offset, box.bytes});
   }
   for (const num::TmaRun& r : *box.runs) {
     if (r.fill) continue;
-    const bool joins = out.back().space == Space::Global &&
-                       out.back().address + out.back().bytes == r.global;
-    if (joins) out.back().bytes += r.bytes;
-    else out.push_back({global, Space::Global, 0, r.global, r.bytes});
+    const bool joins =
+        out.back().space == Space::Global && out.back().address + out.back().bytes == r.global;
+    if (joins)
+      out.back().bytes += r.bytes;
+    else
+      out.push_back({global, Space::Global, 0, r.global, r.bytes});
   }
   return out;
 }
@@ -89,8 +91,10 @@ void tensor_load(Warp& w, const Inst& i, u32 mask) {
           op.buffer.resize(box.bytes);
           u8* to = op.buffer.data();
           for (const num::TmaRun& r : *box.runs) {
-            if (r.fill) num::write_fill(box.args, to, r.bytes);
-            else std::memcpy(to, reinterpret_cast<const u8*>(r.global), r.bytes);
+            if (r.fill)
+              num::write_fill(box.args, to, r.bytes);
+            else
+              std::memcpy(to, reinterpret_cast<const u8*>(r.global), r.bytes);
             to += r.bytes;
           }
         },
@@ -113,16 +117,26 @@ void tensor_load(Warp& w, const Inst& i, u32 mask) {
 
 Type element_type(num::TmaType t) {
   switch (t) {
-    case num::TmaType::u8: return Type::U8;
-    case num::TmaType::u16: return Type::U16;
-    case num::TmaType::u32: return Type::U32;
-    case num::TmaType::s32: return Type::S32;
-    case num::TmaType::u64: return Type::U64;
-    case num::TmaType::s64: return Type::S64;
-    case num::TmaType::f16: return Type::F16;
-    case num::TmaType::bf16: return Type::BF16;
-    case num::TmaType::f64: return Type::F64;
-    default: return Type::F32;
+    case num::TmaType::u8:
+      return Type::U8;
+    case num::TmaType::u16:
+      return Type::U16;
+    case num::TmaType::u32:
+      return Type::U32;
+    case num::TmaType::s32:
+      return Type::S32;
+    case num::TmaType::u64:
+      return Type::U64;
+    case num::TmaType::s64:
+      return Type::S64;
+    case num::TmaType::f16:
+      return Type::F16;
+    case num::TmaType::bf16:
+      return Type::BF16;
+    case num::TmaType::f64:
+      return Type::F64;
+    default:
+      return Type::F32;
   }
 }
 
@@ -210,8 +224,10 @@ void bind_tensor_reduce(Decoder& d, Inst& i) {
 void bind_prefetch(Decoder& d, Inst& i) {
   d.arity(1, 3);
   Ext& x = d.ext(i);
-  if (d.has("tensor")) bind_map(d, x, d.operand(0));
-  else bind_pair_address(d, x, 0, d.operand(0));
+  if (d.has("tensor"))
+    bind_map(d, x, d.operand(0));
+  else
+    bind_pair_address(d, x, 0, d.operand(0));
   i.fn = nothing;
 }
 

@@ -30,10 +30,18 @@ void shfl(Warp& w, const Inst& i, u32 mask) {
     int from;
     bool ok;
     switch (i.op) {
-      case kUp: from = l - lane_arg, ok = from >= max_lane; break;
-      case kDown: from = l + lane_arg, ok = from <= max_lane; break;
-      case kBfly: from = l ^ lane_arg, ok = from <= max_lane; break;
-      default: from = min_lane | (lane_arg & ~segment), ok = from <= max_lane; break;
+      case kUp:
+        from = l - lane_arg, ok = from >= max_lane;
+        break;
+      case kDown:
+        from = l + lane_arg, ok = from <= max_lane;
+        break;
+      case kBfly:
+        from = l ^ lane_arg, ok = from <= max_lane;
+        break;
+      default:
+        from = min_lane | (lane_arg & ~segment), ok = from <= max_lane;
+        break;
     }
     if (!ok) from = l;
     if ((i.flags & kMemberMask) && !(mask >> (from & 31) & 1)) {
@@ -120,12 +128,24 @@ void redux(Warp& w, const Inst& i, u32 mask) {
   T r = a[std::countr_zero(mask)];
   each_lane(mask & (mask - 1), [&](int l) {
     switch (i.op) {
-      case 0: r = static_cast<T>(static_cast<u32>(r) + static_cast<u32>(a[l])); break;
-      case 1: r = a[l] < r ? a[l] : r; break;
-      case 2: r = a[l] > r ? a[l] : r; break;
-      case 3: r &= a[l]; break;
-      case 4: r |= a[l]; break;
-      default: r ^= a[l]; break;
+      case 0:
+        r = static_cast<T>(static_cast<u32>(r) + static_cast<u32>(a[l]));
+        break;
+      case 1:
+        r = a[l] < r ? a[l] : r;
+        break;
+      case 2:
+        r = a[l] > r ? a[l] : r;
+        break;
+      case 3:
+        r &= a[l];
+        break;
+      case 4:
+        r |= a[l];
+        break;
+      default:
+        r ^= a[l];
+        break;
     }
   });
   each_lane(mask, [&](int l) { w.reg<T>(i.d)[l] = r; });
@@ -135,7 +155,12 @@ void bind_redux(Decoder& d, Inst& i) {
   i.d = d.dst(0, 4);
   i.a = d.src(1, 4);
   i.e = d.src(2, 4);
-  i.op = d.has("add") ? 0 : d.has("min") ? 1 : d.has("max") ? 2 : d.has("and") ? 3 : d.has("or") ? 4 : 5;
+  i.op = d.has("add")   ? 0
+         : d.has("min") ? 1
+         : d.has("max") ? 2
+         : d.has("and") ? 3
+         : d.has("or")  ? 4
+                        : 5;
   i.flags |= kMemberMask;
   i.fn = d.type() == Type::S32 ? redux<i32> : redux<u32>;
 }
