@@ -66,7 +66,10 @@ def gemm_case(args: argparse.Namespace) -> tuple[dict, dict, float, float]:
             x, theirs(), scale, block, None, torch.bfloat16, True
         )
     if "torch" in args.peers:
-        reorder, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+        reorder, linear = (
+            torch.ops.mkldnn._reorder_linear_weight,
+            torch.ops.mkldnn._linear_pointwise,
+        )
         onednn = rotate(lambda: reorder(dense, m).clone(), max(1, copies // 2))
         calls["torch bf16"] = lambda: linear(x, onednn(), None, "none", [], "")
     exact = x.double() @ weight.dequantize(torch.float64).T if m <= 256 else None

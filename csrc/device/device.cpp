@@ -56,6 +56,7 @@ Device::~Device() { api_.primary_ctx_release(device_); }
 
 void Device::check(cu::Result result, const char* attempt) const {
   if (result == cu::kSuccess) return;
+  if (api_.rethrow_cause) api_.rethrow_cause();
   const char* error_name = nullptr;
   const char* error_text = nullptr;
   api_.get_error_name(result, &error_name);

@@ -47,6 +47,8 @@ enum FunctionAttribute : int {
   kNonPortableClusterSizeAllowed = 14,
 };
 
+constexpr unsigned kHostRegisterReadOnly = 0x08;
+
 enum LaunchAttributeId : int {
   kAttributeClusterDimension = 4,
   kAttributeProgrammaticStreamSerialization = 6,
@@ -123,6 +125,8 @@ enum TensorMapOobFill : int { kOobZero = 0, kOobNan };
     (const LaunchConfig* config, Function function, void** params, void** extra))                 \
   X(mem_alloc, "cuMemAlloc_v2", (DevicePtr * address, size_t bytes))                              \
   X(mem_free, "cuMemFree_v2", (DevicePtr address))                                                \
+  X(mem_host_register, "cuMemHostRegister_v2", (void* address, size_t bytes, unsigned flags))     \
+  X(mem_host_unregister, "cuMemHostUnregister", (void* address))                                  \
   X(memcpy_to_device, "cuMemcpyHtoDAsync_v2",                                                     \
     (DevicePtr destination, const void* source, size_t bytes, Stream stream))                     \
   X(memcpy_to_host, "cuMemcpyDtoHAsync_v2",                                                       \
@@ -149,6 +153,9 @@ struct DriverApi {
 #define DSK_DECLARE_ENTRY(member, symbol, arguments) Result(*member) arguments = nullptr;
   DSK_DRIVER_ENTRIES(DSK_DECLARE_ENTRY)
 #undef DSK_DECLARE_ENTRY
+  // Emulator only (null on a GPU): rethrows the exception behind the last failed call of this
+  // thread, which says far more than an error number: hazards, the state of every stuck warp.
+  void (*rethrow_cause)() = nullptr;
 };
 
 }  // namespace dsk::device::cu

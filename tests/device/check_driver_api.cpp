@@ -48,6 +48,8 @@ static_assert(int(cu::kMaxDynamicSharedSizeBytes) ==
 static_assert(int(cu::kNonPortableClusterSizeAllowed) ==
               int(CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED));
 
+static_assert(cu::kHostRegisterReadOnly == CU_MEMHOSTREGISTER_READ_ONLY);
+
 static_assert(cu::kInvalidImage == CUDA_ERROR_INVALID_IMAGE);
 static_assert(cu::kInvalidHandle == CUDA_ERROR_INVALID_HANDLE);
 static_assert(cu::kInvalidContext == CUDA_ERROR_INVALID_CONTEXT);
@@ -84,6 +86,8 @@ CHECK_ENTRY(kernel_set_attribute, cuKernelSetAttribute);
 CHECK_ENTRY(launch_kernel_ex, cuLaunchKernelEx);
 CHECK_ENTRY(mem_alloc, cuMemAlloc);
 CHECK_ENTRY(mem_free, cuMemFree);
+CHECK_ENTRY(mem_host_register, cuMemHostRegister);
+CHECK_ENTRY(mem_host_unregister, cuMemHostUnregister);
 CHECK_ENTRY(memcpy_to_device, cuMemcpyHtoDAsync);
 CHECK_ENTRY(memcpy_to_host, cuMemcpyDtoHAsync);
 CHECK_ENTRY(memset_d8, cuMemsetD8Async);

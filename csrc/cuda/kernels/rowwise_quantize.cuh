@@ -6,13 +6,14 @@
 //
 // Semantics are those of dskernels.ref.rowwise.quantize: amax clamped to 1e-4, scale = amax / 448
 // (or the next power of two for UE8M0), value = e4m3(x / scale), round to nearest even, saturating.
+// A NaN does not enter its group's amax and stays NaN; an infinity makes the whole group NaN.
 #pragma once
 
 #include <cuda_bf16.h>
 
 #include <cstdint>
 
-#include "cuda/params.cuh"
+#include "cuda/params.hpp"
 #include "cuda/ptx/fp8.cuh"
 
 namespace dsk {
@@ -31,15 +32,9 @@ __device__ __forceinline__ float ceil_power_of_two(float s) {
   return __uint_as_float((bits + 0x7fffffu) & 0xff800000u);
 }
 
-// fmaxf drops NaN; a NaN anywhere in the group must poison the group's scale instead.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  return (a != a || b != b) ? __int_as_float(0x7fc00000) : fmaxf(a, b);
-}
-
 template <ScaleFormat kFormat>
 __device__ __forceinline__ float group_scale(float amax) {
-  const float clamped = amax < kAmaxFloor ? kAmaxFloor : amax;  // keeps NaN
-  const float scale = __fdiv_rn(clamped, kE4m3Max);
+  const float scale = __fdiv_rn(fmaxf(amax, kAmaxFloor), kE4m3Max);
   return kFormat == ScaleFormat::kUe8m0 ? ceil_power_of_two(scale) : scale;
 }
 
@@ -62,11 +57,11 @@ __device__ __forceinline__ void quantize_rows(const QuantizeParams& p) {
 #pragma unroll
     for (int i = 0; i < kValuesPerLane; ++i) {
       value[i] = first_col + i < p.cols ? to_float(x[i]) : 0.f;
-      amax = max_or_nan(amax, fabsf(value[i]));
+      amax = fmaxf(amax, fabsf(value[i]));  // fmaxf drops NaN, as the spec does
     }
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
-      amax = max_or_nan(amax, __shfl_xor_sync(0xffffffffu, amax, offset));
+      amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, offset));
     }
 
     const float scale = group_scale<kFormat>(amax);
