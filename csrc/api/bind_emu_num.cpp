@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <chrono>
 #include <cstring>
 #include <map>
 #include <stdexcept>
@@ -20,9 +19,10 @@
 
 namespace py = pybind11;
 
+namespace dsk::api {
 namespace {
 
-using namespace dsk::emu::num;  // this file exists to expose that namespace
+using namespace emu::num;  // this file exists to expose that namespace
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
@@ -169,25 +169,22 @@ void check_operands(const MmaKind& kind, const Operands& o) {
   }
 }
 
-double run_mma(const MmaKind& kind, const Operands& o, bool reference, int repeat) {
+void run_mma(const MmaKind& kind, const Operands& o, bool reference, bool reuse_panel, int repeat) {
   check_operands(kind, o);
   const auto m = static_cast<int>(o.a.shape(0));
   const auto n = static_cast<int>(o.b.shape(0));
   const size_t bytes = row_bytes(kind);
   void* d = py::array(o.d).mutable_data();
   BPanel panel;
-  const auto start = std::chrono::steady_clock::now();
   for (int i = 0; i < repeat; ++i) {
     if (reference) {
       mma_reference(kind, o.a.data(), bytes, o.b.data(), bytes, m, n, d, static_cast<size_t>(n),
                     o.accumulate);
     } else {
-      panel.load(kind, o.b.data(), bytes, n);
+      if (i == 0 || !reuse_panel) panel.load(kind, o.b.data(), bytes, n);
       mma(panel, o.a.data(), bytes, m, d, static_cast<size_t>(n), o.accumulate);
     }
   }
-  const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
-  return spent.count() / repeat;
 }
 
 void bind_tensorcore(py::module_& m) {
@@ -198,19 +195,19 @@ void bind_tensorcore(py::module_& m) {
       [](const std::string& unit, const std::string& d_type, const std::string& a_type,
          const std::string& b_type, int k, const Array<uint8_t>& a, const Array<uint8_t>& b,
          const py::array& d, const std::string& mode, bool accumulate, bool negate_a, bool negate_b,
-         bool saturate, bool bit_xor, bool reference, int repeat) {
+         bool saturate, bool bit_xor, bool reference, bool reuse_panel, int repeat) {
         MmaKind kind = make_kind(unit, d_type, a_type, b_type, k, mode);
         kind.negate_a = negate_a;
         kind.negate_b = negate_b;
         kind.saturate = saturate;
         kind.bit_op = bit_xor ? BitOp::bit_xor : BitOp::bit_and;
-        return run_mma(kind, {a, b, d, accumulate}, reference, repeat);
+        run_mma(kind, {a, b, d, accumulate}, reference, reuse_panel, repeat);
       },
       py::arg("unit"), py::arg("d_type"), py::arg("a_type"), py::arg("b_type"), py::arg("k"),
       py::arg("a"), py::arg("b"), py::arg("d"), py::arg("mode") = "exact",
       py::arg("accumulate") = true, py::arg("negate_a") = false, py::arg("negate_b") = false,
       py::arg("saturate") = false, py::arg("bit_xor") = false, py::arg("reference") = false,
-      py::arg("repeat") = 1);
+      py::arg("reuse_panel") = false, py::arg("repeat") = 1);
   m.def("load_accumulator", [](const Array<uint32_t>& regs, int n, bool half) {
     const uint32_t* pointers[128];
     const int count = half ? n / 4 : n / 2;
@@ -493,3 +490,5 @@ void bind_emu_num(py::module_& parent) {
   bind_tensor_map(m);
   bind_approx(m);
 }
+
+}  // namespace dsk::api

@@ -8,7 +8,6 @@ namespace dsk::api {
 void bind_cpu(pybind11::module_& m);
 void bind_device(pybind11::module_& m);
 void bind_emu(pybind11::module_& m);
+void bind_emu_num(pybind11::module_& m);
 
 }  // namespace dsk::api
-
-void bind_emu_num(pybind11::module_& m);

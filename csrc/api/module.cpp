@@ -15,5 +15,5 @@ PYBIND11_MODULE(_C, m) {
   dsk::api::bind_cpu(m);
   dsk::api::bind_device(m);
   dsk::api::bind_emu(m);
-  bind_emu_num(m);
+  dsk::api::bind_emu_num(m);
 }

@@ -96,7 +96,7 @@ def test_nearest_and_worst_stay_within_the_documented_bound(fn):
     error = np.abs(worst - y)
     grid = np.maximum(bound, 0.5 * ulp(y))
     assert (error <= grid * (1 + 1e-6)).all()
-    # As far as the grid allows: never a whole ulp (of the moved value) short, unless clamped to |result| <= 1.
+    # Never a whole ulp (of the moved value) short of the bound, unless clamped to |result| <= 1.
     free = np.abs(np.abs(y) + bound) < 1 if fn in ("sin", "cos", "tanh") else np.ones(len(y), bool)
     assert (error[free] >= (bound - ulp(np.abs(y) + bound) * 1.001)[free]).all()
     assert free.mean() > 0.2

@@ -399,6 +399,12 @@ SumModel sum_model(const MmaKind& kind) {
   return model;
 }
 
+ElementView view_element(MmaType type, const uint8_t* row, int index) {
+  const Operand o = operand(type, row, index);
+  const bool special = o.nan || o.inf;
+  return {operand_f32(type, row, index), o.exp, o.sig == 0 && !special, special};
+}
+
 void mma_element(const MmaKind& kind, const SumModel& model, const uint8_t* a, const uint8_t* b,
                  void* d, bool accumulate) {
   if (is_integer(kind.a)) return integer_element(kind, a, b, d, accumulate);
@@ -430,13 +436,16 @@ void BPanel::load(const MmaKind& kind, const uint8_t* rows, size_t pitch, int n)
                 bytes);
   }
   const PanelForm form = panel_form(kind);
-  vector_ = DSK_NUM_X86 && isa() == Isa::avx512 && form != PanelForm::none;
+  isa_ = form == PanelForm::none ? Isa::scalar : isa();
   special_ = false;
-  if (!vector_) return;
+  if (isa_ == Isa::scalar) return;
   const int blocks = (n + block_columns(form) - 1) / block_columns(form);
   storage_.resize(block_bytes(form, kind.k) * static_cast<size_t>(blocks) + 64);
   columns_.assign(static_cast<size_t>(blocks * block_columns(form)), 0);
-  build_panel_avx512(kind, raw_.data(), bytes, n, PanelAccess::base(*this), columns_.data());
+#if DSK_NUM_X86
+  const auto build = isa_ == Isa::avx512 ? build_panel_avx512 : build_panel_avx2;
+  build(kind, raw_.data(), bytes, n, PanelAccess::base(*this), columns_.data());
+#endif
   special_ = std::find(columns_.begin(), columns_.end(), uint8_t{1}) != columns_.end();
 }
 
@@ -447,7 +456,12 @@ void mma(const BPanel& b, const uint8_t* a, size_t pitch, int m, void* d, size_t
   if (ldd < static_cast<size_t>(b.n())) {
     refuse(kind, "expected ldd >= n = " + std::to_string(b.n()) + ", got " + std::to_string(ldd));
   }
-  if (PanelAccess::vector(b)) return mma_avx512(b, a, pitch, m, d, ldd, accumulate);
+#if DSK_NUM_X86
+  if (PanelAccess::isa(b) != Isa::scalar) {
+    const auto run = PanelAccess::isa(b) == Isa::avx512 ? mma_avx512 : mma_avx2;
+    return run(b, a, pitch, m, d, ldd, accumulate);
+  }
+#endif
   const size_t bytes = row_bytes(kind);
   mma_reference(kind, a, pitch, PanelAccess::raw(b), bytes, m, b.n(), d, ldd, accumulate);
 }

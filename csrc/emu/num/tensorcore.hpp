@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "emu/num/isa.hpp"
+
 namespace dsk::emu::num {
 
 enum class MmaType : uint8_t { f16, bf16, tf32, e4m3, e5m2, s8, u8, s4, u4, b1, f64 };
@@ -60,7 +62,7 @@ class BPanel {
   friend struct PanelAccess;  // tensorcore_impl.hpp
   MmaKind kind_{};
   int n_ = 0;
-  bool vector_ = false;             // storage_ holds vector panels (built under AVX-512)
+  Isa isa_ = Isa::scalar;           // whose panels storage_ holds
   bool special_ = false;            // some column holds a NaN or an infinity
   std::vector<std::byte> storage_;  // value panels and exponents
   std::vector<uint8_t> columns_;    // 1 where a column holds a NaN or an infinity

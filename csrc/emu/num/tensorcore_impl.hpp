@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "emu/num/isa.hpp"
 #include "emu/num/tensorcore.hpp"
 
 namespace dsk::emu::num {
@@ -55,11 +56,25 @@ struct PanelAccess {
     const auto address = reinterpret_cast<uintptr_t>(p.storage_.data());
     return reinterpret_cast<std::byte*>((address + 63) & ~uintptr_t{63});
   }
-  static bool vector(const BPanel& p) { return p.vector_; }
+  static Isa isa(const BPanel& p) { return p.isa_; }
   static bool special(const BPanel& p) { return p.special_; }
   static const uint8_t* columns(const BPanel& p) { return p.columns_.data(); }
   static const uint8_t* raw(const BPanel& p) { return p.raw_.data(); }
 };
+
+// One operand element as the vector kernels need it. value is meaningless where special (NaN, Inf).
+struct ElementView {
+  float value;
+  int exp;  // unnormalised: subnormals have the smallest normal exponent
+  bool zero;
+  bool special;
+};
+ElementView view_element(MmaType type, const uint8_t* row, int index);
+
+void build_panel_avx2(const MmaKind& kind, const uint8_t* rows, size_t row_bytes, int n,
+                      std::byte* base, uint8_t* special_columns);
+void mma_avx2(const BPanel& b, const uint8_t* a, size_t pitch, int m, void* d, size_t ldd,
+              bool accumulate);
 
 // AVX-512 units; call only when isa() is avx512 and panel_form is not none.
 void build_panel_avx512(const MmaKind& kind, const uint8_t* rows, size_t row_bytes, int n,
