@@ -71,4 +71,50 @@ struct GemmParams {
   int threads = 1;
 };
 
+// Attention of query rows over keys and values that lie in pages: MLA decode over the latent cache
+// (a value is the head of its key) and prefill (one "page" per request) are the same loop.
+enum class CacheKind : int { kBF16, kF16, kF32, kFP8Rows };
+
+struct KeyValues {
+  CacheKind kind = CacheKind::kBF16;
+  const char* keys = nullptr;    // [pages][page][row]: bytes, see the strides
+  const char* values = nullptr;  // the same pages; keys for a latent cache
+  int64_t key_page = 0, key_row = 0, value_page = 0, value_row = 0;  // strides in bytes
+  int64_t page = 1;  // tokens of a page
+  int64_t dk = 0;    // width of a key
+  int64_t dv = 0;    // width of a value
+};
+
+struct DecodeParams {
+  int64_t b = 0, s = 0, h = 0;
+  const void* q = nullptr;  // [b, s, h, dk], contiguous
+  Type type = Type::kBF16;  // of q and out
+  KeyValues cache;
+  const int32_t* block_table = nullptr;  // [b, max_pages]
+  int64_t table_stride = 0;
+  const int32_t* seq_lens = nullptr;  // [b]
+  float scale = 1;
+  bool causal = true;
+  void* out = nullptr;   // [b, s, h, dv], contiguous
+  float* lse = nullptr;  // [b, h, s], contiguous
+  int threads = 1;
+};
+
+struct PrefillParams {
+  int64_t requests = 0, h = 0;
+  const char* q = nullptr;  // [t, h, dk]
+  int64_t q_token = 0, q_head = 0;  // strides in bytes
+  Type type = Type::kBF16;  // of q, k, v and out
+  KeyValues kv;             // of head 0; page is unused
+  int64_t key_head = 0, value_head = 0;  // bytes from one head to the next
+  const int32_t* starts_q = nullptr;  // [requests + 1]
+  const int32_t* starts_k = nullptr;  // [requests + 1]
+  float scale = 1;
+  bool causal = true;
+  void* out = nullptr;   // [t, h, dv], contiguous
+  float* lse = nullptr;  // [h, t]
+  int64_t lse_head = 0;
+  int threads = 1;
+};
+
 }  // namespace dsk

@@ -54,7 +54,7 @@ _CHOICES = env.BACKEND_CHOICES
 # it is a proof, thousands of times slower than any other backend.
 AUTO_ORDER = {"cpu": ("cpu", "ref"), "cuda": ("cuda", "triton", "ref")}
 # Devices whose tensors a backend accepts; the reference runs wherever torch does.
-_DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "emu": ("cpu",)}
+_DEVICES = {"cuda": ("cuda",), "triton": ("cuda", "cpu"), "cpu": ("cpu",), "emu": ("cpu",)}
 
 # Public op -> stem, and the letters of the sizes that `supports` takes for a stem.
 OPS = {

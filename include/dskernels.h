@@ -96,6 +96,22 @@ DSK_API int dsk_gemm(const DLTensor* x, const DLTensor* scale_x, const DLTensor*
                      const DLTensor* marks, const DLTensor* scale_b, const DLTensor* c,
                      const DLTensor* bias, const DLTensor* y, int num_threads);
 
+/* ---- mla ---- */
+
+/* q [b, s, h, dl + r]; cache [pages, page, dl + r] of q's type or bf16, or uint8 rows of FP8
+ * (dl e4m3 | fp32 scale per 128 | r bf16); block_table int32 [b, max_pages]; seq_lens int32 [b]
+ * -> out [b, s, h, dl], lse fp32 [b, h, s]. */
+DSK_API int dsk_mla_decode(const DLTensor* q, const DLTensor* cache, const DLTensor* block_table,
+                           const DLTensor* seq_lens, double softmax_scale, int causal,
+                           const DLTensor* out, const DLTensor* lse, int num_threads);
+
+/* q, k [t, h, dqk], v [t, h, dv] of one type; cu_seqlens int32 [requests + 1] -> out [t, h, dv],
+ * lse fp32 [h, t]. Rows behind the last request are left as they are. */
+DSK_API int dsk_mla_prefill(const DLTensor* q, const DLTensor* k, const DLTensor* v,
+                            const DLTensor* cu_seqlens_q, const DLTensor* cu_seqlens_k,
+                            double softmax_scale, int causal, const DLTensor* out,
+                            const DLTensor* lse, int num_threads);
+
 #ifdef __cplusplus
 }
 #endif

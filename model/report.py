@@ -16,7 +16,7 @@ import torch
 from model.trainer import History
 
 _MAX_COLUMNS = 160  # of the heat map: more steps are averaged, a page is not a data base
-_SMOOTHING = 0.95
+_SMOOTHING = 0.9
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def loss_svg(data: ReportData) -> str:
             f"{data.final_bits:.3f}",
             (tokens[-1], data.final_bits),
             textcoords="offset points",
-            xytext=(-4, -14),
+            xytext=(-6, 9),
             ha="right",
             color="#b3213b",
         )

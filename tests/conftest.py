@@ -10,9 +10,13 @@ import random
 import numpy as np
 import pytest
 
+# Without a GPU, Triton's kernels run in its interpreter; it reads this when it is first imported.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 DEFAULT_BACKENDS = "ref,cpu,emu,triton,cuda"
 # What the README's table lists as executed in CI: skipping one of these there is a failure.
-REQUIRED_IN_CI = ("ref", "cpu")
+REQUIRED_IN_CI = ("ref", "cpu", "triton")
 
 
 def pytest_addoption(parser):
@@ -55,3 +59,17 @@ def fixed_seeds():
     except ImportError:  # the schedule and emulator tests run without torch
         return
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_for_tiny_models(request):
+    """The models' matrices are far too small to share between cores: waiting costs more."""
+    if not request.module.__name__.startswith("test_model_"):
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -9,8 +9,6 @@ import torch
 
 from model import DeepseekConfig, DeepseekV3
 
-torch.set_num_threads(1)  # these matrices are far too small to share between cores
-
 ATOL = 1e-5  # fp32 logits against transformers; its own fp32 differs from its fp64 by 4e-6
 
 YARN = {

@@ -153,6 +153,7 @@ def test_call_an_implementation_cannot_run():
 def test_a_broken_backend_module_is_not_hidden(tmp_path, monkeypatch):
     """Only "there is no such module" means absent; an import that fails is an error."""
     (tmp_path / "rowwise.py").write_text("import surely_not_installed\n")
+    monkeypatch.delitem(sys.modules, "dskernels.cpu.rowwise", raising=False)
     with planted_modules("cpu"):
         sys.modules["dskernels.cpu"].__path__ = [str(tmp_path)]
         with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):

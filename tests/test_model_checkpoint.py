@@ -362,7 +362,10 @@ def test_absent_files_are_named(tmp_path):
 # ---- nothing is overwritten ----------------------------------------------------------------------
 
 
-def test_saving_never_overwrites_unasked(tmp_path):
+@pytest.mark.parametrize("atomic", [True, False])
+def test_saving_never_overwrites_unasked(atomic, tmp_path, monkeypatch):
+    if not atomic:  # a system without renameat2
+        monkeypatch.setattr("model.checkpoint.ctypes.CDLL", lambda *a, **k: object())
     saved(tmp_path / "c", random_ours(seed=1))
     before = (tmp_path / "c/model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match="not empty"):

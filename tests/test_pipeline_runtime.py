@@ -5,7 +5,8 @@ import pipeline_workers as workers
 import pytest
 import torch
 
-from dskernels.pipeline import make
+from dskernels.pipeline import Costs, make, simulate
+from dskernels.pipeline.files import to_csv
 from dskernels.pipeline.runtime import split_batch
 from dskernels.pipeline.weightgrad import WeightGradStore, defer_linears
 
@@ -144,3 +145,115 @@ def test_split_batch_refuses_what_does_not_divide():
     assert [len(t) for t in split_batch(torch.zeros(6, 2), 3)] == [2, 2, 2]
     with pytest.raises(ValueError, match="size 7 does not split into 3"):
         split_batch(torch.zeros(7), 3)
+
+
+# --- what can go wrong ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["kill", "hang", "raise"])
+def test_a_failed_rank_ends_the_others_in_bounded_time_by_name(how):
+    """Rank 1 of 3 is killed with -9, hangs, or raises in its third forward."""
+    bad = 1
+    expect_dead = (bad,) if how == "kill" else ()
+    results = workers.run_ranks(
+        workers.fail_in_step, 3, "1f1b", bad, how, expect_dead=expect_dead, timeout=60
+    )
+    for rank in (0, 2):
+        seconds, kind, text = results[rank]
+        assert kind == "PipelineError", results[rank]
+        assert seconds < 15
+        assert f"rank {rank} " in text and "rank 1" in text
+        assert "while waiting" in text and "micro-batch" in text
+        assert "RECV_" in text or "SEND_" in text  # the action it waited for
+    if how == "raise":
+        assert results[bad][1] == "ArithmeticError"
+        assert any("first failure: rank 1 raised" in results[r][2] for r in (0, 2))
+
+
+def test_ranks_that_are_not_neighbours_learn_who_failed_first():
+    results = workers.run_ranks(
+        workers.fail_in_step, 4, "1f1b", 3, "kill", expect_dead=(3,), timeout=60
+    )
+    for rank in (0, 1, 2):
+        assert results[rank][1] == "PipelineError"
+    assert "rank 2 lost its connection to rank 3" in results[2][2]
+    assert "rank 3" in results[0][2], results[0][2]
+
+
+def test_shapes_that_change_are_refused_or_allowed():
+    refused = workers.run_ranks(workers.change_shapes, 2, False)
+    assert "float32[3, 4]" in refused[0] and "dynamic_shapes=True" in refused[0]
+    assert workers.run_ranks(workers.change_shapes, 2, True)[1] == "losses [0, 1, 2, 3]"
+
+
+def test_wrong_arguments_are_refused():
+    texts = workers.run_ranks(workers.bad_arguments, 2)[0]
+    assert "needs 4 processes; the group has 2" in texts[0]
+    assert "rank 0 holds stages [0]; got modules for [1]" in texts[1]
+    assert "one entry per micro-batch (4); got 3" in texts[2]
+    assert "rank_mapping must be a permutation of 0..1; got [0, 0]" in texts[3]
+    assert "inputs are needed" in texts[4]
+
+
+# --- other people's dialect and engine ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls, ranks", [("DualPipe", 4), ("DualPipeV", 2)])
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_compat_follows_the_peer_s_example(cls, ranks, overlapped):
+    results = workers.run_ranks(workers.use_compat, ranks, cls, overlapped)
+    for result in results:
+        assert result["worst"] < 1e-14
+        assert (result["pairs"] > 0) == overlapped
+
+
+@pytest.mark.parametrize(
+    "name, form",
+    [("1f1b", "compute_comms"), ("dualpipev", "compute_comms"), ("zbv", "compute_only")],
+)
+def test_pytorch_s_own_engine_executes_our_csv(name, form, tmp_path):
+    microbatches, ranks = 5, 2
+    schedule = make(name, ranks, microbatches)
+    text = to_csv(schedule, form)
+    results = workers.run_ranks(
+        workers.run_in_torch_engine, ranks, text, form, schedule.num_stages, microbatches,
+        str(tmp_path),
+    )  # fmt: skip
+    with workers.one_thread():
+        want, _ = workers.reference("mlp", schedule, torch.float64)
+    for rank, held in enumerate(results):
+        for (stage, _), grads in zip(schedule.stages_of(rank), held, strict=True):
+            for got, expected in zip(grads, want[stage], strict=True):
+                assert np.allclose(got, expected.numpy(), rtol=1e-12, atol=1e-14)
+
+
+# --- measured against simulated -------------------------------------------------------------------
+
+
+def _compare_with_simulation(name, ranks, microbatches, kind, size):
+    """Simulate with the durations that the ranks measured; the ratio of step times."""
+    results = workers.run_ranks(workers.measure, ranks, name, microbatches, kind, size)
+    spent = {}
+    for _, timeline, _waited in results:
+        for op, begin, end in timeline:
+            spent.setdefault(op, []).append(end - begin)
+    # Medians: an action that waited for its message is longer than its work.
+    cost = {op: float(np.median(v)) for op, v in spent.items()}
+    comm = sum(np.median(spent[op]) for op in ("SEND_F", "RECV_F") if op in spent)
+    costs = Costs(
+        f=cost["F"],
+        b=cost.get("B", 0.0),
+        bi=cost.get("I", cost.get("B", 0.0)),
+        w=cost.get("W", 0.0),
+        fb=cost.get("OVERLAP_F_B"),
+        p2p_latency=float(comm),
+    )
+    predicted = simulate(make(name, ranks, microbatches), costs).makespan
+    measured = max(seconds for seconds, _, _ in results)
+    return measured / predicted, measured, predicted
+
+
+@pytest.mark.parametrize("name, ranks, microbatches", [("1f1b", 3, 6), ("dualpipev", 2, 6)])
+def test_step_time_is_the_simulated_one_for_calibrated_sleeps(name, ranks, microbatches):
+    ratio, measured, predicted = _compare_with_simulation(name, ranks, microbatches, "sleep", 0.03)
+    assert 0.9 < ratio < 1.1, (measured, predicted)

@@ -96,6 +96,28 @@ void gemm(py::handle x, py::handle scale_x, py::handle packed, py::handle marks,
   });
 }
 
+void mla_decode(py::handle q, py::handle cache, py::handle block_table, py::handle seq_lens,
+                double scale, bool causal, py::handle out, py::handle lse, int threads) {
+  const TensorArg q_("q", q), cache_("kv_cache", cache), table_("block_table", block_table);
+  const TensorArg lens_("seq_lens", seq_lens), out_("out", out, true), lse_("lse", lse, true);
+  without_gil([&] {
+    return dsk_mla_decode(q_.get(), cache_.get(), table_.get(), lens_.get(), scale, causal,
+                          out_.get(), lse_.get(), threads);
+  });
+}
+
+void mla_prefill(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens_q,
+                 py::handle cu_seqlens_k, double scale, bool causal, py::handle out, py::handle lse,
+                 int threads) {
+  const TensorArg q_("q", q), k_("k", k), v_("v", v), ends_q("cu_seqlens_q", cu_seqlens_q);
+  const TensorArg ends_k("cu_seqlens_k", cu_seqlens_k), out_("out", out, true);
+  const TensorArg lse_("lse", lse, true);
+  without_gil([&] {
+    return dsk_mla_prefill(q_.get(), k_.get(), v_.get(), ends_q.get(), ends_k.get(), scale, causal,
+                           out_.get(), lse_.get(), threads);
+  });
+}
+
 std::string text_or_raise(const char* text) {
   if (text == nullptr) throw py::value_error(dsk_last_error());
   return text;
@@ -129,4 +151,6 @@ void dsk::api::bind_cpu(pybind11::module_& m) {
   cpu.def("pack", &pack);
   cpu.def("unpack", &unpack);
   cpu.def("gemm", &gemm);
+  cpu.def("mla_decode", &mla_decode);
+  cpu.def("mla_prefill", &mla_prefill);
 }

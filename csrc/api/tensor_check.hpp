@@ -55,6 +55,17 @@ class Arg {
     return *this;
   }
 
+  const Arg& contiguous() const {
+    int64_t expected = 1;
+    for (int i = tensor_->ndim - 1; i >= 0; --i) {
+      DSK_CHECK(tensor_->shape[i] <= 1 || stride(i) == expected, name_,
+                ": expected a contiguous tensor, got stride ", stride(i), " in dimension ", i,
+                " instead of ", expected);
+      expected *= tensor_->shape[i];
+    }
+    return *this;
+  }
+
   // Written to: no two elements may share an address (stride 0 views do).
   const Arg& writable() const {
     for (int i = 0; i < tensor_->ndim; ++i) {
@@ -74,6 +85,7 @@ class Arg {
     fail_type(allowed);
   }
 
+  int dims() const { return tensor_->ndim; }
   int64_t size(int dim) const { return tensor_->shape[dim]; }
   int64_t stride(int dim) const {
     if (tensor_->strides != nullptr) return tensor_->strides[dim];

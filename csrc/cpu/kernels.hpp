@@ -14,6 +14,8 @@ struct Kernels {
   void (*swiglu)(const RowwiseParams&);
   void (*rope)(const RopeParams&);
   void (*gemm)(const GemmParams&);
+  void (*mla_decode)(const DecodeParams&);
+  void (*mla_prefill)(const PrefillParams&);
 };
 
 // The table in use: the best this processor runs, or the one DSK_CPU_TARGET names. Throws

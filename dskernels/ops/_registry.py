@@ -22,6 +22,9 @@ SCHEMAS: dict[str, str] = {}
 
 _is_grad_enabled = torch.is_grad_enabled
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_profiler_enabled = torch.autograd._profiler_enabled
 _DISPATCHER_TYPE_ERROR = re.compile(
     r"dskernels::(\w+)\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found "
     r"type '(.+?)'"
@@ -54,7 +57,7 @@ def define(
         torch.library.register_autograd(
             f"dskernels::{name}", backward, setup_context=save, lib=LIBRARY
         )
-    return _caller(getattr(torch.ops.dskernels, name).default)
+    return _caller(getattr(torch.ops.dskernels, name).default, kernel)
 
 
 def _no_backward(name: str) -> Callable:
@@ -64,30 +67,26 @@ def _no_backward(name: str) -> Callable:
     return backward
 
 
-def _caller(op: Callable) -> Callable:
-    """The call from Python. The autograd layer of torch.library costs 9 us even when there is
-    nothing to differentiate; then it is skipped."""
-
+def _caller(op: Any, kernel: Callable) -> Callable:
+    """The call from Python. Where nothing but the kernel could run, the kernel is called directly:
+    converting fifteen arguments for the dispatcher costs more than all of our checks."""
     schema = op._schema
     name = schema.name.removeprefix("dskernels::")
-    # The dispatcher lets None pass for a Tensor; a kernel would stumble over it.
-    required = [
-        (i, argument.name)
-        for i, argument in enumerate(schema.arguments)
-        if isinstance(argument.type, torch.TensorType)
-    ]
+    arguments = [(a.name, _plain_types(a.real_type)) for a in schema.arguments]
 
     def call(*args: Any) -> Any:
-        for i, argument in required:
-            if args[i] is None:
-                raise TypeError(f"{name}: {argument}: expected Tensor, got NoneType")
         if is_compiling():
             return op(*args)
-        try:
-            if _differentiates(name, args):
-                return op(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
+        if _is_plain(args, arguments):
             with _BelowAutograd():
-                return op(*args)
+                return kernel(*args)
+        for value, (argument, types) in zip(args, arguments):
+            if value is None and NoneType not in types:  # the dispatcher lets None pass
+                raise TypeError(f"{name}: {argument}: expected Tensor, got NoneType")
+        try:
+            return op(*args)
         except RuntimeError as error:
             readable = _argument_error(error)
             if readable is None:
@@ -97,15 +96,49 @@ def _caller(op: Callable) -> Callable:
     return call
 
 
-def _differentiates(name: str, args: tuple) -> bool:
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(name, args)
-    if not _is_grad_enabled():
+def _plain_types(type_: Any) -> tuple[type, ...]:
+    """The exact Python types of an argument that a kernel takes without the dispatcher's help."""
+    if isinstance(type_, torch.OptionalType):
+        return (*_plain_types(type_.getElementType()), NoneType)
+    return _PLAIN_TYPES[str(type_)]
+
+
+NoneType = type(None)
+_PLAIN_TYPES = {
+    "Tensor": (Tensor, torch.nn.Parameter),
+    "str": (str,),
+    "bool": (bool,),
+    "float": (float, int),
+    "int": (int,),
+    "SymInt": (int,),
+    "ScalarType": (torch.dtype,),
+    "List[int]": (list, tuple),
+    "List[SymInt]": (list, tuple),
+}
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _is_plain(args: tuple, arguments: list) -> bool:
+    """Whether the dispatcher would do nothing but call the kernel: real, ordinary tensors, exact
+    argument types, no gradient to record, no mode, transform or profiler that wants to see ops."""
+    if (
+        _dispatch_modes()
+        or _transforms() is not None
+        or _profiler_enabled()
+        or len(args) != len(arguments)
+    ):
         return False
-    for arg in args:
-        if isinstance(arg, Tensor) and arg.requires_grad:
-            return True
-    return False
+    grad = _is_grad_enabled()
+    for value, (_, types) in zip(args, arguments):
+        kind = type(value)
+        if kind not in types:
+            return False
+        if kind in _TENSORS:
+            if (grad and value.requires_grad) or value.is_meta or value.is_neg():
+                return False
+        elif (kind is list or kind is tuple) and any(type(v) is not int for v in value):
+            return False
+    return True
 
 
 def _refuse_tangents(name: str, args: tuple) -> None:

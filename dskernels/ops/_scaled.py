@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, float32
+from torch.compiler import is_compiling
 
 from ..types import FORMAT_STORAGE, ScaledTensor
 
 
 def scaled(data: Tensor, scale: Tensor, block: Sequence[int], dtype: str) -> ScaledTensor:
-    """The ScaledTensor of an op's (data, scale)."""
-    return ScaledTensor(data, scale, (block[0], block[1]), dtype)
+    """The ScaledTensor of (data, scale) that are known to fit: its own validation costs 3 us."""
+    if is_compiling():
+        return ScaledTensor(data, scale, (block[0], block[1]), dtype)
+    result = object.__new__(ScaledTensor)
+    result.__dict__.update(data=data, scale=scale, block=(block[0], block[1]), dtype=dtype)
+    return result
 
 
 def parts(q: ScaledTensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import backend as _backend
-from ..types import ScaledTensor, scale_shape
+from ..types import ScaledTensor
 from . import _check as check
 from ._registry import define
 from ._scaled import empty_scaled, parts, scaled
@@ -80,7 +80,8 @@ def check_scaled(op: str, name: str, data: Tensor, scale: Tensor, block: Sequenc
     check.block(op, f"{name}.block", block)
     check.dtype(op, f"{name}.data", data, (torch.float8_e4m3fn,))
     check.dtype(op, f"{name}.scale", scale, (torch.float32,))
-    expected = scale_shape(data.shape, (block[0], block[1]))
+    *lead, rows, columns = data.shape
+    expected = (*lead, -(-rows // block[0]), -(-columns // block[1]))
     check.shape(op, f"{name}.scale", scale, "ceil(shape / block)", expected)
     check.same_device(op, f"{name}.scale", scale, f"{name}.data", data)
 

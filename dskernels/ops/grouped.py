@@ -147,13 +147,14 @@ def _checked_groups(op: str, form: str, groups: Tensor, num_groups: int, limit: 
     """
     if form == "m_indices":
         return check.index(op, form, groups, -1, num_groups).int()
-    if groups.device.type == "cpu":
+    if groups.is_cpu:
         sizes = groups.tolist()
         total = sum(sizes) if form == "group_sizes" else max(sizes, default=0)
         if total > limit or min(sizes, default=0) < 0:
             what = "a sum" if form == "group_sizes" else "each"
             check.bad_value(op, form, f"sizes >= 0 with {what} of at most {limit}", sizes)
-    return groups.long() if form == "group_sizes" else groups.int()
+    wanted = torch.int64 if form == "group_sizes" else torch.int32
+    return groups if groups.dtype is wanted else groups.to(wanted)
 
 
 def _run_grouped(
@@ -358,7 +359,7 @@ def _check_grouped_k(a, b, sa, sb, blocks, groups, c, out_dtype, num_sms):
 def _run_grouped_k(a, b, sa, sb, blocks, groups, c, deterministic, num_sms, backend, **result):
     op = "grouped_gemm_k"
     groups = _checked_groups(op, "group_sizes", groups, groups.shape[0], a.shape[1])
-    if sa is not None and groups.device.type == "cpu" and (groups % blocks[1]).any():
+    if sa is not None and groups.is_cpu and any(size % blocks[1] for size in groups.tolist()):
         check.bad_value(op, "group_sizes", f"multiples of {blocks[1]}", groups.tolist())
     left, right = _join(a, b, sa, sb, blocks)
     return _run(

@@ -13,6 +13,7 @@ from .. import backend as _backend
 from ..types import ScaledTensor
 from . import _check as check
 from ._registry import define
+from ._scaled import scaled
 from .gemm import Operand, _split, check_scaled
 
 SCORES = ("sigmoid", "softmax")
@@ -396,10 +397,7 @@ def _check_expert_scales(w13, w2, s13, s2, blocks):
 def _weights(w13, w2, s13, s2, blocks):
     if s13 is None:
         return w13, w2
-    return (
-        ScaledTensor(w13, s13, tuple(blocks[:2])),
-        ScaledTensor(w2, s2, tuple(blocks[2:])),
-    )
+    return scaled(w13, s13, blocks[:2], "e4m3"), scaled(w2, s2, blocks[2:], "e4m3")
 
 
 def _experts_kernel(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights, backend):

@@ -177,4 +177,64 @@ def _inference(args: argparse.Namespace) -> None:
 
 
 def add_tune(commands) -> None:
-    pass
+    from .cli import command
+
+    sub = command(commands, "tune", "search the fastest setup that fits into memory", _tune)
+    _cluster_options(sub)
+    sub.add_argument("--schedules", default=",".join(NAMES), help="comma-separated names to try")
+    sub.add_argument("--memory", type=float, help="GB per GPU (default: the device's)")
+    sub.add_argument("--microbatch-sizes", default="1,2,4", help="sequences, comma-separated")
+    sub.add_argument("--keep", type=int, default=10, help="rows of the table")
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from .cli import print_json, table
+    from .cost import Setup
+    from .hardware import hardware
+    from .modelspec import model_spec
+    from .schedules import family
+    from .tune import explain, row, tune
+
+    names = tuple(args.schedules.split(","))
+    for name in names:
+        family(name)
+    base = Setup(
+        model=model_spec(args.model), gpus=args.gpus, batch=args.batch, sequence=args.sequence
+    )
+    search = tune(
+        base,
+        hardware(args.cluster),
+        rates_of(args),
+        schedules=names,
+        memory=None if args.memory is None else args.memory * 1e9,
+        microbatches=tuple(int(x) for x in args.microbatch_sizes.split(",")),
+        keep=args.keep,
+    )
+    best = row(search.best)  # raises, with the reasons, if nothing fits
+    rows = [row(c) for c in search.found]
+    if args.json:
+        print_json(
+            {
+                "best": best,
+                "found": rows,
+                "too_large": [row(c) for c in search.too_large],
+                "refused": dict(search.refused),
+                "candidates": search.candidates,
+                "simulated": search.simulated,
+                "explanation": explain(search),
+            }
+        )
+        return
+    header = {
+        "schedule": "schedule", "pp": "PP", "ep": "EP", "dp": "DP", "microbatch": "mb",
+        "microbatches": "count", "step_time_s": "step s",
+        "gpu_hours_per_trillion_tokens": "GPU h/T", "mfu": "MFU", "work_s": "work",
+        "exposed_all_to_all_s": "a2a", "bubble_s": "bubble", "optimizer_s": "opt",
+        "peak_memory_gb": "GB",
+    }  # fmt: skip
+    print(table([[r[k] for k in header] for r in rows], tuple(header.values())))
+    print(f"\n{explain(search)}")
+    print(
+        f"{search.candidates} candidates, {search.simulated} simulated (the rest cannot beat "
+        f"these by their computation alone); refused: {dict(search.refused)}"
+    )

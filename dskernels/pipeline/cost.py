@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .actions import ScheduleError
+from .actions import COMPUTE, Schedule, ScheduleError
 from .costs import Costs
 from .hardware import Hardware
 from .modelspec import ModelSpec
@@ -224,11 +224,12 @@ def all_to_all(kernels: Kernels, model: ModelSpec, tokens: float, ep: int) -> tu
         pair = (rate, rate)
     else:
         copies = model.nodes_per_token(nodes)
-        small = nodes <= 4
-        pair = (
-            rates["dispatch_bandwidth_ep32" if small else "dispatch_bandwidth"],
-            rates["combine_bandwidth_ep32" if small else "combine_bandwidth"],
-        )
+        names = ("dispatch_bandwidth", "combine_bandwidth")
+        if nodes == 2:
+            names = ("bandwidth_ep16", "bandwidth_ep16")
+        elif nodes <= 4:
+            names = ("dispatch_bandwidth_ep32", "combine_bandwidth_ep32")
+        pair = (rates[names[0]], rates[names[1]])
         pair = tuple(r * hw.rdma / 50e9 for r in pair)
     row = model.hidden * (1 + 4 / 128)  # an FP32 scale per 128 values
     sent = tokens * copies * rates["imbalance"]
@@ -447,8 +448,6 @@ class TrainingCost:
 
     def breakdown(self) -> dict[str, float]:
         """Mean seconds per rank spent in each kind of action, and idle."""
-        from .actions import COMPUTE
-
         sums: dict[str, float] = {}
         for rank, acts in enumerate(self.result.schedule.actions):
             for i, a in enumerate(acts):
@@ -485,9 +484,24 @@ def training(setup: Setup, hw: Hardware, rates: Rates | None = None) -> Training
         retained=0.5,  # W needs the inputs of the linears, not the attention's
         static=[static_bytes(setup, h, copies) for h in held],
     )
-    result = simulate(schedule, costs)
-    slowest = max(optimizer_time(setup, kernels, h, copies) for h in held)
-    return TrainingCost(setup, hw, rates, stages, result, slowest)
+    return stages, costs, max(optimizer_time(setup, kernels, h, copies) for h in held)
+
+
+def _schedule(setup: Setup) -> Schedule:
+    return make(setup.schedule, setup.pp, setup.microbatches, setup.virtual_stages)
+
+
+def training(setup: Setup, hw: Hardware, rates: Rates | None = None) -> TrainingCost:
+    """Price one training step.
+
+    Raises:
+        ScheduleError: sizes that do not divide, or that the schedule refuses.
+    """
+    setup.check()
+    rates = rates or Rates()
+    schedule = _schedule(setup)
+    stages, costs, optimizer = _inputs(setup, hw, rates, schedule)
+    return TrainingCost(setup, hw, rates, stages, simulate(schedule, costs), optimizer)
 
 
 def summary(cost: TrainingCost) -> dict:
@@ -562,24 +576,28 @@ def sensitivity(setup: Setup, hw: Hardware, rates: Rates | None = None) -> list[
     """GPU hours per trillion tokens with each assumption 10% lower and higher (a switch: off)."""
     rates = rates or Rates()
     base = training(setup, hw, rates).hours_per_trillion
+    schedule = _schedule(setup)
+    unmoved = _inputs(setup, hw, rates, schedule)
     rows = []
     for name, assumption in rates.items():
         if name == "gemm_predates_deepgemm":
             trials = [0.0, 1.0]
         else:
             trials = [assumption.value * 0.9, assumption.value * 1.1]
-        found = [training(setup, hw, rates.with_value(name, v)).hours_per_trillion for v in trials]
-        if any(abs(f - base) > 1e-9 * base for f in found):
-            rows.append(
-                {
-                    "assumption": name,
-                    "value": assumption.value,
-                    "low": trials[0],
-                    "high": trials[1],
-                    "change_low_percent": 100 * (found[0] / base - 1),
-                    "change_high_percent": 100 * (found[1] / base - 1),
-                }
-            )
+        changed = [rates.with_value(name, v) for v in trials]
+        if all(_inputs(setup, hw, r, schedule) == unmoved for r in changed):
+            continue  # an assumption about inference, or about another number of nodes
+        found = [training(setup, hw, r).hours_per_trillion for r in changed]
+        rows.append(
+            {
+                "assumption": name,
+                "value": assumption.value,
+                "low": trials[0],
+                "high": trials[1],
+                "change_low_percent": 100 * (found[0] / base - 1),
+                "change_high_percent": 100 * (found[1] / base - 1),
+            }
+        )
     return sorted(
         rows,
         key=lambda r: -max(abs(r["change_low_percent"]), abs(r["change_high_percent"])),

@@ -126,10 +126,13 @@ class Rates:
         50e9, "bytes/s of RDMA per GPU, combine", "DeepEP V1 table, EP64 on H800: 50 GB/s"
     )
     dispatch_bandwidth_ep32: Assumption = _says(
-        58e9, "bytes/s, dispatch over up to 4 nodes", "DeepEP V1 table, EP32: 58 GB/s"
+        58e9, "bytes/s, dispatch over 3 or 4 nodes", "DeepEP V1 table, EP32: 58 GB/s"
     )
     combine_bandwidth_ep32: Assumption = _says(
-        57e9, "bytes/s, combine over up to 4 nodes", "DeepEP V1 table, EP32: 57 GB/s"
+        57e9, "bytes/s, combine over 3 or 4 nodes", "DeepEP V1 table, EP32: 57 GB/s"
+    )
+    bandwidth_ep16: Assumption = _says(
+        43e9, "bytes/s, dispatch and combine over 2 nodes", "DeepEP V1 table, EP16: 43 GB/s both"
     )
     low_latency_bandwidth: Assumption = _says(
         39e9,

@@ -24,7 +24,8 @@ struct Activations {
 enum class Format { kTiles, kHalf, kWide };
 
 // The same rows in the order of one unit. Memory belongs to the caller (see bytes()).
-//   kTiles  bf16 [m / 16][depth / 32][16][32], rows padded to 16 with zeros
+//   kTiles  bf16 [blocks][m / 16][4 steps of 32 k][16][32], rows padded to 32 with zeros: what one
+//           block of weights meets is one stream
 //   kHalf   fp16 pairs {x, x} [group][depth][rows of the group]; groups of kGroup rows
 //   kWide   fp32 [m][depth]
 // scale [blocks][padded m] holds scale_a, divided by the power of two that kHalf multiplied a

@@ -55,9 +55,9 @@ void pack_block(PackedRows& r, int64_t m, int64_t block) {
   }
 #endif
   if (r.format == Format::kTiles) {
-    uint16_t* tile = static_cast<uint16_t*>(r.data) + m / 16 * 16 * r.depth + m % 16 * 32;
+    uint16_t* tile = static_cast<uint16_t*>(r.data) + k0 * r.padded + m / 16 * 16 * n + m % 16 * 32;
     for (int64_t i = 0; i < n; i += kLanes) {
-      store_bf16(tile + (k0 + i) / 32 * 512 + i % 32, load(values + i));
+      store_bf16(tile + i / 32 * 512 + i % 32, load(values + i));
     }
   } else if (r.format == Format::kWide) {
     float* to = static_cast<float*>(r.data) + m * r.depth + k0;
@@ -116,8 +116,10 @@ void pack_rows(PackedRows& r, int64_t m0, int64_t m1) {
   if (r.format == Format::kTiles) {
     uint16_t* data = static_cast<uint16_t*>(r.data);
     for (int64_t m = r.m; m < r.padded; ++m) {
-      for (int64_t step = 0; step < r.depth / 32; ++step) {
-        std::memset(data + m / 16 * 16 * r.depth + step * 512 + m % 16 * 32, 0, 64);
+      for (int64_t k0 = 0; k0 < r.depth; k0 += kScaleBlock) {
+        const int64_t n = min_of(kScaleBlock, r.depth - k0);
+        uint16_t* tile = data + k0 * r.padded + m / 16 * 16 * n + m % 16 * 32;
+        for (int64_t step = 0; step < n / 32; ++step) std::memset(tile + step * 512, 0, 64);
       }
     }
   }

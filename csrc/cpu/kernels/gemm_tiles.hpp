@@ -185,8 +185,8 @@ static void tile_product(const PackedRows& rows, int64_t m0, int64_t m1, const P
     }
     const float* scale_a = rows.scale + block * rows.padded;
     for (int64_t m = m0; m < m1; m += 32) {
-      const uint16_t* a0 = a + m * rows.depth + k0 / 32 * kTile;
-      const uint16_t* a1 = a0 + 16 * rows.depth;
+      const uint16_t* a0 = a + k0 * rows.padded + m / 16 * column;
+      const uint16_t* a1 = a0 + column;
       const bool both = m + 16 < m1;
       for (int i = 0; i < num_panels; ++i) {
         float* to = c[i] + (m - m0) * kPanel;

@@ -15,6 +15,8 @@ const Kernels kTable = {
     .swiglu = swiglu,
     .rope = rope,
     .gemm = gemm,
+    .mla_decode = mla_decode,
+    .mla_prefill = mla_prefill,
 };
 
 }  // namespace dsk::cpu::DSK_CPU_NS

@@ -10,5 +10,7 @@ void rms_norm(const RowwiseParams& p);
 void swiglu(const RowwiseParams& p);
 void rope(const RopeParams& p);
 void gemm(const GemmParams& p);
+void mla_decode(const DecodeParams& p);
+void mla_prefill(const PrefillParams& p);
 
 }  // namespace dsk::cpu::DSK_CPU_NS
