@@ -481,7 +481,7 @@ void bind_approx(py::module_& m) {
 
 }  // namespace
 
-void dsk::api::bind_emu_num(py::module_& parent) {
+void bind_emu_num(py::module_& parent) {
   py::module_ m = parent.def_submodule("_emu_num", "Emulator numerics, exposed for tests.");
   bind_convert(m);
   bind_tensorcore(m);
