@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dskernels import emu
+import dskernels.emu as emu
 
 _DTYPES = {
     "f32": np.float32, "f64": np.float64, "f16": np.float16, "i8": np.int8, "u8": np.uint8,
