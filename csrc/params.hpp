@@ -71,6 +71,26 @@ struct GemmParams {
   int threads = 1;
 };
 
+// The routed experts of x: sum over k of weight * w2 swiglu(w13 x).
+struct PackedExperts {
+  const uint8_t* weights = nullptr;     // [e][packed bytes]
+  const uint8_t* nan_blocks = nullptr;  // [e][marks]
+  const float* scale = nullptr;         // [e][ceil(n / 128)][ceil(k / 128)], strides below
+  int64_t scale_e = 0, scale_n = 0, scale_k = 0;
+};
+
+struct MoeParams {
+  int64_t t = 0, k = 0, e = 0, d = 0, i = 0;
+  Matrix x;                          // [t, d]
+  PackedExperts w13;                 // [e, 2 i, d] = [gate; up]
+  PackedExperts w2;                  // [e, d, i]
+  const int64_t* topk_idx = nullptr;  // [t, k], -1: none
+  const float* topk_weights = nullptr;  // [t, k]
+  bool quantize = true;              // W8A8: x and the hidden rows become e4m3 in blocks (1, 128)
+  MutableMatrix out;                 // [t, d], x's type
+  int threads = 1;
+};
+
 // Attention of query rows over keys and values that lie in pages: MLA decode over the latent cache
 // (a value is the head of its key) and prefill (one "page" per request) are the same loop.
 enum class CacheKind : int { kBF16, kF16, kF32, kFP8Rows };

@@ -61,8 +61,7 @@ def test_decode(target, dtype, page):
     check(q, cache, table, lens, softmax_scale=0.05)
 
 
-@pytest.mark.parametrize("s", [1, 2, 4])
-@pytest.mark.parametrize("heads", [1, 7, 40, 128])
+@pytest.mark.parametrize("s, heads", [(1, 128), (1, 7), (2, 1), (2, 40), (4, 16)])
 def test_decode_heads_and_query_tokens(target, s, heads):
     """More query tokens than cached ones included: those see nothing."""
     cache, table, lens = paged([65, 2, 200], 64, 96, torch.bfloat16)
@@ -177,11 +176,11 @@ def test_bad_arguments_are_named():
 shapes = st.tuples(
     st.integers(1, 3),  # requests
     st.integers(1, 4),  # query tokens
-    st.integers(1, 40),  # heads
+    st.integers(1, 34),  # heads
     st.integers(1, 70),  # latent width
     st.integers(0, 40),  # RoPE width
     st.integers(1, 33),  # page
-    st.integers(0, 300),  # longest
+    st.integers(0, 150),  # longest
     st.integers(0, 2**16),  # seed
 )
 

@@ -118,6 +118,21 @@ void mla_prefill(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens
   });
 }
 
+void moe_experts(py::handle x, py::handle w13, py::handle marks13, py::handle scale13,
+                 py::handle w2, py::handle marks2, py::handle scale2, py::handle topk_idx,
+                 py::handle topk_weights, int64_t intermediate, bool quantize, py::handle out,
+                 int threads) {
+  const TensorArg x_("x", x), w13_("w13", w13), marks13_("marks13", marks13);
+  const TensorArg scale13_("scale13", scale13), w2_("w2", w2), marks2_("marks2", marks2);
+  const TensorArg scale2_("scale2", scale2), idx_("topk_idx", topk_idx);
+  const TensorArg weights_("topk_weights", topk_weights), out_("out", out, true);
+  without_gil([&] {
+    return dsk_moe_experts(x_.get(), w13_.get(), marks13_.get(), scale13_.get(), w2_.get(),
+                           marks2_.get(), scale2_.get(), idx_.get(), weights_.get(), intermediate,
+                           quantize, out_.get(), threads);
+  });
+}
+
 std::string text_or_raise(const char* text) {
   if (text == nullptr) throw py::value_error(dsk_last_error());
   return text;
@@ -153,4 +168,5 @@ void bind_cpu(pybind11::module_& m) {
   cpu.def("gemm", &gemm);
   cpu.def("mla_decode", &mla_decode);
   cpu.def("mla_prefill", &mla_prefill);
+  cpu.def("moe_experts", &moe_experts);
 }

@@ -113,6 +113,10 @@ class Arg {
               ", got ", type_name(t));
     return data<const T>();
   }
+  const Arg& bytes() const {
+    DSK_CHECK(is_bytes(), name_, ": expected uint8, got ", type_name(tensor_->dtype));
+    return *this;
+  }
   bool is_bytes() const { return tensor_->dtype.code == 1 && tensor_->dtype.bits == 8; }
 
   // A matrix [rows, columns] of one of `allowed`.

@@ -4,7 +4,7 @@
 //
 // The inner sum runs on the fastest unit the target has, the outer one in fp32 ("promotion"):
 //   tiles  AMX-BF16: E4M3 and BF16 are exact in bf16, products and sums are fp32
-//   half   AVX512-FP16: chains of 64 products in fp16 (see kHalf below for the range argument)
+//   half   AVX512-FP16: chains of 32 products in fp16 (see kHalf below for the range argument)
 //   wide   fp32 FMA: every other target, and what the half path falls back on
 #pragma once
 
