@@ -68,7 +68,10 @@ def gemm_case(args: argparse.Namespace) -> tuple[dict, dict, float, float]:
             x, theirs(), scale, block, None, torch.bfloat16, True
         )
     if "torch" in args.peers:
-        reorder, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+        reorder, linear = (
+            torch.ops.mkldnn._reorder_linear_weight,
+            torch.ops.mkldnn._linear_pointwise,
+        )
         onednn = rotate(lambda: reorder(dense, m).clone(), max(1, copies // 2))
         calls["torch bf16"] = lambda: linear(x, onednn(), None, "none", [], "")
     exact = x.double() @ weight.dequantize(torch.float64).T if m <= 256 else None
@@ -131,7 +134,7 @@ def mla_case(args: argparse.Namespace) -> tuple[dict, dict, float, float]:
 
 
 def moe_case(args: argparse.Namespace) -> tuple[dict, dict, float, float]:
-    """Fused experts of V3's width; routing drawn evenly. The error is against fp64 on FP8 weights."""
+    """Fused experts of V3's width, evenly routed; errors are against fp64 on the FP8 weights."""
     t, e, k, d, i = args.t, args.e, args.topk, args.d, args.i
     g = torch.Generator().manual_seed(1)
     first = [fp8_weight(2 * i, d, 10 + j) for j in range(2)]

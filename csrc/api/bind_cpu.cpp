@@ -85,14 +85,14 @@ void unpack(py::handle packed, py::handle b, int threads) {
   without_gil([&] { return dsk_unpack(packed_.get(), b_.get(), threads); });
 }
 
-void gemm(py::handle x, py::handle scale_x, py::handle packed, py::handle marks,
-          py::handle scale_b, py::handle c, py::handle bias, py::handle y, int threads) {
+void gemm(py::handle x, py::handle scale_x, py::handle packed, py::handle marks, py::handle scale_b,
+          py::handle c, py::handle bias, py::handle y, int threads) {
   const TensorArg x_("x", x), scale_x_("scale_x", scale_x), packed_("packed", packed);
   const TensorArg marks_("marks", marks), scale_b_("scale_b", scale_b), c_("c", c);
   const TensorArg bias_("bias", bias), y_("y", y, true);
   without_gil([&] {
-    return dsk_gemm(x_.get(), scale_x_.get(), packed_.get(), marks_.get(), scale_b_.get(),
-                    c_.get(), bias_.get(), y_.get(), threads);
+    return dsk_gemm(x_.get(), scale_x_.get(), packed_.get(), marks_.get(), scale_b_.get(), c_.get(),
+                    bias_.get(), y_.get(), threads);
   });
 }
 
@@ -146,9 +146,7 @@ void bind_cpu(pybind11::module_& m) {
   py::module_ cpu = m.def_submodule("cpu", "CPU kernels; see dskernels.cpu");
   cpu.def("target", [] { return text_or_raise(dsk_cpu_target()); });
   cpu.def("target_reason", [] { return text_or_raise(dsk_cpu_target_reason()); });
-  cpu.def("select_target", [](const std::string& name) {
-    dsk::cpu::select_target(name.c_str());
-  });
+  cpu.def("select_target", [](const std::string& name) { dsk::cpu::select_target(name.c_str()); });
   cpu.def("available_targets", [] {
     py::list names;
     for (const char* name : dsk::cpu::available_targets()) names.append(name);

@@ -16,8 +16,12 @@ PackedExperts experts(const Arg& data, const Arg& marks, const Arg& scale, int64
   data.shape({e, dsk_packed_bytes(n, k)}).contiguous().bytes();
   marks.shape({e, dsk_packed_marks(n, k)}).contiguous().bytes();
   scale.shape({e, blocks(n), blocks(k)}).type({Type::kF32});
-  return {data.data<const uint8_t>(), marks.data<const uint8_t>(), scale.data<const float>(),
-          scale.stride(0),            scale.stride(1),             scale.stride(2)};
+  return {data.data<const uint8_t>(),
+          marks.data<const uint8_t>(),
+          scale.data<const float>(),
+          scale.stride(0),
+          scale.stride(1),
+          scale.stride(2)};
 }
 
 }  // namespace

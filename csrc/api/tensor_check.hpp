@@ -12,8 +12,8 @@
 namespace dsk::api {
 
 inline std::string type_name(DLDataType type) {
-  static constexpr const char* kNames[] = {"int", "uint", "float", "opaque", "bfloat", "complex",
-                                           "bool"};
+  static constexpr const char* kNames[] = {"int",    "uint",    "float", "opaque",
+                                           "bfloat", "complex", "bool"};
   if (type.code == 10) return "float8_e4m3fn";
   if (type.code >= 7) return "DLPack type code " + std::to_string(type.code);
   return kNames[type.code] + std::to_string(type.bits);

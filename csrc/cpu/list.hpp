@@ -22,7 +22,8 @@ class List {
   inline __attribute__((always_inline)) void push(const T& value) {
     if (size_ == capacity_) {
       capacity_ = max_of<int64_t>(16, 2 * capacity_);
-      void* grown = std::realloc(static_cast<void*>(data_), static_cast<size_t>(capacity_) * sizeof(T));
+      void* grown =
+          std::realloc(static_cast<void*>(data_), static_cast<size_t>(capacity_) * sizeof(T));
       if (grown == nullptr) throw std::bad_alloc();
       data_ = static_cast<T*>(grown);
     }

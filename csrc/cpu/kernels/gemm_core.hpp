@@ -15,8 +15,8 @@ namespace dsk::cpu::DSK_CPU_NS {
 
 // Rows of activations as they come: e4m3 with scales [m, blocks], or bf16, fp16 or fp32.
 struct Activations {
-  Matrix x;                     // [rows, k]
-  Scales scale;                 // e4m3 only
+  Matrix x;                       // [rows, k]
+  Scales scale;                   // e4m3 only
   const int64_t* rows = nullptr;  // row i of the product reads x row rows[i]; null: i
   int64_t m = 0, k = 0;
 };

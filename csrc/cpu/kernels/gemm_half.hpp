@@ -124,8 +124,8 @@ DSK_INLINE void half_kernel(const uint8_t* packed, const uint16_t* converted, co
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
         for (int parity = 0; parity < 2; ++parity) {
-          const __m512h x = _mm512_castsi512_ph(
-              _mm512_set1_epi32(static_cast<int>(a[(k + parity) * kRows + i])));
+          const __m512h x =
+              _mm512_castsi512_ph(_mm512_set1_epi32(static_cast<int>(a[(k + parity) * kRows + i])));
           __m512h* to = sum[i][kSums == 2 ? parity : 0];
           to[0] = _mm512_fmadd_ph(x, b[parity][0], to[0]);
           to[1] = _mm512_fmadd_ph(x, b[parity][1], to[1]);
@@ -152,7 +152,8 @@ DSK_INLINE void half_rows_of(int64_t rows, const uint8_t* packed, const uint16_t
                              const uint32_t* a, int64_t depth, const float* scale_a, float scale_b,
                              float* c) {
 #define DSK_ROWS(n) \
-  case n: return half_kernel<n, kConverted>(packed, converted, a, depth, scale_a, scale_b, c);
+  case n:           \
+    return half_kernel<n, kConverted>(packed, converted, a, depth, scale_a, scale_b, c);
   switch (rows) {
     DSK_ROWS(1)
     DSK_ROWS(2)

@@ -25,13 +25,13 @@ struct Group {
 
 // Everything is allocated by the calling thread before threads run.
 struct Work {
-  int64_t* tokens;   // [copies] token of a sorted copy
-  int64_t* row_of;   // [t, k] sorted position of a copy, -1 for none
+  int64_t* tokens;  // [copies] token of a sorted copy
+  int64_t* row_of;  // [t, k] sorted position of a copy, -1 for none
   List<Group> groups;
   List<PackedRows> rows;  // per group, of the product at hand
-  MutableMatrix hidden;  // [copies, i]: e4m3, or x's type
+  MutableMatrix hidden;   // [copies, i]: e4m3, or x's type
   Scales hidden_scale;
-  MutableMatrix y;       // [copies, d], x's type
+  MutableMatrix y;  // [copies, d], x's type
 };
 
 int64_t route(const MoeParams& p, Work& w) {
@@ -91,9 +91,12 @@ Panel panel_of(const PackedExperts& experts, PackedShape shape, int64_t expert, 
 template <typename Function>
 DSK_INLINE void with_type(Type type, Function&& function) {
   switch (type) {
-    case Type::kBF16: return function.template operator()<Type::kBF16>();
-    case Type::kF16: return function.template operator()<Type::kF16>();
-    default: return function.template operator()<Type::kF32>();
+    case Type::kBF16:
+      return function.template operator()<Type::kBF16>();
+    case Type::kF16:
+      return function.template operator()<Type::kF16>();
+    default:
+      return function.template operator()<Type::kF32>();
   }
 }
 
@@ -209,8 +212,8 @@ constexpr int kRouting = 0, kRows = 2, kHidden = 3, kOutput = 4, kQuantized = 5;
 Activations quantized_input(const MoeParams& p) {
   const int64_t blocks = ceil_div(p.d, kScaleBlock);
   const uint64_t bytes = static_cast<uint64_t>(round_up(p.t * p.d, 64));
-  char* memory = static_cast<char*>(
-      scratch(kQuantized, bytes + static_cast<uint64_t>(p.t * blocks) * 4));
+  char* memory =
+      static_cast<char*>(scratch(kQuantized, bytes + static_cast<uint64_t>(p.t * blocks) * 4));
   RowwiseParams q;
   q.m = p.t;
   q.k = p.d;
