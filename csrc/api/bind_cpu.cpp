@@ -141,7 +141,7 @@ std::string text_or_raise(const char* text) {
 }  // namespace
 }  // namespace dsk::api
 
-void bind_cpu(pybind11::module_& m) {
+void dsk::api::bind_cpu(pybind11::module_& m) {
   using namespace dsk::api;
   py::module_ cpu = m.def_submodule("cpu", "CPU kernels; see dskernels.cpu");
   cpu.def("target", [] { return text_or_raise(dsk_cpu_target()); });

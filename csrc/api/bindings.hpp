@@ -1,8 +1,14 @@
 // One bind_* function per layer, each defined in csrc/api/bind_<layer>.cpp.
 #pragma once
 
-namespace pybind11 {
-class module_;
-}
+#include <pybind11/pybind11.h>
+
+namespace dsk::api {
 
 void bind_cpu(pybind11::module_& m);
+void bind_device(pybind11::module_& m);
+void bind_launch(pybind11::module_& m);
+void bind_emu(pybind11::module_& m);
+void bind_emu_num(pybind11::module_& m);
+
+}  // namespace dsk::api

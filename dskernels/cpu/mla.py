@@ -11,10 +11,19 @@ from __future__ import annotations
 import torch
 
 from .. import _C
+from ..backend import Unsupported
 from ..ref import mla as ref
 from ..ref.mla import fp8_row_bytes
+from . import prefill
+from .prefill import mla_prefill_backward
 
-__all__ = ["fp8_row_bytes", "mla_cache_append", "mla_decode", "mla_prefill"]
+__all__ = [
+    "fp8_row_bytes",
+    "mla_cache_append",
+    "mla_decode",
+    "mla_prefill",
+    "mla_prefill_backward",
+]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -62,7 +71,17 @@ def mla_prefill(
     causal: bool = True,
     softmax_scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k [t, h, dqk], v [t, h, dv] -> out [t, h, dv], lse fp32 [h, t]; see `ref.mla_prefill`."""
+    """q, k [t, h, dqk], v [t, h, dv] -> out [t, h, dv], lse fp32 [h, t]; see `ref.mla_prefill`.
+
+    Requests of one length that attend themselves (training) run on PyTorch's fused kernel, every
+    other batch on ours.
+    """
+    try:
+        return prefill.mla_prefill(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, softmax_scale=softmax_scale
+        )
+    except Unsupported:
+        pass  # the general batch: below
     if not (q.dtype == k.dtype == v.dtype and q.dtype in _FLOATS and q.dim() == 3):
         return ref.mla_prefill(
             q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, softmax_scale=softmax_scale

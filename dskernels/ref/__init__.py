@@ -7,8 +7,9 @@ entries, empty inputs, ties, NaN. They are written to be read, and run on any de
     gemm      dense and grouped matrix products          tensorcore  Hopper's exact arithmetic
     mla       latent attention, paged cache
     moe       router, permutation, experts, balance losses
+    ep        expert-parallel exchange, all ranks in one process
 """
 
-from . import fp8, gemm, mla, moe, rowwise, tensorcore
+from . import ep, fp8, gemm, mla, moe, rowwise, tensorcore
 
-__all__ = ["fp8", "gemm", "mla", "moe", "rowwise", "tensorcore"]
+__all__ = ["ep", "fp8", "gemm", "mla", "moe", "rowwise", "tensorcore"]

@@ -102,7 +102,7 @@ def grouped_gemm(
     _check_operands(a, b, b_dims=3)
     _check_modes(a, epilogue, accumulate)
     groups = _rows_of_groups(a, b.shape[0], group_sizes, m_indices, masked_m)
-    lead, (n, k) = a.shape[:-1], b.shape[-2:]
+    lead, n = a.shape[:-1], b.shape[1]
     flat = _flatten_rows(a)
     flat_c = None if c is None else _checked_c(c, (*lead, n)).reshape(-1, n)
     if bias is not None and tuple(bias.shape) != (b.shape[0], n):

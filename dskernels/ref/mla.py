@@ -102,9 +102,12 @@ def mla_cache_append(
         rows = _pack_rows(latent, k_rope)
     else:
         rows = torch.cat([latent, k_rope], dim=-1).to(kv_cache.dtype)
-    for token, slot in enumerate(slots.tolist()):
-        if slot >= 0:
-            kv_cache[slot // kv_cache.shape[1], slot % kv_cache.shape[1]] = rows[token]
+    ordered, tokens = slots.sort(stable=True)
+    last = torch.ones_like(ordered, dtype=torch.bool)  # of the tokens that share a slot
+    last[:-1] = ordered[1:] != ordered[:-1]
+    write = last & (ordered >= 0)
+    slot, page = ordered[write], kv_cache.shape[1]
+    kv_cache[slot // page, slot % page] = rows[tokens[write]]
 
 
 def mla_prefill(
@@ -180,7 +183,9 @@ def _cache_rows(
 
 def _pack_rows(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
     scaled = quantize(latent, (1, TILE))
-    parts = (scaled.data, scaled.scale.contiguous(), k_rope.to(torch.bfloat16).contiguous())
+    # A single column counts as contiguous whatever its stride, but cannot be viewed as bytes.
+    scale = scaled.scale.clone(memory_format=torch.contiguous_format)
+    parts = (scaled.data, scale, k_rope.to(torch.bfloat16).contiguous())
     return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
 
 

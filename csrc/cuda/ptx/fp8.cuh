@@ -1,0 +1,15 @@
+// FP8 conversion instructions. One wrapper is one instruction; its PTX line stands above it.
+#pragma once
+
+#include <cstdint>
+
+namespace dsk::ptx {
+
+// cvt.rn.satfinite.e4m3x2.f32 d, hi, lo;   PTX ISA 7.8, sm_89. NaN becomes 0x7f.
+__device__ __forceinline__ uint16_t cvt_e4m3x2(float lo, float hi) {
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+
+}  // namespace dsk::ptx

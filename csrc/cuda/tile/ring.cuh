@@ -1,0 +1,68 @@
+// The stage ring between a TMA producer and its consumers: the one synchronisation scheme of every
+// pipelined kernel. full[s] completes when the stage's bytes have landed; empty[s] when every
+// consumer has let go of it.
+#pragma once
+
+#include <cuda/ptx>
+
+#include <cstdint>
+
+namespace dsk {
+
+// Where one role stands in the ring. Consumers and the producer each keep their own.
+template <int kNumStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kNumStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+template <int kNumStages>
+struct Ring {
+  uint64_t full[kNumStages];
+  uint64_t empty[kNumStages];
+
+  // By one thread, before anyone uses the ring; a CTA (or cluster) barrier must follow.
+  // `consumers` is the number of consume() calls that free a stage.
+  __device__ __forceinline__ void init(uint32_t consumers) {
+#pragma unroll
+    for (int s = 0; s < kNumStages; ++s) {
+      cuda::ptx::mbarrier_init(&full[s], 1);
+      cuda::ptx::mbarrier_init(&empty[s], consumers);
+    }
+    cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+  }
+
+  // Producer: wait until the stage is free (the first round finds every stage free), then announce
+  // the bytes that will land in it.
+  __device__ __forceinline__ void acquire(const RingPosition<kNumStages>& at, uint32_t bytes) {
+    wait(&empty[at.stage], at.phase ^ 1);
+    cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
+                                         cuda::ptx::space_shared, &full[at.stage], bytes);
+  }
+
+  // Consumer: wait for the stage's bytes.
+  __device__ __forceinline__ void await(const RingPosition<kNumStages>& at) {
+    wait(&full[at.stage], at.phase);
+  }
+
+  // Consumer: one of the `consumers` arrivals that free the stage.
+  __device__ __forceinline__ void consume(const RingPosition<kNumStages>& at) {
+    cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cta,
+                               cuda::ptx::space_shared, &empty[at.stage]);
+  }
+
+ private:
+  __device__ static __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
+    while (!cuda::ptx::mbarrier_try_wait_parity(barrier, parity)) {
+    }
+  }
+};
+
+}  // namespace dsk

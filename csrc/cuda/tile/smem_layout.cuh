@@ -1,0 +1,35 @@
+// Shared-memory layouts: the 128-byte swizzle and the wgmma descriptors that read it.
+#pragma once
+
+#include <cstdint>
+
+namespace dsk {
+
+constexpr int kSwizzleBytes = 128;  // width of one swizzled row
+constexpr int kSwizzleRows = 8;     // rows after which the pattern repeats (1024 bytes)
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Byte offset of 16-byte chunk `chunk` (0..7) of `row` in a 128B-swizzled tile whose base is
+// aligned to 1024 bytes: the chunk index is XORed with the row index modulo 8.
+__device__ __forceinline__ uint32_t swizzle128(uint32_t row, uint32_t chunk) {
+  return row * kSwizzleBytes + ((chunk ^ (row % kSwizzleRows)) * 16);
+}
+
+// Descriptor of a K-major operand in 128B-swizzled rows (PTX ISA, "Matrix descriptor format"):
+// bits 0-13 address / 16, 16-29 leading offset (unused for swizzled K-major), 32-45 stride between
+// groups of 8 rows / 16, 62-63 swizzle mode (1 = 128B).
+__device__ __forceinline__ uint64_t k_major_descriptor(const void* tile) {
+  constexpr uint64_t kStride = (kSwizzleRows * kSwizzleBytes) >> 4;
+  const uint64_t address = (shared_address(tile) & 0x3ffffu) >> 4;
+  return address | (uint64_t(1) << 16) | (kStride << 32) | (uint64_t(1) << 62);
+}
+
+// The same operand, `bytes` further along K within the swizzled row (a multiple of 32).
+__device__ __forceinline__ uint64_t advance_k(uint64_t descriptor, int bytes) {
+  return descriptor + (bytes >> 4);
+}
+
+}  // namespace dsk

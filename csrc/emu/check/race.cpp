@@ -1,0 +1,433 @@
+#include "emu/check/race.hpp"
+
+#include <deque>
+#include <map>
+#include <optional>
+#include <set>
+#include <tuple>
+
+#include "emu/check/shadow.hpp"
+#include "emu/machine.hpp"
+#include "emu/system.hpp"
+
+namespace dsk::emu::check {
+namespace {
+
+// An asynchronous operation as an agent. A slot is used again only by an issuer who knows that the
+// previous operation is over, so that knowing the later clock implies knowing the earlier one.
+struct Slot {
+  u32 clock = 0;
+  bool busy = false;
+  AsyncKind kind = AsyncKind::BulkLoad;
+  const Warp* warp = nullptr;
+  u32 pc = 0;
+};
+
+// Operations issued but not yet waited for, in the groups that their issuer commits.
+struct PendingGroups {
+  std::vector<Epoch> open;
+  std::deque<std::vector<Epoch>> committed;
+
+  void commit() {
+    committed.push_back(std::move(open));
+    open.clear();
+  }
+};
+
+struct WarpState {
+  Knowledge knowledge;
+  Knowledge at_fence;  // released by strong stores after a fence
+  Knowledge observed;  // seen by strong loads, acquired by a later fence
+  PendingGroups bulk, cp_async, wgmma;
+  u64 wgmma_over = 0;  // groups
+};
+
+struct BarrierState {
+  Knowledge gathering;
+  std::map<u64, Knowledge> phases;  // the last few complete ones
+};
+
+const char* name_of(AsyncKind kind) {
+  switch (kind) {
+    case AsyncKind::CpAsync:
+      return "cp.async";
+    case AsyncKind::BulkLoad:
+      return "bulk load";
+    case AsyncKind::BulkStore:
+      return "bulk store";
+    case AsyncKind::BulkCluster:
+      return "bulk copy to the cluster";
+    case AsyncKind::BulkReduce:
+      return "bulk reduction";
+    case AsyncKind::TensorLoad:
+      return "TMA load";
+    case AsyncKind::TensorStore:
+      return "TMA store";
+    case AsyncKind::TensorReduce:
+      return "TMA reduction";
+    case AsyncKind::StAsync:
+      return "st.async";
+    case AsyncKind::Wgmma:
+      return "wgmma";
+  }
+  return "asynchronous operation";
+}
+
+class RaceChecker : public ClusterObserver {
+ public:
+  explicit RaceChecker(const Cluster& cluster) : cluster_(cluster) {
+    for (const auto& cta : cluster.ctas) {
+      first_agent_.push_back(num_warps_);
+      num_warps_ += static_cast<u32>(cta->warps.size());
+      shadows_.emplace_back(cta->shared_bytes);
+    }
+    warps_.resize(num_warps_);
+    for (Agent a = 0; a < num_warps_; ++a) warps_[a].knowledge.happened.set(a, 1);
+  }
+
+  void on_access(const Warp& w, u32 pc, u32 mask, const Access& access, const u64* place,
+                 const u32* rank) override {
+    if (access.space != Space::Shared) return;
+    const Agent agent = agent_of(w);
+    WarpState& state = warps_[agent];
+    const bool strong = access.atomic || access.semantics != Semantics::Weak;
+    Touch touch{{agent, state.knowledge.happened.of(agent)}, pc, 0, false, strong};
+    findings_.clear();
+    for_each_run(mask, access.size, place, rank, [&](u32 cta, u32 offset, u32 bytes) {
+      if (strong) acquire_access(state, access, cta, offset);
+      shadows_[cta].access(access.kind, touch, offset, bytes, state.knowledge, findings_);
+      if (strong) release_access(agent, access, cta, offset);
+    });
+    report(w, pc, mask, access.kind, "");
+  }
+
+  void on_sync(const Warp& w, const SyncEvent& event) override {
+    const Agent agent = agent_of(w);
+    WarpState& state = warps_[agent];
+    const u64 cta = w.cta->rank;
+    switch (event.kind) {
+      case SyncKind::BarArrive:
+        release(agent, named_[{cta, event.a, event.b}]);
+        break;
+      case SyncKind::BarPass:
+        state.knowledge.join(named_[{cta, event.a, event.b}]);
+        if (event.b > 0) named_.erase({cta, event.a, event.b - 1});
+        break;
+      case SyncKind::ClusterArrive:
+        release(agent, cluster_phase_[event.a]);
+        break;
+      case SyncKind::ClusterPass:
+        state.knowledge.join(cluster_phase_[event.a]);
+        break;
+      case SyncKind::MbarInit:
+        barriers_[{event.a, event.b}] = BarrierState{};
+        break;
+      case SyncKind::MbarArrive:
+        arrive(agent, barriers_[{event.a, event.b}].gathering);
+        break;
+      case SyncKind::MbarPass:
+        pass(state, {event.a, event.b}, event.c);
+        break;
+      case SyncKind::FenceProxyAsync:
+        state.knowledge.fenced.join(state.knowledge.happened);
+        tick(agent);  // what this warp writes from here on is not fenced
+        break;
+      case SyncKind::Fence:
+        state.knowledge.join(state.observed);
+        state.at_fence = state.knowledge;
+        tick(agent);
+        break;
+      case SyncKind::CpAsyncCommit:
+        state.cp_async.commit();
+        break;
+      case SyncKind::CpAsyncWait:
+        wait(state, state.cp_async, event.a);
+        break;
+      case SyncKind::BulkCommit:
+        state.bulk.commit();
+        break;
+      case SyncKind::BulkWait:
+        wait(state, state.bulk, event.a);
+        break;
+      case SyncKind::BulkWaitRead:
+        wait_read(state, event.a);
+        break;
+      case SyncKind::WgmmaCommit:
+        state.wgmma.commit();
+        break;
+      case SyncKind::WgmmaWait:  // a = groups of this warp that are over, counted from the start
+        while (state.wgmma_over < event.a && !state.wgmma.committed.empty()) {
+          wait(state, state.wgmma, state.wgmma.committed.size() - 1);
+          ++state.wgmma_over;
+        }
+        break;
+      default:
+        break;
+    }
+  }
+
+  void on_async_issue(const AsyncInfo& info, const std::vector<Footprint>& footprint) override {
+    const Agent issuer = agent_of(*info.warp);
+    WarpState& state = warps_[issuer];
+    const Agent agent = take_slot(info, state.knowledge);
+    const Epoch when{agent, slots_[agent - num_warps_].clock};
+    running_[info.id] = when;
+    // cp.async and st.async belong to the generic proxy.
+    const bool async = info.kind != AsyncKind::CpAsync && info.kind != AsyncKind::StAsync;
+    findings_.clear();
+    AccessKind kind = AccessKind::Read;
+    for (const Footprint& part : footprint) {
+      if (part.space != Space::Shared || part.rank >= shadows_.size()) continue;
+      const Touch touch{when, info.pc, 0, async, info.kind == AsyncKind::StAsync};
+      const std::size_t before = findings_.size();
+      shadows_[part.rank].access(part.kind, touch, static_cast<u32>(part.address),
+                                 static_cast<u32>(part.bytes), state.knowledge, findings_);
+      if (findings_.size() > before) kind = part.kind;
+    }
+    report(*info.warp, info.pc, 1u << info.lane, kind, name_of(info.kind));
+    if (info.kind == AsyncKind::Wgmma) state.wgmma.open.push_back(when);
+    if (info.kind == AsyncKind::CpAsync) state.cp_async.open.push_back(when);
+    if (joins_bulk_group(info)) state.bulk.open.push_back(when);
+  }
+
+  void on_async_landing(const AsyncInfo& info) override {
+    landing_ = running_[info.id];
+    landing_kind_ = info.kind;
+  }
+
+  // A barrier's phase carries the operation's own effects, not its issuer's past.
+  void on_complete_tx(u32 rank, u32 offset) override {
+    Knowledge& gathering = barriers_[{rank, offset}].gathering;
+    gathering.happened.set(landing_.agent, landing_.clock);
+    gathering.fenced.set(landing_.agent, landing_.clock);
+  }
+
+  void on_async_done(const AsyncInfo& info) override {
+    const auto it = running_.find(info.id);
+    if (it == running_.end()) return;
+    slots_[it->second.agent - num_warps_].busy = false;
+    running_.erase(it);
+    landing_ = Epoch{};
+  }
+
+  void on_mbarrier_complete(u32 rank, u32 offset, u64 phase) override {
+    BarrierState& barrier = barriers_[{rank, offset}];
+    barrier.phases[phase] = std::move(barrier.gathering);
+    barrier.gathering = Knowledge{};
+    while (barrier.phases.size() > kPhasesKept) barrier.phases.erase(barrier.phases.begin());
+  }
+
+ private:
+  using Key = std::pair<u64, u64>;
+  static constexpr std::size_t kPhasesKept = 4;
+
+  Agent agent_of(const Warp& w) const { return first_agent_[w.cta->rank] + w.index; }
+
+  static bool joins_bulk_group(const AsyncInfo& info) {
+    switch (info.kind) {
+      case AsyncKind::BulkStore:
+      case AsyncKind::BulkReduce:
+      case AsyncKind::TensorStore:
+      case AsyncKind::TensorReduce:
+        return true;
+      default:
+        return false;
+    }
+  }
+
+  void tick(Agent agent) {
+    VectorClock& happened = warps_[agent].knowledge.happened;
+    happened.set(agent, happened.of(agent) + 1);
+  }
+
+  void release(Agent agent, Knowledge& into) {
+    into.join(warps_[agent].knowledge);
+    tick(agent);
+  }
+
+  // An arrive that cp.async.mbarrier.arrive makes for a warp comes when the warp's copies have
+  // landed, and carries them; any other carries what the warp knows.
+  void arrive(Agent agent, Knowledge& gathering) {
+    if (landing_.clock == 0 || landing_kind_ != AsyncKind::CpAsync) {
+      release(agent, gathering);
+      return;
+    }
+    const PendingGroups& copies = warps_[agent].cp_async;
+    learn(gathering, copies.open);
+    for (const auto& group : copies.committed) learn(gathering, group);
+  }
+
+  void pass(WarpState& state, const Key& key, u64 phase) {
+    const BarrierState& barrier = barriers_[key];
+    const auto it = barrier.phases.find(phase);
+    if (it != barrier.phases.end()) state.knowledge.join(it->second);
+  }
+
+  static void learn(Knowledge& knowledge, const std::vector<Epoch>& epochs) {
+    for (const Epoch& e : epochs) {
+      knowledge.happened.set(e.agent, e.clock);
+      knowledge.fenced.set(e.agent, e.clock);
+    }
+  }
+
+  static void wait(WarpState& state, PendingGroups& groups, u64 pending) {
+    while (groups.committed.size() > pending) {
+      learn(state.knowledge, groups.committed.front());
+      groups.committed.pop_front();
+    }
+  }
+
+  // wait_group.read orders the source reads only. A store's shared-memory side IS a read, and its
+  // writes are to global memory, which this checker leaves alone, so the two waits are one here;
+  // but the groups stay for a later full wait.
+  static void wait_read(WarpState& state, u64 pending) {
+    std::size_t over = state.bulk.committed.size();
+    for (const auto& group : state.bulk.committed) {
+      if (over-- <= pending) break;
+      learn(state.knowledge, group);
+    }
+  }
+
+  Agent take_slot(const AsyncInfo& info, const Knowledge& issuer) {
+    std::size_t index = 0;
+    for (; index < slots_.size(); ++index) {
+      const Slot& slot = slots_[index];
+      const Epoch last{num_warps_ + static_cast<Agent>(index), slot.clock};
+      if (!slot.busy && issuer.happened.knows(last)) break;
+    }
+    if (index == slots_.size()) slots_.emplace_back();
+    Slot& slot = slots_[index];
+    ++slot.clock;
+    // A wgmma's end is its issuer's wait, which knowledge of the epoch tells.
+    slot.busy = info.kind != AsyncKind::Wgmma;
+    slot.kind = info.kind;
+    slot.warp = info.warp;
+    slot.pc = info.pc;
+    return num_warps_ + static_cast<Agent>(index);
+  }
+
+  // Release and acquire accesses: knowledge travels through the word itself.
+  void acquire_access(WarpState& state, const Access& access, u32 cta, u32 offset) {
+    const auto it = words_.find({cta, offset});
+    if (it == words_.end() || access.kind == AccessKind::Write) return;
+    const bool acquires = access.semantics == Semantics::Acquire ||
+                          access.semantics == Semantics::AcqRel ||
+                          access.semantics == Semantics::Sc;
+    (acquires ? state.knowledge : state.observed).join(it->second);
+  }
+
+  void release_access(Agent agent, const Access& access, u32 cta, u32 offset) {
+    if (access.kind == AccessKind::Read) return;
+    WarpState& state = warps_[agent];
+    const bool releases = access.semantics == Semantics::Release ||
+                          access.semantics == Semantics::AcqRel ||
+                          access.semantics == Semantics::Sc;
+    Knowledge& word = words_[{cta, offset}];
+    // A plain overwrite ends the release sequence; an atomic continues it.
+    if (access.kind == AccessKind::Write) word.clear();
+    word.join(releases ? state.knowledge : state.at_fence);
+    if (releases) tick(agent);
+  }
+
+  // Lanes at consecutive addresses are one run.
+  template <typename Visit>
+  void for_each_run(u32 mask, u32 size, const u64* place, const u32* rank, Visit visit) {
+    u32 run_cta = 0, run_begin = 0, run_end = 0;
+    bool open = false;
+    for (u32 lane = 0; lane < kLanes; ++lane) {
+      if (!(mask >> lane & 1)) continue;
+      const u32 offset = static_cast<u32>(place[lane]);
+      if (rank[lane] >= shadows_.size()) continue;
+      if (open && rank[lane] == run_cta && offset == run_end) {
+        run_end += size;
+        continue;
+      }
+      if (open) visit(run_cta, run_begin, run_end - run_begin);
+      run_cta = rank[lane];
+      run_begin = offset;
+      run_end = offset + size;
+      open = true;
+    }
+    if (open) visit(run_cta, run_begin, run_end - run_begin);
+  }
+
+  std::string who(const Finding& finding) const {
+    const Agent agent = finding.earlier.when.agent;
+    const bool is_warp = agent < num_warps_;
+    const Warp* warp = is_warp ? warp_at(agent) : slots_[agent - num_warps_].warp;
+    const InstInfo& info = cluster_.grid->program->info[finding.earlier.pc];
+    std::string text =
+        is_warp ? "" : std::string("a ") + name_of(slots_[agent - num_warps_].kind) + " issued by ";
+    text += "warp " + std::to_string(warp->index);
+    if (cluster_.ctas.size() > 1) text += " of cluster CTA " + std::to_string(warp->cta->rank);
+    text += " (PTX line " + std::to_string(info.ptx_line);
+    if (info.source.line) text += ", source line " + std::to_string(info.source.line);
+    return text + ")";
+  }
+
+  const Warp* warp_at(Agent agent) const {
+    for (std::size_t rank = cluster_.ctas.size(); rank-- > 0;) {
+      if (agent >= first_agent_[rank]) {
+        return cluster_.ctas[rank]->warps[agent - first_agent_[rank]].get();
+      }
+    }
+    return nullptr;
+  }
+
+  void report(const Warp& w, u32 pc, u32 lanes, AccessKind kind, const std::string& what) {
+    if (findings_.empty()) return;
+    std::vector<Hazard> errors;
+    for (const Finding& finding : findings_) {
+      const std::string act = std::string(what.empty() ? "" : what + " ") +
+                              (kind == AccessKind::Read ? "reads" : "writes") + " shared offset " +
+                              std::to_string(finding.offset - kSharedReserved);
+      const std::string other = who(finding) + (finding.earlier_wrote ? " wrote" : " read");
+      if (finding.conflict == Conflict::Race) {
+        errors.push_back(make_hazard(w, pc, lanes, "shared-race",
+                                     act + ", which " + other + " with nothing to order the two"));
+      } else if (finding.conflict == Conflict::UnfencedWrite) {
+        errors.push_back(make_hazard(
+            w, pc, lanes, "missing-proxy-fence",
+            act + ", which " + other + " through the generic proxy: no fence.proxy.async between"));
+      } else if (formal_.insert({pc, finding.earlier.pc}).second) {
+        Hazard hazard = make_hazard(w, pc, lanes, "formal-proxy-order",
+                                    act + ", which " + other +
+                                        " through the generic proxy: ordered by a barrier, but the "
+                                        "memory model asks for a proxy fence as well");
+        hazard.severity = Severity::Formal;
+        std::lock_guard<std::mutex> lock(cluster_.grid->mutex);
+        cluster_.grid->stats.hazards.push_back(std::move(hazard));
+      }
+    }
+    if (!errors.empty()) throw HazardError(std::move(errors));
+  }
+
+  const Cluster& cluster_;
+  u32 num_warps_ = 0;
+  std::vector<Agent> first_agent_;  // of each CTA
+  std::vector<WarpState> warps_;
+  std::vector<Shadow> shadows_;  // of each CTA
+  std::vector<Slot> slots_;
+  std::map<u64, Epoch> running_;  // asynchronous operations by id
+  Epoch landing_;                 // the one whose effects are arriving; clock 0: none
+  AsyncKind landing_kind_ = AsyncKind::BulkLoad;
+  std::map<std::tuple<u64, u64, u64>, Knowledge> named_;  // (CTA, barrier id, generation)
+  std::map<u64, Knowledge> cluster_phase_;
+  std::map<Key, BarrierState> barriers_;
+  std::map<Key, Knowledge> words_;  // shared words accessed with release semantics
+  std::vector<Finding> findings_;
+  std::set<std::pair<u32, u32>> formal_;
+};
+
+class RaceObserver : public Observer {
+ public:
+  std::unique_ptr<ClusterObserver> on_cluster(const Cluster& cluster) override {
+    return std::make_unique<RaceChecker>(cluster);
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<Observer> make_race_checker() { return std::make_shared<RaceObserver>(); }
+
+}  // namespace dsk::emu::check

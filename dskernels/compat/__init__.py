@@ -1,0 +1,1 @@
+"""Other projects' names and call signatures, on our ops."""

@@ -1,0 +1,125 @@
+"""`python -m dskernels.emu`: run and check kernels of a .ptx or .cu file from the command line.
+
+    python -m dskernels.emu check FILE [--kernel K --grid 4 --block 128 ARG...]
+    python -m dskernels.emu run FILE --kernel K --grid 4,1,1 --block 128 ARG...
+    python -m dskernels.emu stat FILE --kernel K --grid 4 --block 128 ARG...
+    python -m dskernels.emu table
+
+ARG: `i:5`, `f:0.5` (scalars), `f32:1024`, `i32:64`, ... (an array of that many elements, 0, 1, 2,
+... as values), `null`. `check` without a kernel only loads the file: unsupported instructions are
+reported with their lines.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from dskernels import emu
+
+_DTYPES = {
+    "f32": np.float32, "f64": np.float64, "f16": np.float16, "i8": np.int8, "u8": np.uint8,
+    "i16": np.int16, "u16": np.uint16, "i32": np.int32, "u32": np.uint32, "i64": np.int64,
+    "u64": np.uint64,
+}  # fmt: skip
+
+
+def _argument(text: str):
+    if text == "null":
+        return None
+    kind, _, value = text.partition(":")
+    if kind == "i":
+        return int(value, 0)
+    if kind == "f":
+        return float(value)
+    if kind in _DTYPES and value:
+        return np.arange(int(value)).astype(_DTYPES[kind])
+    raise argparse.ArgumentTypeError(f"expected i:N, f:X, TYPE:COUNT or null, got {text!r}")
+
+
+def _dims(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dskernels.emu", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("table", help="print the supported instructions as Markdown")
+    for name in ("run", "check", "stat"):
+        sub = commands.add_parser(name)
+        sub.add_argument("file", type=Path)
+        sub.add_argument("args", nargs="*", type=_argument)
+        sub.add_argument("--kernel")
+        sub.add_argument("--grid", type=_dims, default=(1,))
+        sub.add_argument("--block", type=_dims, default=(32,))
+        sub.add_argument("--cluster", type=_dims, default=(1,))
+        sub.add_argument("--shared", type=int, default=0)
+        sub.add_argument("--seeds", type=int, default=8 if name == "check" else 0)
+        sub.add_argument("--json", action="store_true", help="findings as JSON")
+    return parser
+
+
+def _finding(error: Exception) -> dict:
+    fields = ("kind", "kernel", "block", "warp", "lanes", "ptx_line", "source_file", "source_line")
+    out = {"error": type(error).__name__, "message": str(error)}
+    if isinstance(error, emu.HazardError):
+        out["hazards"] = [{f: getattr(h, f) for f in (*fields, "message")} for h in error.hazards]
+    if isinstance(error, emu.DeadlockError):
+        out["warps"] = [{f: getattr(w, f) for f in (*fields[1:], "state")} for w in error.warps]
+    if isinstance(error, emu.PtxError):
+        out["line"] = error.line
+    return out
+
+
+def _copy(args: list) -> list:
+    return [a.copy() if isinstance(a, np.ndarray) else a for a in args]
+
+
+def _execute(options: argparse.Namespace) -> None:
+    text = options.file.read_text()
+    ptx = emu.compile(text) if options.file.suffix == ".cu" else text
+    module = emu.Module(ptx, options.file.name)
+    if options.kernel is None:
+        print(f"{options.file}: {len(module.kernels)} kernels load: {', '.join(module.kernels)}")
+        return
+    launch = module.kernel(options.kernel)[options.grid, options.block]
+    keywords = {"cluster": options.cluster, "shared": options.shared}
+    first = None
+    for seed in [None, *range(options.seeds)]:
+        args = _copy(options.args)
+        stats = launch(*args, seed=seed, check=options.command != "stat", **keywords)
+        arrays = [a for a in args if isinstance(a, np.ndarray)]
+        first = first or (arrays, stats)
+        for k, (a, b) in enumerate(zip(arrays, first[0], strict=True)):
+            if a.tobytes() != b.tobytes():
+                raise emu.EmuError(f"array {k} depends on the schedule: seed {seed} differs")
+    arrays, stats = first
+    if options.command == "run":
+        for k, a in enumerate(arrays):
+            print(f"array {k}: {a}")
+    print(
+        f"{stats.kernel}: {stats.warp_instructions} warp-instructions, "
+        f"{stats.async_operations} asynchronous operations, {stats.wgmma} wgmma groups, "
+        f"{stats.seconds * 1e3:.2f} ms on the host"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 fine, 1 a finding of the emulator."""
+    options = _parser().parse_args(argv)
+    if options.command == "table":
+        print(emu.instruction_table_markdown(), end="")
+        return 0
+    try:
+        _execute(options)
+    except emu.EmuError as error:
+        print(json.dumps(_finding(error)) if options.json else error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Compile the Triton kernels for a GPU that is not here: `python -m dskernels.triton.compile`.
+
+The PTX runs in the emulator, and the listing shows what the compiler makes of a kernel. Targets:
+sm_80, sm_89, sm_90 (PTX), gfx942 (AMD, compiled only). Not possible while Triton's interpreter is
+switched on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ALIGNED_SIZES = ("k", "n", "d", "ld_a", "ld_b", "ld_x", "ld_sfa", "ld_scale")
+TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
+
+
+class Variant(NamedTuple):
+    """One kernel with its argument types and compile-time values."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+
+
+def gemm_variant(kind: int, native_fp8: bool, block_m: int) -> Variant:
+    """The GEMM kernel with bf16 output. kind: 0 dense, 1 contiguous, 2 masked."""
+    from . import gemm
+
+    pointers = {"a_ptr": "*u8", "sfa_ptr": "*fp32", "b_ptr": "*u8", "sfb_ptr": "*fp32"}
+    pointers |= {"d_ptr": "*bf16", "group_rows_ptr": "*i32"}
+    sizes = dict.fromkeys(("m", "n", "k", "num_groups", "ld_a", "ld_b", "ld_sfa"), "i32")
+    constants = {"KIND": kind, "NATIVE_FP8": native_fp8, "BLOCK_M": block_m}
+    constants |= {"BLOCK_N": gemm.BLOCK_N, "BLOCK_K": gemm.BLOCK_K}
+    return Variant(gemm.gemm_kernel, pointers | sizes | {"plane_sfa": "i32"}, constants)
+
+
+def variants(target: str) -> dict[str, Variant]:
+    """Every kernel, as it would be launched on `target`, by a name for files and reports."""
+    from . import rowwise
+
+    native = target in ("sm_89", "sm_90")
+    quantize = {"x_ptr": "*bf16", "data_ptr": "*u8", "scale_ptr": "*fp32"}
+    quantize |= dict.fromkeys(("m", "k", "ld_x", "ld_scale"), "i32")
+    blocks = {"ROWS": rowwise.ROWS, "GROUP": rowwise.GROUP}
+    norm = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "sum_ptr"), "*bf16")
+    rope = {"x_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "y_ptr": "*bf16"}
+    found = {
+        "quantize": Variant(
+            rowwise.quantize_kernel, quantize, {"SWIGLU": False, "POWER_OF_TWO": False} | blocks
+        ),
+        "swiglu_quantize": Variant(
+            rowwise.quantize_kernel, quantize, {"SWIGLU": True, "POWER_OF_TWO": True} | blocks
+        ),
+        "rms_norm": Variant(
+            rowwise.rms_norm_kernel,
+            norm | {"d": "i32", "eps": "fp32"},
+            {"HAS_RESIDUAL": True, "BLOCK": 8192},
+        ),
+        "swiglu": Variant(
+            rowwise.swiglu_kernel, {"x_ptr": "*bf16", "y_ptr": "*bf16", "k": "i32"}, {"BLOCK": 1024}
+        ),
+        "rope": Variant(
+            rowwise.rope_kernel,
+            rope | {"heads": "i32", "half": "i32"},
+            {"INTERLEAVED": True, "INVERSE": False, "BLOCK": 32},
+        ),
+    }
+    for kind, name in enumerate(("dense", "contiguous", "masked")):
+        found[f"gemm_{name}"] = gemm_variant(kind, native, 128 if kind < 2 else 64)
+    return found
+
+
+def compile_for(variant: Variant, target: str) -> Any:
+    """Triton's compiled kernel: `.asm["ptx"]` (or "amdgcn"), `.metadata` (name, shared, num_warps).
+
+    Raises ValueError for an unknown target, RuntimeError while the interpreter is on.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from . import interpreting
+
+    if target not in TARGETS:
+        raise ValueError(f"target: expected one of {TARGETS}, got {target!r}")
+    if interpreting():
+        raise RuntimeError("Triton's interpreter is on (TRITON_INTERPRET=1): nothing to compile")
+    gpu = (
+        GPUTarget("hip", target, 64)
+        if target.startswith("gfx")
+        else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    )
+    signature = variant.signature | dict.fromkeys(variant.constants, "constexpr")
+    # At launch Triton specialises on arguments that are multiples of 16; here that is assumed of
+    # addresses, row widths and row strides, as it holds for the model's shapes.
+    names = variant.kernel.arg_names
+    aligned = [n for n, t in variant.signature.items() if t.startswith("*") or n in ALIGNED_SIZES]
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=signature,
+        constexprs=variant.constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=gpu)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dskernels.triton.compile", description=__doc__)
+    parser.add_argument("--target", choices=TARGETS, default="sm_90")
+    parser.add_argument("--kernel", help="one kernel only (default: all)")
+    parser.add_argument("--out", type=Path, help="folder for the PTX or assembly")
+    options = parser.parse_args(arguments)
+    chosen = variants(options.target)
+    if options.kernel:
+        if options.kernel not in chosen:
+            parser.error(f"--kernel: expected one of {sorted(chosen)}, got {options.kernel}")
+        chosen = {options.kernel: chosen[options.kernel]}
+    for name, variant in chosen.items():
+        compiled = compile_for(variant, options.target)
+        kind = "amdgcn" if options.target.startswith("gfx") else "ptx"
+        text = compiled.asm[kind]
+        print(
+            f"{name:16} {options.target:7} {kind:7} {len(text.splitlines()):5} lines, "
+            f"{compiled.metadata.num_warps} warps, {compiled.metadata.shared} bytes shared"
+        )
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / f"{name}.{options.target}.{kind}").write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""The device layer: its own declarations of the driver API, and machines without a driver."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dskernels import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def toolkit_include() -> Path | None:
+    """Where cuda.h lives: asked of nvcc itself, because nvcc on PATH may be a wrapper."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    dry_run = subprocess.run(
+        [nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False
+    )
+    for line in dry_run.stderr.splitlines():
+        if line.startswith("#$ TOP="):
+            include = Path(line.removeprefix("#$ TOP=")) / "include"
+            return include if (include / "cuda.h").exists() else None
+    return None
+
+
+def test_declarations_agree_with_cuda_h(tmp_path):
+    include = toolkit_include()
+    if include is None:
+        pytest.skip("no CUDA toolkit: nothing to compare csrc/device/driver_api.hpp with")
+    source = ROOT / "tests" / "device" / "check_driver_api.cpp"
+    command = ["c++", "-std=c++20", "-c", f"-I{ROOT / 'csrc'}", f"-I{include}", str(source)]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "check.o")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_driver_is_a_reason_not_an_error():
+    status = _C.driver_status("libcuda-that-does-not-exist.so.1")
+    assert not status["available"]
+    assert status["devices"] == 0
+    assert "libcuda-that-does-not-exist.so.1" in status["reason"]
+
+
+def build_fake_driver(tmp_path: Path, body: str) -> str:
+    source, library = tmp_path / "fake.cpp", tmp_path / "libcuda.so.1"
+    source.write_text(body)
+    subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    return str(library)
+
+
+def test_an_old_driver_is_refused_by_name(tmp_path):
+    old = 'extern "C" int cuDriverGetVersion(int* v) { *v = 12040; return 0; }'
+    status = _C.driver_status(build_fake_driver(tmp_path, old))
+    assert not status["available"]
+    assert status["driver_version"] == 12040
+    assert "CUDA 12.4" in status["reason"] and "CUDA 13.0" in status["reason"]
+
+
+def test_a_driver_without_an_entry_point_is_refused_by_that_entry(tmp_path):
+    bare = 'extern "C" int cuDriverGetVersion(int* v) { *v = 13000; return 0; }'
+    status = _C.driver_status(build_fake_driver(tmp_path, bare))
+    assert not status["available"]
+    assert "cuLaunchKernelEx" in status["reason"]

@@ -1,0 +1,99 @@
+"""The GEMM stem on every backend, against the reference."""
+
+import pytest
+import torch
+from backend_axis import need, on_cpu, on_device
+
+import dskernels as dsk
+from dskernels.ref import gemm as ref
+from dskernels.ref import rowwise
+from dskernels.testing import assert_bitwise_equal, calc_diff
+
+SHAPES = [(1, 128, 128), (5, 576, 512), (64, 136, 144), (70, 264, 1152), (130, 200, 256)]
+
+
+def scaled_operands(m, n, k, groups=()):
+    a = rowwise.quantize(torch.randn(m, k) * torch.exp2(torch.randint(-4, 5, (m, 1)).float()))
+    return a, rowwise.quantize(torch.randn(*groups, n, k), (128, 128))
+
+
+def check(backend, got, a, b, reference=ref.gemm, **options):
+    """DeepGEMM's own bar everywhere; bitwise where the kernel's PTX runs in exact arithmetic."""
+    got = on_cpu(got)
+    assert calc_diff(got, reference(a, b, accumulate="fp64", **options)) < 1e-3
+    if backend == "emu":
+        assert_bitwise_equal(got, reference(a, b, accumulate="hopper", **options))
+
+
+@pytest.mark.parametrize("m,n,k", SHAPES)
+def test_dense(backend, m, n, k):
+    need("gemm", backend, m=m, n=n, k=k)
+    a, b = scaled_operands(m, n, k)
+    got = dsk.gemm(on_device(a, backend), on_device(b, backend), backend=backend)
+    assert got.dtype == torch.bfloat16
+    check(backend, got, a, b)
+
+
+def test_no_rows(backend):
+    need("gemm", backend, m=0, n=128, k=128)
+    a, b = scaled_operands(0, 128, 128)
+    got = dsk.gemm(on_device(a, backend), on_device(b, backend), backend=backend)
+    assert got.shape == (0, 128)
+
+
+def test_out_is_written_and_its_surroundings_are_not(backend):
+    need("gemm", backend, m=70, n=136, k=256)
+    a, b = scaled_operands(70, 136, 256)
+    storage = on_device(torch.full((72, 136), 7.0, dtype=torch.bfloat16), backend)
+    out = storage[1:71]
+    dsk.gemm(on_device(a, backend), on_device(b, backend), out=out, backend=backend)
+    check(backend, out, a, b)
+    assert (storage[0] == 7).all() and (storage[71] == 7).all()
+
+
+SIZES = [[3, 0, 70, 1], [0, 0, 5, 0], [128, 64, 0, 10]]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_contiguous_groups_of_any_size(backend, sizes):
+    need("grouped_gemm", backend, n=136, k=256)
+    a, b = scaled_operands(sum(sizes) + 2, 136, 256, groups=(len(sizes),))
+    got = dsk.grouped_gemm(
+        on_device(a, backend), on_device(b, backend), group_sizes=sizes, backend=backend
+    )
+    check(backend, got, a, b, ref.grouped_gemm, group_sizes=sizes)
+    assert (on_cpu(got)[sum(sizes) :] == 0).all()
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 70], [80, 80, 80], [0, 0, 0]], ids=str)
+def test_masked_groups(backend, counts):
+    need("grouped_gemm", backend, n=136, k=256)
+    a, b = scaled_operands(80, 136, 256, groups=(3,))
+    a = rowwise.quantize(torch.randn(3, 80, 256))
+    masked_m = torch.tensor(counts, dtype=torch.int32)
+    got = dsk.grouped_gemm(
+        on_device(a, backend),
+        on_device(b, backend),
+        masked_m=on_device(masked_m, backend),
+        expected_m=40,
+        backend=backend,
+    )
+    got = on_cpu(got)
+    want = ref.grouped_gemm(a, b, masked_m=masked_m, accumulate="fp64")
+    exact = ref.grouped_gemm(a, b, masked_m=masked_m, accumulate="hopper")
+    for group, rows in enumerate(counts):
+        if rows:
+            assert calc_diff(got[group, :rows], want[group, :rows]) < 1e-3
+        if backend == "emu":
+            assert_bitwise_equal(got[group, :rows], exact[group, :rows])
+
+
+def test_the_same_row_gives_the_same_bits_whatever_the_batch(backend):
+    need("gemm", backend, m=70, n=136, k=512)
+    a, b = scaled_operands(70, 136, 512)
+    b = on_device(b, backend)
+    whole = dsk.gemm(on_device(a, backend), b, deterministic=True, backend=backend)
+    for rows in (slice(0, 1), slice(3, 20), slice(40, 70)):
+        part = dsk.ScaledTensor(a.data[rows], a.scale[rows], a.block)
+        got = dsk.gemm(on_device(part, backend), b, deterministic=True, backend=backend)
+        assert_bitwise_equal(on_cpu(got), on_cpu(whole[rows]))
