@@ -78,7 +78,7 @@ def test_decode_fp8_cache(target):
     table = torch.tensor([[4, 1, 5, 0, 2]], dtype=torch.int32)
     tokens = torch.arange(300)
     slots = table[0].long()[tokens // page] * page + tokens % page
-    mla.mla_cache_append(cache, latent, rope, slots)
+    ref.mla_cache_append(cache, latent, rope, slots)
     lens = torch.tensor([300], dtype=torch.int32)
     q = torch.randn(1, 2, 16, 576, generator=g).bfloat16()
     # Tiles round dequantised keys to bf16: 2^-9 of each of 512 products, scaled by 0.05.

@@ -1,6 +1,9 @@
 """Mixture of experts on the CPU kernels; names, arguments and meaning are those of `ref.moe`.
 
 Letters: t tokens, d model width, e experts, k experts of a token, i expert width.
+
+Only the experts are native. The router is one small fp32 product and a sort, permutation a gather:
+torch's kernels vectorise and thread them, and the reference functions are what runs.
 """
 
 from __future__ import annotations
@@ -12,13 +15,7 @@ from ..ref import moe as ref
 from ..types import ScaledTensor
 from .packing import PackedWeight, packed
 
-__all__ = [
-    "moe_bias_update",
-    "moe_experts",
-    "moe_gate",
-    "moe_permute",
-    "moe_unpermute",
-]
+__all__ = ["moe_experts"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 Weight = torch.Tensor | ScaledTensor | PackedWeight
@@ -68,11 +65,3 @@ def moe_experts(
         torch.get_num_threads(),
     )
     return out
-
-
-# The router is one small fp32 product and a sort; permutation is a gather. Torch's own kernels
-# vectorise and thread both, and its sums are what the reference pins.
-moe_gate = ref.moe_gate
-moe_permute = ref.moe_permute
-moe_unpermute = ref.moe_unpermute
-moe_bias_update = ref.moe_bias_update
