@@ -17,8 +17,6 @@ from . import prefill
 from .prefill import mla_prefill_backward
 
 __all__ = [
-    "fp8_row_bytes",
-    "mla_cache_append",
     "mla_decode",
     "mla_prefill",
     "mla_prefill_backward",
