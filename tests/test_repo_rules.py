@@ -33,7 +33,13 @@ PY_MAY_IMPORT = {
     "dskernels.ref": {"dskernels.types", "dskernels.ref"},
     "dskernels.triton": {"dskernels.types", "dskernels.triton"},
     "dskernels.pipeline": {"dskernels.pipeline", "dskernels.env"},
-    "dskernels.emu": {"dskernels.emu", "dskernels.env", "dskernels._C"},
+    "dskernels.emu": {
+        "dskernels.emu",
+        "dskernels.env",
+        "dskernels.types",
+        "dskernels.cuda",  # the launchers: a kernel runs on either machine
+        "dskernels._C",
+    },
     "dskernels": {"dskernels"},
     "model": {"model", "dskernels"},
     "bench": {"bench", "dskernels", "model"},

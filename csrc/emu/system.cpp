@@ -1,5 +1,5 @@
-// Virtual GPUs, streams, and the scheduler that spreads clusters over host threads.
-#include "emu/system.hpp"
+// Streams, and the scheduler that spreads clusters over host threads.
+#include "emu/system_impl.hpp"
 
 #include <algorithm>
 #include <chrono>
@@ -10,7 +10,6 @@
 #include <thread>
 #include <utility>
 
-#include "emu/check/race.hpp"
 #include "emu/launch.hpp"
 #include "emu/memory.hpp"
 
@@ -20,92 +19,13 @@ namespace {
 constexpr u64 kSliceBudget = 200000;  // warp-instructions before other clusters get a chance
 constexpr u64 kIdleSlices = 20000;    // slices without any change before it is a livelock
 constexpr std::size_t kStatsKept = 1024;
-constexpr u32 kMaxDevices = 64;
 
 double now() {
   using Clock = std::chrono::steady_clock;
   return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
 }
 
-struct Item {
-  enum class Kind { Kernel, Host, Record, Wait } kind = Kind::Host;
-  std::shared_ptr<Grid> grid;
-  bool started = false;
-  std::function<void()> work;
-  EventId event = 0;
-  u64 ticket = 0;  // Wait: the record it waits for
-};
-
-struct Stream {
-  u32 device = 0;
-  std::deque<Item> items;
-  std::exception_ptr error;
-  bool busy = false;  // a host item is running
-  bool destroyed = false;
-};
-
-struct Event {
-  u64 recorded = 0;  // tickets given by record()
-  u64 reached = 0;   // tickets that the streams have come past
-};
-
-struct Task {
-  std::shared_ptr<Grid> grid;
-  std::unique_ptr<Cluster> cluster;
-};
-
 }  // namespace
-
-struct System::Impl {
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::vector<DeviceProperties> devices;
-  std::map<StreamId, Stream> streams;
-  std::map<EventId, Event> events;
-  std::map<std::pair<const Module*, u32>,
-           std::pair<std::shared_ptr<const Module>, std::vector<u64>>>
-      symbols;
-  StreamId next_stream = kMaxDevices;  // lower numbers are the devices' default streams
-  EventId next_event = 1;
-  u64 next_grid = 1;
-  u32 threads = 1;
-  std::function<void(const std::string&)> print;
-  std::map<u64, LaunchStats> finished;
-
-  std::vector<std::shared_ptr<Grid>> active;
-  std::map<const Grid*, u32> resident;
-  std::map<const Grid*, bool> failed;
-  std::deque<Task> ready, idle;
-  u32 running = 0;
-  u64 idle_streak = 0;
-  u64 picks = 0;
-  u64 rng = 1;
-
-  Stream& stream(StreamId id) {
-    const auto it = streams.find(id);
-    if (it == streams.end()) throw Error("no stream " + std::to_string(id));
-    return it->second;
-  }
-
-  const std::vector<u64>& symbol_addresses(const std::shared_ptr<const Module>& m, u32 device);
-
-  // --- streams
-  bool advance_streams(std::unique_lock<std::mutex>& lock);
-  bool advance(StreamId id, Stream& s, std::unique_lock<std::mutex>& lock);
-  void start(Item& item, bool predecessor_done);
-  void try_early_start(Stream& s);
-  void finish(const std::shared_ptr<Grid>& grid);
-  void fail_grid(const std::shared_ptr<Grid>& grid, std::exception_ptr error);
-  bool empty() const;
-
-  // --- work
-  bool pick(Task* task);
-  bool pick_new(Task* task);
-  void run(Task task, std::unique_lock<std::mutex>& lock);
-  void check_livelock();
-  void work(const std::function<bool()>& done);
-  void drive(const std::function<bool()>& done);
-};
 
 const std::vector<u64>& System::Impl::symbol_addresses(const std::shared_ptr<const Module>& m,
                                                        u32 device) {
@@ -158,7 +78,7 @@ void System::Impl::try_early_start(Stream& s) {
   if (first.grid->ctas_launched_dependents >= first.grid->ctas_total) start(second, false);
 }
 
-bool System::Impl::advance(StreamId id, Stream& s, std::unique_lock<std::mutex>& lock) {
+bool System::Impl::advance(Stream& s, std::unique_lock<std::mutex>& lock) {
   bool moved = false;
   while (!s.items.empty() && !s.busy) {
     Item& item = s.items.front();
@@ -197,7 +117,6 @@ bool System::Impl::advance(StreamId id, Stream& s, std::unique_lock<std::mutex>&
     s.items.pop_front();
     moved = true;
   }
-  (void)id;
   return moved;
 }
 
@@ -205,7 +124,7 @@ bool System::Impl::advance_streams(std::unique_lock<std::mutex>& lock) {
   bool moved = false, again = true;
   while (again) {
     again = false;
-    for (auto& [id, s] : streams) again |= advance(id, s, lock);
+    for (auto& [id, s] : streams) again |= advance(s, lock);
     moved |= again;
   }
   std::erase_if(streams, [](const auto& entry) {
@@ -412,196 +331,6 @@ void System::Impl::drive(const std::function<bool()>& done) {
   for (u32 k = 1; k < helpers; ++k) pool.emplace_back([&] { work(done); });
   work(done);
   for (std::thread& t : pool) t.join();
-}
-
-// --- the public face
-
-System& System::instance() {
-  static System system;
-  return system;
-}
-
-System::System() : impl_(std::make_unique<Impl>()) {
-  const char* wish = std::getenv("DSK_EMU_THREADS");
-  const long n = wish != nullptr ? std::strtol(wish, nullptr, 10) : 0;
-  impl_->threads = n > 0 ? static_cast<u32>(n) : std::max(1u, std::thread::hardware_concurrency());
-  set_device_count(1);
-}
-System::~System() = default;
-
-u32 System::device_count() const {
-  const std::lock_guard lock(impl_->mutex);
-  return static_cast<u32>(impl_->devices.size());
-}
-void System::set_device_count(u32 n) {
-  const std::lock_guard lock(impl_->mutex);
-  if (n > kMaxDevices) throw Error("at most 64 virtual devices, got " + std::to_string(n));
-  while (impl_->devices.size() < n) {
-    impl_->streams[impl_->devices.size()].device = static_cast<u32>(impl_->devices.size());
-    impl_->devices.emplace_back();
-  }
-}
-DeviceProperties System::properties(u32 device) const {
-  const std::lock_guard lock(impl_->mutex);
-  if (device >= impl_->devices.size()) throw Error("no device " + std::to_string(device));
-  return impl_->devices[device];
-}
-void System::set_properties(u32 device, const DeviceProperties& p) {
-  const std::lock_guard lock(impl_->mutex);
-  if (device >= impl_->devices.size()) throw Error("no device " + std::to_string(device));
-  impl_->devices[device] = p;
-}
-void System::set_threads(u32 n) {
-  const std::lock_guard lock(impl_->mutex);
-  impl_->threads = std::max(1u, n);
-}
-void System::set_printer(std::function<void(const std::string&)> print) {
-  const std::lock_guard lock(impl_->mutex);
-  impl_->print = std::move(print);
-}
-
-u64 System::allocate(u32 device, u64 bytes, const std::string& name) {
-  if (device >= device_count()) throw Error("no device " + std::to_string(device));
-  return AddressSpace::instance().allocate(bytes, static_cast<i32>(device), name);
-}
-void System::release(u64 address) {
-  AddressSpace::instance().release(address);
-  const std::lock_guard lock(impl_->mutex);
-  if (impl_->empty()) AddressSpace::instance().collect();
-}
-std::pair<u64, u64> System::symbol(u32 device, const std::shared_ptr<const Module>& m,
-                                   const std::string& name) {
-  const std::lock_guard lock(impl_->mutex);
-  const auto& addresses = impl_->symbol_addresses(m, device);
-  for (std::size_t k = 0; k < addresses.size(); ++k) {
-    if (m->symbols()[k]->name == name) return {addresses[k], m->symbols()[k]->bytes()};
-  }
-  throw Error("no global variable '" + name + "' in " + m->name());
-}
-
-StreamId System::create_stream(u32 device) {
-  const std::lock_guard lock(impl_->mutex);
-  if (device >= impl_->devices.size()) throw Error("no device " + std::to_string(device));
-  const StreamId id = impl_->next_stream++;
-  impl_->streams[id].device = device;
-  return id;
-}
-void System::destroy_stream(StreamId s) {
-  const std::lock_guard lock(impl_->mutex);
-  if (s < kMaxDevices) throw Error("a default stream cannot be destroyed");
-  impl_->stream(s).destroyed = true;
-}
-StreamId System::default_stream(u32 device) {
-  if (device >= device_count()) throw Error("no device " + std::to_string(device));
-  return device;
-}
-
-u64 System::launch(StreamId s, std::shared_ptr<const Module> m, const std::string& kernel,
-                   const LaunchConfig& config, const void* params, std::size_t param_bytes) {
-  const Program& program = m->kernel(kernel);
-  const std::lock_guard lock(impl_->mutex);
-  Stream& stream = impl_->stream(s);
-  const DeviceProperties& device = impl_->devices[stream.device];
-  check_launch(program, config, param_bytes, device);
-  auto grid = std::make_shared<Grid>();
-  grid->id = impl_->next_grid++;
-  grid->device = stream.device;
-  grid->stream = s;
-  grid->program = &program;
-  grid->config = config;
-  if (config.check) grid->config.observers.push_back(check::make_race_checker());
-  grid->num_sms = device.num_sms;
-  grid->param_storage.reset(new u8[program.param_bytes + 256]);
-  const u64 raw = reinterpret_cast<u64>(grid->param_storage.get());
-  grid->params = reinterpret_cast<u8*>((raw + 127) / 128 * 128);
-  if (param_bytes != 0) std::memcpy(grid->params, params, param_bytes);
-  grid->symbol_addresses = impl_->symbol_addresses(m, stream.device);
-  grid->module = std::move(m);
-  grid->ctas_total = static_cast<u32>(config.grid.count());
-  grid->clusters_total = static_cast<u32>(config.grid.count() / config.cluster.count());
-  grid->stats.kernel = kernel;
-  grid->print = impl_->print;
-  Item item;
-  item.kind = Item::Kind::Kernel;
-  item.grid = grid;
-  stream.items.push_back(std::move(item));
-  return grid->id;
-}
-
-void System::enqueue(StreamId s, std::function<void()> host_work) {
-  const std::lock_guard lock(impl_->mutex);
-  Item item;
-  item.work = std::move(host_work);
-  impl_->stream(s).items.push_back(std::move(item));
-}
-EventId System::create_event() {
-  const std::lock_guard lock(impl_->mutex);
-  impl_->events[impl_->next_event];
-  return impl_->next_event++;
-}
-void System::record(StreamId s, EventId e) {
-  const std::lock_guard lock(impl_->mutex);
-  Item item;
-  item.kind = Item::Kind::Record;
-  item.event = e;
-  item.ticket = ++impl_->events[e].recorded;
-  impl_->stream(s).items.push_back(std::move(item));
-}
-void System::wait(StreamId s, EventId e) {
-  const std::lock_guard lock(impl_->mutex);
-  Item item;
-  item.kind = Item::Kind::Wait;
-  item.event = e;
-  item.ticket = impl_->events[e].recorded;  // never recorded: nothing to wait for, as in CUDA
-  impl_->stream(s).items.push_back(std::move(item));
-}
-bool System::query(EventId e) {
-  u32 slices = 0;
-  impl_->drive([&] {
-    const Event& event = impl_->events[e];
-    return event.reached >= event.recorded || slices++ > 2 || impl_->empty();
-  });
-  const std::lock_guard lock(impl_->mutex);
-  return impl_->events[e].reached >= impl_->events[e].recorded;
-}
-
-void System::synchronize(StreamId s) {
-  impl_->drive([&] {
-    const Stream& stream = impl_->stream(s);
-    return stream.error != nullptr || (stream.items.empty() && !stream.busy);
-  });
-  const std::lock_guard lock(impl_->mutex);
-  Stream& stream = impl_->stream(s);
-  if (impl_->empty()) AddressSpace::instance().collect();
-  if (stream.error) std::rethrow_exception(std::exchange(stream.error, nullptr));
-}
-
-void System::synchronize() {
-  impl_->drive([&] { return impl_->empty(); });
-  const std::lock_guard lock(impl_->mutex);
-  if (impl_->empty()) AddressSpace::instance().collect();
-  for (auto& [id, stream] : impl_->streams) {
-    if (stream.error) std::rethrow_exception(std::exchange(stream.error, nullptr));
-  }
-}
-
-bool System::idle(StreamId s) {
-  u32 slices = 0;
-  impl_->drive([&] {
-    const Stream& stream = impl_->stream(s);
-    return stream.items.empty() || slices++ > 2;
-  });
-  const std::lock_guard lock(impl_->mutex);
-  return impl_->stream(s).items.empty();
-}
-
-LaunchStats System::stats(u64 launch) {
-  const std::lock_guard lock(impl_->mutex);
-  const auto it = impl_->finished.find(launch);
-  if (it == impl_->finished.end()) {
-    throw Error("no statistics of launch " + std::to_string(launch));
-  }
-  return it->second;
 }
 
 }  // namespace dsk::emu

@@ -2,7 +2,8 @@
 
 PRELUDE = r"""
 #include <cstdint>
-__device__ __forceinline__ uint32_t smem(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ uint32_t smem(const void* p)
+  { return (uint32_t)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void bar_init(uint64_t* b, int n) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem(b)), "r"(n)); }
 __device__ __forceinline__ void bar_expect(uint64_t* b, int n) {
@@ -86,7 +87,8 @@ extern "C" __global__ void grid_barrier(int* arrived, int* data, int* out) {
   }
   __syncthreads();
   int other = (blockIdx.x + 1) % gridDim.x;
-  out[blockIdx.x * blockDim.x + threadIdx.x] = ((volatile int*)data)[other * blockDim.x + threadIdx.x];
+  out[blockIdx.x * blockDim.x + threadIdx.x] =
+      ((volatile int*)data)[other * blockDim.x + threadIdx.x];
 }
 """
 
@@ -152,11 +154,15 @@ WGMMA = (
 #include <cuda_bf16.h>
 __device__ __forceinline__ uint64_t desc(const void* p) {
   return ((uint64_t)(smem(p) & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62); }
-extern "C" __global__ void wgmma_tile(const __grid_constant__ Map ma, const __grid_constant__ Map mb,
+extern "C" __global__ void wgmma_tile(const __grid_constant__ Map ma,
+                                      const __grid_constant__ Map mb,
                                       float* out, int k) {
   __shared__ alignas(1024) __nv_bfloat16 a[64 * 64], b[64 * 64];
   __shared__ uint64_t full;
-  if (threadIdx.x == 0) { bar_init(&full, 1); asm volatile("fence.mbarrier_init.release.cluster;"); }
+  if (threadIdx.x == 0) {
+    bar_init(&full, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;");
+  }
   __syncthreads();
   float d[32];
   for (int i = 0; i < 32; i++) d[i] = 0;
@@ -174,11 +180,15 @@ extern "C" __global__ void wgmma_tile(const __grid_constant__ Map ma, const __gr
       asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0;"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
         "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0; }"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
+        " %32, %33, p, 1, 1, 0, 0; }"
         : "+f"(d[0]),"+f"(d[1]),"+f"(d[2]),"+f"(d[3]),"+f"(d[4]),"+f"(d[5]),"+f"(d[6]),"+f"(d[7]),
-          "+f"(d[8]),"+f"(d[9]),"+f"(d[10]),"+f"(d[11]),"+f"(d[12]),"+f"(d[13]),"+f"(d[14]),"+f"(d[15]),
-          "+f"(d[16]),"+f"(d[17]),"+f"(d[18]),"+f"(d[19]),"+f"(d[20]),"+f"(d[21]),"+f"(d[22]),"+f"(d[23]),
-          "+f"(d[24]),"+f"(d[25]),"+f"(d[26]),"+f"(d[27]),"+f"(d[28]),"+f"(d[29]),"+f"(d[30]),"+f"(d[31])
+          "+f"(d[8]),"+f"(d[9]),"+f"(d[10]),"+f"(d[11]),
+          "+f"(d[12]),"+f"(d[13]),"+f"(d[14]),"+f"(d[15]),
+          "+f"(d[16]),"+f"(d[17]),"+f"(d[18]),"+f"(d[19]),
+          "+f"(d[20]),"+f"(d[21]),"+f"(d[22]),"+f"(d[23]),
+          "+f"(d[24]),"+f"(d[25]),"+f"(d[26]),"+f"(d[27]),
+          "+f"(d[28]),"+f"(d[29]),"+f"(d[30]),"+f"(d[31])
         : "l"(desc((char*)a + 32 * kk)), "l"(desc((char*)b + 32 * kk)));
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #ifndef NO_WAIT

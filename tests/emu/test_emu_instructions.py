@@ -201,8 +201,12 @@ def test_bit_fields():
         for t in "us":
             check(f"bfe.{t}{w} $d, $a, $b, $c;", w, [w, 32, 32],
                   lambda a, p, n, w=w, t=t: bfe(a, p, n, w, t == "s"))  # fmt: skip
-            check(f"bfind.{t}{w} $d, $a;", 32, [w],
-                  lambda a, w=w, t=t: mask((a ^ mask(-1, w) if t == "s" and a >> (w - 1) else a).bit_length() - 1, 32))  # fmt: skip
+
+            def bfind(a, w=w, t=t):
+                inverted = t == "s" and a >> (w - 1)
+                return mask((a ^ mask(-1, w) if inverted else a).bit_length() - 1, 32)
+
+            check(f"bfind.{t}{w} $d, $a;", 32, [w], bfind)
     table = 0xCA
 
     def lop3(a, b, c):
@@ -367,7 +371,8 @@ def test_integer_conversions():
                 (-(1 << (tb - 1)), (1 << (tb - 1)) - 1) if to[0] == "s" else (0, (1 << tb) - 1)
             )
             check(f"cvt.sat.{to}.{source} $d, $a;", tb, [register],
-                  lambda a, v=value, lo=low, hi=high, tb=tb: mask(max(lo, min(hi, v(a))), tb))  # fmt: skip
+                  lambda a, v=value, lo=low, hi=high, tb=tb:
+                  mask(max(lo, min(hi, v(a))), tb))  # fmt: skip
 
 
 def test_rows_covered(record_property):

@@ -11,17 +11,18 @@ namespace dsk::emu {
 
 using EntryGroups = std::vector<std::span<const Entry>>;
 
-#define DSK_LANE_GROUPS(level)                                                      \
-  namespace level {                                                                 \
-  std::span<const Entry> integer_entries();                                         \
-  std::span<const Entry> logic_entries();                                           \
-  std::span<const Entry> float_entries();                                           \
-  std::span<const Entry> convert_entries();                                         \
-  std::span<const Entry> memory_entries();                                          \
-  inline EntryGroups lane_groups() {                                                \
-    return {integer_entries(), logic_entries(), float_entries(), convert_entries(), \
-            memory_entries()};                                                      \
-  }                                                                                 \
+#define DSK_LANE_GROUPS(level)                                       \
+  namespace level {                                                  \
+  std::span<const Entry> integer_entries();                          \
+  std::span<const Entry> logic_entries();                            \
+  std::span<const Entry> compare_entries();                          \
+  std::span<const Entry> float_entries();                            \
+  std::span<const Entry> convert_entries();                          \
+  std::span<const Entry> memory_entries();                           \
+  inline EntryGroups lane_groups() {                                 \
+    return {integer_entries(), logic_entries(),   compare_entries(), \
+            float_entries(),   convert_entries(), memory_entries()}; \
+  }                                                                  \
   }
 DSK_LANE_GROUPS(portable)
 #if defined(DSK_EMU_X86_LEVELS)

@@ -161,6 +161,7 @@ inline void use(Decoder& d, Inst& i, Handler h) {
 
 std::span<const Entry> integer_entries();
 std::span<const Entry> logic_entries();
+std::span<const Entry> compare_entries();
 std::span<const Entry> float_entries();
 std::span<const Entry> convert_entries();
 std::span<const Entry> memory_entries();
