@@ -13,13 +13,10 @@ import torch
 from .. import _C
 from ..backend import Unsupported
 from ..ref import mla as ref
-from ..ref.mla import fp8_row_bytes
 from . import prefill
 from .prefill import mla_prefill_backward
 
 __all__ = [
-    "fp8_row_bytes",
-    "mla_cache_append",
     "mla_decode",
     "mla_prefill",
     "mla_prefill_backward",
@@ -93,6 +90,3 @@ def mla_prefill(
     ends = [x.to(torch.int32).contiguous() for x in (cu_seqlens_q, cu_seqlens_k)]
     _C.cpu.mla_prefill(*rows, *ends, scale, causal, out, lse, torch.get_num_threads())
     return out, lse
-
-
-mla_cache_append = ref.mla_cache_append
