@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from .. import _C
-from ..backend import Unsupported
 from ..ref import mla as ref
+from ..types import Unsupported
 from . import prefill
 from .prefill import mla_prefill_backward
 

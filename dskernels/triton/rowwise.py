@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend import Unsupported
-from ..types import ScaledTensor
+from ..types import ScaledTensor, Unsupported
 from .cast import cast_to, encode_e4m3, scale_of
 
 GROUP = 128  # values that share a scale
