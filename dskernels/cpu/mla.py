@@ -73,12 +73,16 @@ def mla_prefill(
     Requests of one length that attend themselves (training) run on PyTorch's fused kernel, every
     other batch on ours.
     """
+    fixed = dict(causal=causal, softmax_scale=softmax_scale)
     try:
-        return prefill.mla_prefill(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, softmax_scale=softmax_scale
-        )
+        return prefill.mla_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, **fixed)
     except Unsupported:
-        pass  # the general batch: below
+        return _ragged_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, **fixed)
+
+
+def _ragged_prefill(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *, causal, softmax_scale
+) -> tuple[torch.Tensor, torch.Tensor]:
     if not (q.dtype == k.dtype == v.dtype and q.dtype in _FLOATS and q.dim() == 3):
         return ref.mla_prefill(
             q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, softmax_scale=softmax_scale
