@@ -77,6 +77,13 @@ VARIABLES: dict[str, Variable] = {
             when="native",
         ),
         Variable(
+            "DSK_CUDA_DRIVER",
+            "",
+            "path of a libcuda.so.1",
+            "CUDA driver of the cuda backend; default: libcuda.so.1 by the loader's search.",
+            when="native",
+        ),
+        Variable(
             "DSK_EMU_SEED",
             "",
             "an integer; 0 is the fixed schedule",
