@@ -157,6 +157,7 @@ def test_cluster_barrier_and_remote_memory():
     body += "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
     body += "mad.lo.u32 %r5, %t, 4, %s; ld.shared.b32 %r6, [%r5]; mov.u32 %r9, %ctaid.x;"
     body += "mad.lo.u32 %r7, %r9, 32, %t;" + store("%r6", 0, index="%r7")
+    body += "barrier.cluster.arrive; barrier.cluster.wait;"
     body += "red.shared::cluster.add.u32 [%r3], 1; barrier.cluster.arrive; barrier.cluster.wait;"
     body += "ld.shared::cluster.b32 %r6, [%r5]; add.u32 %r4, %r8, %r6; setp.lt.u32 %p1, %r6, 1;"
     body += "@%p1 trap;"
