@@ -55,6 +55,14 @@ WAIT = """
 mbarrier.try_wait.parity.shared.b64 %p8, [{bar}], {parity};
 @!%p8 bra {label};
 """
+
+
+def removable_wait(label, bar):
+    """A wait for phase 0 that `planted` takes out."""
+    lines = WAIT.format(label=label, bar=bar, parity=0).strip().split("\n")
+    return "\n" + "".join(f"{line} // WAIT\n" for line in lines)
+
+
 OWN = "mad.lo.u32 %r1, %t, 4, %s;\n"
 
 
@@ -245,9 +253,7 @@ def test_cp_async_through_an_mbarrier():
         + OWN
         + OTHER_WARP
         + COPY.replace("cp.async.commit_group;\n", "cp.async.mbarrier.arrive.noinc.shared.b64 [%r91];")
-        + "\n".join(
-            line + " // WAIT" for line in WAIT.format(label="L", bar="%r91", parity=0).split("\n")
-        )
+        + removable_wait("L", "%r91")
         + "\nld.shared.b32 %r4, [%r3]; // VICTIM\n"
     )
     planted(body, [np.arange(64, dtype=np.uint32)], "shared-race", "WAIT")
@@ -264,9 +270,7 @@ def test_bulk_load_read_before_its_mbarrier():
         + OWN
         + LOAD
         + " // BUG"
-        + "\n".join(
-            line + " // WAIT" for line in WAIT.format(label="L", bar="%r90", parity=0).split("\n")
-        )
+        + removable_wait("L", "%r90")
         + "\nld.shared.b32 %r4, [%r1]; // VICTIM\n"
     )
     planted(body, [np.arange(64, dtype=np.uint32)], "shared-race", "WAIT")
@@ -281,9 +285,7 @@ def test_slot_overwritten_while_it_is_read():
         + WAIT.format(label="L", bar="%r90", parity=0)
         + "ld.shared.b32 %r4, [%r1]; // BUG\n"
         + "mbarrier.arrive.shared.b64 _, [%r91];\n"
-        + "\n".join(
-            line + " // WAIT" for line in WAIT.format(label="E", bar="%r91", parity=0).split("\n")
-        )
+        + removable_wait("E", "%r91")
         + LOAD.replace("%r90", "%r92")
         + " // VICTIM"
         + WAIT.format(label="M", bar="%r92", parity=0)
