@@ -121,6 +121,7 @@ def clamp(x, bits):
 
 # --- floats: exact values, one rounding
 
+ONE = {32: 0x3F800000, 64: 0x3FF0000000000000}
 FORMATS = {16: (5, 10), 32: (8, 23), 64: (11, 52), "bf16": (8, 7)}
 
 

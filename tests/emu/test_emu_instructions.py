@@ -5,6 +5,7 @@ import pytest
 
 golden = pytest.importorskip("golden")
 from golden import (  # noqa: E402
+    ONE,
     check,
     clamp,
     compare,
@@ -230,9 +231,6 @@ def test_comparisons(t):
                 "eq": s(a) == s(b), "ne": s(a) != s(b), "lt": s(a) < s(b), "le": s(a) <= s(b),
                 "gt": s(a) > s(b), "ge": s(a) >= s(b)}[c]  # fmt: skip
         check(f"setp.{c}.{t} $d, $a, $b;", 0, [bits, bits], model, floats=is_float)
-
-
-ONE = {32: 0x3F800000, 64: 0x3FF0000000000000}
 
 
 @pytest.mark.parametrize("fmt", [32, 64])

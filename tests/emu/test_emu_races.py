@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 emu = pytest.importorskip("dskernels.emu")
-import cuda_sources  # noqa: E402
 from ptx_kernel import run, text  # noqa: E402
 
 SEEDS = [None, 0, 1, 2]
@@ -247,6 +246,14 @@ ld.shared.b32 %r4, [%r3]; // VICTIM
     planted(body, [np.arange(64, dtype=np.uint32)], "shared-race", "FIX")
 
 
+def test_wait_all_closes_the_open_group():
+    body = OWN + COPY.replace("cp.async.commit_group;\n", "") + """
+cp.async.wait_all; // WAIT
+ld.shared.b32 %r4, [%r1]; // VICTIM
+"""
+    planted(body, [np.arange(64, dtype=np.uint32)], "shared-race", "WAIT")
+
+
 def test_cp_async_through_an_mbarrier():
     body = (
         BARRIERS.format(empty=64)
@@ -291,6 +298,83 @@ def test_slot_overwritten_while_it_is_read():
         + WAIT.format(label="M", bar="%r92", parity=0)
     )
     planted(body, [np.arange(64, dtype=np.uint32)], "shared-race", "WAIT")
+
+
+def wgmma_case(after):
+    """A warpgroup multiplies what lies at sm; `after` comes before its wait."""
+    d = ",".join(f"%r{20 + k}" for k in range(4))
+    zero = "".join(f"mov.b32 %r{20 + k}, 0;" for k in range(4))
+    return f"""
+mad.lo.u32 %r1, %t, 4, %s;
+st.shared.b32 [%r1], 0; // WRITE
+st.shared.b32 [%r1 + 512], 0;
+st.shared.b32 [%r1 + 1024], 0;
+st.shared.b32 [%r1 + 1536], 0;
+st.shared.b32 [%r1 + 2048], 0;
+fence.proxy.async; // FENCE
+bar.sync 0;
+cvt.u64.u32 %d9, %s; shr.u64 %d9, %d9, 4;
+mov.b64 %d0, {128 >> 4 << 16 | 256 >> 4 << 32}; add.u64 %d0, %d0, %d9;
+add.u64 %d1, %d0, 128; setp.ne.b32 %p1, 0, 0; {zero}
+wgmma.fence.sync.aligned;
+wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{{d}}}, %d0, %d1, %p1, 1, 1, 0, 0; // BUG
+wgmma.commit_group.sync.aligned;
+{after}
+wgmma.wait_group.sync.aligned 0;
+"""
+
+
+def test_operand_overwritten_while_wgmma_reads():
+    body = wgmma_case("""wgmma.wait_group.sync.aligned 0; // FIX
+bar.sync 0;
+st.shared.b32 [%r1 + 2048], 1; // VICTIM""")
+    planted(body, [], "shared-race", "FIX", threads=128)
+
+
+def test_slot_overwritten_by_a_load_while_wgmma_reads():
+    body = BARRIERS.format(empty=1) + wgmma_case(
+        """wgmma.wait_group.sync.aligned 0; // FIX
+bar.sync 0;"""
+        + LOAD
+        + " // VICTIM"
+        + WAIT.format(label="L", bar="%r90", parity=0)
+    )
+    planted(body, [np.arange(64, dtype=np.uint32)], "shared-race", "FIX", threads=128)
+
+
+def test_missing_proxy_fence_before_wgmma():
+    """Every warp's stores need a fence; the hazard names the wgmma and a store."""
+    body = wgmma_case("").replace("// WRITE", "// BUG").replace("// BUG\nwgmma", "// VICTIM\nwgmma")
+    launch(body, [], threads=128)
+    with pytest.raises(emu.HazardError) as e:
+        launch(drop(body, "FENCE"), [], threads=128)
+    assert e.value.hazards[0].kind == "missing-proxy-fence"
+    assert "wgmma reads" in e.value.hazards[0].message
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("seed", SEEDS)
+def test_cuda_source_lines(seed):
+    source = """
+extern "C" __global__ void reverse(int* x) {
+  __shared__ int s[64];
+  s[threadIdx.x] = x[threadIdx.x];  // WRITE
+#ifdef FIXED
+  __syncthreads();
+#endif
+  x[threadIdx.x] = s[63 - threadIdx.x];  // READ
+}
+"""
+    x = np.arange(64, dtype=np.int32)
+    emu.Module(emu.compile(source, options=["-DFIXED"])).kernel("reverse")[1, 64](x, seed=seed)
+    assert np.array_equal(x, np.arange(64)[::-1])
+    with pytest.raises(emu.HazardError) as e:
+        emu.Module(emu.compile(source)).kernel("reverse")[1, 64](x, seed=seed)
+    hazard = e.value.hazards[0]
+    lines = {line_of(source, "WRITE"), line_of(source, "READ")}
+    assert hazard.kind == "shared-race" and hazard.source_line in lines
+    named = re.search(r"source line (\d+)", hazard.message)
+    assert {hazard.source_line, int(named[1])} == lines
 
 
 def test_distributed_shared_memory_without_a_cluster_barrier():
