@@ -136,11 +136,27 @@ def test_control_flow_without_effect_on_results():
 
 def test_calls_are_inlined():
     extra = """
-.func (.reg .b32 result) twice (.reg .b32 x) { add.u32 result, x, x; ret; }
+.func (.param .b32 result) twice(.param .b32 x) {
+.reg .b32 %v; ld.param.b32 %v, [x]; add.u32 %v, %v, %v; st.param.b32 [result], %v; ret;
+}
 """
+    call = "{{ .param .b32 x; .param .b32 y; st.param.b32 [x], {}; {} (y), twice, (x); "
+    call += "ld.param.b32 {}, [y]; }}"
+    body = call.format("%t", "call", "%r2") + call.format("%r2", "call.uni", "%r3")
     out = results(32)
-    run("call (%r2), twice, (%t); call.uni (%r3), twice, (%r2);" + store("%r3", 0), out, extra=extra)
+    run(body + store("%r3", 0), out, extra=extra)
     assert out.tolist() == [4 * t for t in range(32)]
+
+
+def test_float_literals():
+    """Hexadecimal bits and decimal numbers, negated and narrowed to the operand's type."""
+    out = results(3, np.float32)
+    for k, text in enumerate(["-0f3FC00000", "-2.5E-1", "0d3FD0000000000000"]):
+        run(f"mov.f32 %r1, {text}; st.global.b32 [%P0 + {4 * k}], %r1;", out)
+    assert out.tolist() == [-1.5, -0.25, 0.25]
+    wide = results(2, np.float64)
+    run("mov.f64 %d1, -1.0e+2; mov.f64 %d2, 12.5; st.global.v2.b64 [%P0], {%d1, %d2};", wide)
+    assert wide.tolist() == [-100.0, 12.5]
 
 
 @pytest.mark.parametrize("what", ["trap", "brkpt"])
