@@ -329,7 +329,7 @@ class RaceChecker : public ClusterObserver {
     if (releases) tick(agent);
   }
 
-  // Lanes at consecutive addresses are one run.
+  // Lanes at consecutive addresses, or at the same one, are one run.
   template <typename Visit>
   void for_each_run(u32 mask, u32 size, const u64* place, const u32* rank, Visit visit) {
     u32 run_cta = 0, run_begin = 0, run_end = 0;
@@ -338,8 +338,8 @@ class RaceChecker : public ClusterObserver {
       if (!(mask >> lane & 1)) continue;
       const u32 offset = static_cast<u32>(place[lane]);
       if (rank[lane] >= shadows_.size()) continue;
-      if (open && rank[lane] == run_cta && offset == run_end) {
-        run_end += size;
+      if (open && rank[lane] == run_cta && offset >= run_begin && offset <= run_end) {
+        run_end = std::max(run_end, offset + size);
         continue;
       }
       if (open) visit(run_cta, run_begin, run_end - run_begin);
