@@ -8,6 +8,7 @@ switched on.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,11 +107,23 @@ def compile_for(variant: Variant, target: str) -> Any:
     return triton.compile(source, target=gpu)
 
 
+def launch_facts(variant: Variant, compiled: Any) -> dict[str, Any]:
+    """What a launch needs beside the listing: entry point, threads, memory, compile-time values."""
+    metadata = compiled.metadata
+    return {
+        "name": metadata.name,
+        "num_warps": metadata.num_warps,
+        "shared": metadata.shared,
+        "global_scratch_size": getattr(metadata, "global_scratch_size", 0),
+        "constants": variant.constants,
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dskernels.triton.compile", description=__doc__)
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
     parser.add_argument("--kernel", help="one kernel only (default: all)")
-    parser.add_argument("--out", type=Path, help="folder for the PTX or assembly")
+    parser.add_argument("--out", type=Path, help="folder for the PTX or assembly and, beside it, launch facts")
     options = parser.parse_args(arguments)
     chosen = variants(options.target)
     if options.kernel:
@@ -127,7 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / f"{name}.{options.target}.{kind}").write_text(text)
+            stem = options.out / f"{name}.{options.target}"
+            stem.with_name(f"{stem.name}.{kind}").write_text(text)
+            facts = json.dumps(launch_facts(variant, compiled), indent=1)
+            stem.with_name(f"{stem.name}.json").write_text(facts + "\n")
     return 0
 
 
