@@ -22,7 +22,9 @@ def dump(words, pointer, threads=32):
     """PTX that copies shared words from offset 0 to a parameter's array."""
     out = "bar.sync 0;"
     for start in range(0, words, threads):
-        out += f"add.u32 %r80, %t, {start}; mad.lo.u32 %r81, %r80, 4, %s; ld.shared.b32 %r82, [%r81];"
+        out += (
+            f"add.u32 %r80, %t, {start}; mad.lo.u32 %r81, %r80, 4, %s; ld.shared.b32 %r82, [%r81];"
+        )
         out += store("%r82", pointer, index="%r80")
     return out
 
@@ -120,7 +122,9 @@ def test_bulk_copy_to_another_cta(seed):
     body += "@%p9 mbarrier.arrive.expect_tx.shared.b64 _, [%r90], 256;"
     body += "xor.b32 %r10, %c, 1; mapa.shared::cluster.u32 %r11, %s, %r10; add.u32 %r11, %r11, 512;"
     body += "mapa.shared::cluster.u32 %r12, %r90, %r10;"
-    body += "mad.lo.u32 %r13, %t, 4, %s; ld.shared.b32 %r14, [%r13]; mad.lo.u32 %r14, %c, 1000, %r14;"
+    body += (
+        "mad.lo.u32 %r13, %t, 4, %s; ld.shared.b32 %r14, [%r13]; mad.lo.u32 %r14, %c, 1000, %r14;"
+    )
     body += "st.shared.b32 [%r13], %r14; add.u32 %r14, %r14, 32; st.shared.b32 [%r13 + 128], %r14;"
     body += "fence.proxy.async; bar.sync 0; setp.ne.u32 %p7, %t, 0; @%p7 bra NEXT;"
     body += "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
@@ -230,7 +234,16 @@ def test_tensor_multicast_halves(seed):
     body += tensor_load(2, (0, 0), 256, ".multicast::cluster").replace("{0, 0}", "{0, %r70}")
     body = body.replace("mov.b16 %h1", "shl.b32 %r70, %c, 1; mov.b16 %h1") + wait()
     body += "mov.u32 %s, sm; mad.wide.u32 %P2, %c, 256, %P2;" + dump(64, 2) + CLUSTER_SYNC
-    run(body, map_bytes(emu.tensor_map(x, (2, 16))), x, out, grid=2, cluster=2, shared=8192, seed=seed)
+    run(
+        body,
+        map_bytes(emu.tensor_map(x, (2, 16))),
+        x,
+        out,
+        grid=2,
+        cluster=2,
+        shared=8192,
+        seed=seed,
+    )
     assert np.array_equal(out.reshape(2, 4, 16), np.stack([x[:4], x[:4]]))
 
 
@@ -271,7 +284,9 @@ def test_tensormap_replace_and_publish():
     body += edit.format("elemtype", "b32", ", 2") + edit.format("swizzle_mode", "b32", ", 0")
     body += edit.format("fill_mode", "b32", ", 0") + edit.format("interleave_layout", "b32", ", 0")
     body += "EDITED: bar.warp.sync 0xffffffff;"
-    body += "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned "
+    body += (
+        "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned "
+    )
     body += "[%P2], [%s], 128; fence.proxy.tensormap::generic.acquire.gpu [%P2], 128;"
     body += "fence.proxy.async; bar.sync 0; mov.b64 %P0, %P2;"
     body += tensor_load(2, (3, 8), 128) + wait() + dump(32, 3)
@@ -285,12 +300,16 @@ def test_tensormap_replace_and_publish():
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("form, n", [("b32", 1), ("v2.b32", 2), ("v4.u32", 4), ("b64", 1), ("v2.s64", 2)])
+@pytest.mark.parametrize(
+    "form, n", [("b32", 1), ("v2.b32", 2), ("v4.u32", 4), ("b64", 1), ("v2.s64", 2)]
+)
 def test_st_async(form, n, seed):
     reg, size = ("%d", 8) if "64" in form else ("%r", 4)
     words = 32 * n * size // 4
     x, out = np.arange(words, dtype=np.uint32), results((2, words))
-    body = INIT.format(count=1) + f"@%p9 mbarrier.arrive.expect_tx.shared.b64 _, [%r90], {4 * words};"
+    body = (
+        INIT.format(count=1) + f"@%p9 mbarrier.arrive.expect_tx.shared.b64 _, [%r90], {4 * words};"
+    )
     body += CLUSTER_SYNC + "xor.b32 %r10, %c, 1; mapa.shared::cluster.u32 %r11, %s, %r10;"
     body += f"mapa.shared::cluster.u32 %r12, %r90, %r10; mad.lo.u32 %r11, %t, {n * size}, %r11;"
     body += f"mad.wide.u32 %A0, %t, {n * size}, %P0;"
@@ -313,7 +332,9 @@ def test_red_async(op, t):
     x, start = (np.arange(32) * 5 % 37).astype(dtype), (np.arange(32) * 3 % 31).astype(dtype)
     out, words = results((2, 32), dtype), 8 * size
     reg = "%d" if size == 8 else "%r"
-    body = INIT.format(count=1) + f"@%p9 mbarrier.arrive.expect_tx.shared.b64 _, [%r90], {32 * size};"
+    body = (
+        INIT.format(count=1) + f"@%p9 mbarrier.arrive.expect_tx.shared.b64 _, [%r90], {32 * size};"
+    )
     body += fill_shared(1, 32 * size, 32) + CLUSTER_SYNC + "xor.b32 %r10, %c, 1;"
     body += "mapa.shared::cluster.u32 %r11, %s, %r10; mapa.shared::cluster.u32 %r12, %r90, %r10;"
     body += f"mad.lo.u32 %r11, %t, {size}, %r11; mad.wide.u32 %A0, %t, {size}, %P0;"
@@ -342,7 +363,9 @@ def test_mbarrier_states():
 
     body += "mbarrier.arrive.shared.b64 %d1, [%r90]; mbarrier.pending_count.b64 %r2, %d1;"
     body += "st.global.b32 [%P1], %r2;" + probe(0)
-    body += "mbarrier.arrive.noComplete.shared.b64 %d2, [%r90], 2; mbarrier.pending_count.b64 %r2, %d2;"
+    body += (
+        "mbarrier.arrive.noComplete.shared.b64 %d2, [%r90], 2; mbarrier.pending_count.b64 %r2, %d2;"
+    )
     body += "st.global.b32 [%P1 + 4], %r2; mbarrier.arrive_drop.shared.b64 %d3, [%r90];" + probe(1)
     body += "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r90], 24;"
     body += "mbarrier.arrive.release.cta.shared::cta.b64 _, [%r90];" + probe(2)
@@ -360,6 +383,8 @@ def test_mbarrier_states():
 
 def test_try_wait_with_a_time_limit_gives_up():
     out = results(1)
-    body = INIT.format(count=1) + "@!%p9 ret; mbarrier.try_wait.parity.shared.b64 %p1, [%r90], 0, 100;"
+    body = (
+        INIT.format(count=1) + "@!%p9 ret; mbarrier.try_wait.parity.shared.b64 %p1, [%r90], 0, 100;"
+    )
     run(body + "selp.b32 %r1, 1, 0, %p1; st.global.b32 [%P0], %r1;", out, shared=8192)
     assert out[0] == 0

@@ -126,26 +126,26 @@ def extreme(a, b, fmt, want_max, propagate=False):
     return b if less == want_max else a
 
 
-def test_min_and_max_forms():
-    for op in ("min", "max"):
-        big = op == "max"
-        check(f"{op}.NaN.f32 $d, $a, $b;", 32, [32] * 2,
-              lambda a, b: extreme(a, b, 32, big, True), floats=True)  # fmt: skip
-        check(f"{op}.ftz.f32 $d, $a, $b;", 32, [32] * 2,
-              lambda a, b: extreme(flush(a, 32), flush(b, 32), 32, big), floats=True)  # fmt: skip
+@pytest.mark.parametrize("op", ["min", "max"])
+def test_min_and_max_forms(op):
+    big = op == "max"
+    check(f"{op}.NaN.f32 $d, $a, $b;", 32, [32] * 2,
+          lambda a, b: extreme(a, b, 32, big, True), floats=True)  # fmt: skip
+    check(f"{op}.ftz.f32 $d, $a, $b;", 32, [32] * 2,
+          lambda a, b: extreme(flush(a, 32), flush(b, 32), 32, big), floats=True)  # fmt: skip
 
-        def by_magnitude(a, b):
-            low = (1 << 31) - 1
-            r = extreme(a & low, b & low, 32, big)
-            return r if decode(r, 32) == "nan" else r | (a ^ b) & 1 << 31
+    def by_magnitude(a, b):
+        low = (1 << 31) - 1
+        r = extreme(a & low, b & low, 32, big)
+        return r if decode(r, 32) == "nan" else r | (a ^ b) & 1 << 31
 
-        rng = np.random.default_rng(8)
-        values = [operands(rng, 32, LANES, True) for _ in range(2)]
-        keep = [v for v in values]
-        for v in keep:  # the sign with a NaN operand is not specified
-            v[np.isnan(v.view(np.float32))] = 0x40000000
-        out = execute(f"{op}.xorsign.abs.f32 $d, $a, $b;", 32, keep)
-        assert out.tolist() == [by_magnitude(int(a), int(b)) for a, b in zip(*keep, strict=True)]
+    rng = np.random.default_rng(8)
+    values = [operands(rng, 32, LANES, True) for _ in range(2)]
+    keep = [v for v in values]
+    for v in keep:  # the sign with a NaN operand is not specified
+        v[np.isnan(v.view(np.float32))] = 0x40000000
+    out = execute(f"{op}.xorsign.abs.f32 $d, $a, $b;", 32, keep)
+    assert out.tolist() == [by_magnitude(int(a), int(b)) for a, b in zip(*keep, strict=True)]
 
 
 @pytest.mark.parametrize("fmt", [32, 64])
@@ -181,13 +181,19 @@ def bytes_of(v, is_signed, size=8):
 @pytest.mark.parametrize("tb", ["u32", "s32"])
 def test_dot_products(ta, tb):
     sa, sb = ta[0] == "s", tb[0] == "s"
-    check(f"dp4a.{ta}.{tb} $d, $a, $b, $c;", 32, [32] * 3, lambda a, b, c: mask(
-        c + sum(x * y for x, y in zip(bytes_of(a, sa), bytes_of(b, sb), strict=True)), 32))
+    check(
+        f"dp4a.{ta}.{tb} $d, $a, $b, $c;",
+        32,
+        [32] * 3,
+        lambda a, b, c: mask(
+            c + sum(x * y for x, y in zip(bytes_of(a, sa), bytes_of(b, sb), strict=True)), 32
+        ),
+    )
     for half in ("lo", "hi"):
-        first = 0 if half == "lo" else 2
-        check(f"dp2a.{half}.{ta}.{tb} $d, $a, $b, $c;", 32, [32] * 3, lambda a, b, c: mask(
-            c + sum(x * y for x, y in zip(bytes_of(a, sa, 16), bytes_of(b, sb)[first:][:2],
-                                          strict=True)), 32))  # fmt: skip
+        check(f"dp2a.{half}.{ta}.{tb} $d, $a, $b, $c;", 32, [32] * 3, lambda a, b, c, h=half: mask(
+            c + sum(x * y for x, y in zip(
+                bytes_of(a, sa, 16), bytes_of(b, sb)[2 * (h == "hi"):][:2], strict=True)),
+            32))  # fmt: skip
 
 
 @pytest.mark.parametrize("t", ["u32", "s32"])
@@ -227,18 +233,21 @@ def test_bit_manipulation():
               lambda a, b, s, m=mode: prmt(m, a, b, s))  # fmt: skip
     for w in (32, 64):
         for t in "us":
+
             def shift_amount(a, w=w, t=t):
                 x = a ^ mask(-1, w) if t == "s" and a >> (w - 1) else a
                 return w - x.bit_length() if x else 0xFFFFFFFF
 
             check(f"bfind.shiftamt.{t}{w} $d, $a;", 32, [w], shift_amount)
     for form, wraps in (("clamp", False), ("wrap", True)):
+
         def bmsk(a, b, wraps=wraps):
             at, n = (a & 31, b & 31) if wraps else (min(a, 32), min(b, 32))
             return mask(((1 << n) - 1) << at, 32)
 
         check(f"bmsk.{form}.b32 $d, $a, $b;", 32, [32] * 2, bmsk)
         for t in "us":
+
             def szext(a, b, wraps=wraps, t=t):
                 n = b & 31 if wraps else min(b, 32)
                 if n == 0:
@@ -271,7 +280,8 @@ def test_fns():
 def test_lop3_with_a_predicate():
     x = [operands(np.random.default_rng(k), 32) for k in range(2)]
     for op, model in (("or", lambda r: r != 0), ("and", lambda r: False)):
-        text = f"setp.ne.b32 %q, 0, 0; lop3.{op}.b32 $d|%p, $a, $b, 0, 0xC0, %q; selp.b32 $d, 1, 0, %p;"
+        text = f"setp.ne.b32 %q, 0, 0; lop3.{op}.b32 $d|%p, $a, $b, 0, 0xC0, %q;"
+        text += "selp.b32 $d, 1, 0, %p;"
         out = execute(text, 32, x)
         want = [int(model(int(a) & int(b))) for a, b in zip(*x, strict=True)]
         assert out.tolist() == want
@@ -312,7 +322,9 @@ def test_packing_integers():
 
     for t in ("u16", "s16", "u8", "s8"):
         bits = int(t[1:])
-        low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if t[0] == "s" else (0, (1 << bits) - 1)
+        low, high = (
+            (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if t[0] == "s" else (0, (1 << bits) - 1)
+        )
 
         def sat(v, lo=low, hi=high, bits=bits):
             return mask(max(lo, min(hi, signed(v, 32))), bits)

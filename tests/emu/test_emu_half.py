@@ -125,7 +125,9 @@ def test_comparisons(t):
     assert out.tolist() == want
 
 
-@pytest.mark.parametrize("t, relative, absolute", [("f16", 2**-9.9, 2**-10.9), ("bf16", 2**-7, 2**-8)])
+@pytest.mark.parametrize(
+    "t, relative, absolute", [("f16", 2**-9.9, 2**-10.9), ("bf16", 2**-7, 2**-8)]
+)
 def test_approximations(t, relative, absolute):
     x = np.random.default_rng(2).uniform(-6, 6, LANES).astype(np.float32)
     bits = (x.view(np.uint32) >> 16).astype(np.uint16)

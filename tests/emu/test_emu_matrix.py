@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("dskernels.emu")
-from ptx_kernel import fill_shared, load, results, run, store  # noqa: E402
+from ptx_kernel import fill_shared, load, results, run, store
 
 # Element type: bits, and encoding of small integers.
 BITS = {"f16": 16, "bf16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8, "s8": 8, "u8": 8}
@@ -156,10 +156,7 @@ def test_ldmatrix_stmatrix(count, trans):
     seen = m.transpose(0, 2, 1) if trans else m
     want = np.array(
         [
-            [
-                pack(seen[k, lane >> 2, 2 * (lane & 3) : 2 * (lane & 3) + 2], 2)
-                for k in range(count)
-            ]
+            [pack(seen[k, lane >> 2, 2 * (lane & 3) : 2 * (lane & 3) + 2], 2) for k in range(count)]
             for lane in range(32)
         ]
     )
@@ -181,7 +178,9 @@ def test_ldmatrix_stmatrix(count, trans):
 def test_movmatrix():
     m = np.arange(64, dtype=np.uint16).reshape(8, 8)
     out = results((8, 8), np.uint16)
-    run(load("%r1", 0) + "movmatrix.sync.aligned.m8n8.trans.b16 %r2, %r1;" + store("%r2", 1), m, out)
+    run(
+        load("%r1", 0) + "movmatrix.sync.aligned.m8n8.trans.b16 %r2, %r1;" + store("%r2", 1), m, out
+    )
     assert np.array_equal(out, m.T)
 
 

@@ -91,7 +91,7 @@ def test_generic_accesses_reach_shared_memory():
 
 
 FENCES = [
-    *[f"fence{kind}.{scope}" for kind in ("", ".sc", ".acq_rel") for scope in ("cta", "gpu", "sys")],
+    *[f"fence{kind}.{s}" for kind in ("", ".sc", ".acq_rel") for s in ("cta", "gpu", "sys")],
     "fence.acquire.cluster", "fence.release.gpu", "fence.mbarrier_init.release.cluster",
     "fence.acquire.sync_restrict::shared::cluster.cluster",
     "fence.release.sync_restrict::shared::cta.cluster", "fence.proxy.alias", "fence.proxy.async",
@@ -117,7 +117,9 @@ def test_message_passing_with_release_and_acquire():
     body = "setp.ge.u32 %p1, %t, 32; @%p1 bra CONSUMER; setp.ne.u32 %p2, %t, 0; @%p2 ret;"
     body += "st.shared.b32 [%s], 41; st.release.cta.shared.b32 [%s + 4], 1; ret; CONSUMER:"
     body += "setp.ne.u32 %p2, %t, 32; @%p2 ret; LOOP: ld.acquire.cta.shared.b32 %r1, [%s + 4];"
-    body += "setp.ne.u32 %p3, %r1, 1; @%p3 bra LOOP; ld.shared.b32 %r2, [%s]; st.global.b32 [%P0], %r2;"
+    body += (
+        "setp.ne.u32 %p3, %r1, 1; @%p3 bra LOOP; ld.shared.b32 %r2, [%s]; st.global.b32 [%P0], %r2;"
+    )
     body = "setp.eq.u32 %p4, %t, 0; @%p4 st.shared.b32 [%s + 4], 0; bar.sync 0;" + body
     for seed in (None, 0, 1, 2):
         run(body, out, threads=64, shared=16, seed=seed)
@@ -126,9 +128,13 @@ def test_message_passing_with_release_and_acquire():
 
 def test_control_flow_without_effect_on_results():
     out = results(32)
-    body = "setmaxnreg.dec.sync.aligned.u32 40; setmaxnreg.inc.sync.aligned.u32 80; nanosleep.u32 20;"
+    body = (
+        "setmaxnreg.dec.sync.aligned.u32 40; setmaxnreg.inc.sync.aligned.u32 80; nanosleep.u32 20;"
+    )
     body += "pmevent 3; griddepcontrol.wait; griddepcontrol.launch_dependents;"
-    body += "setp.lt.u32 %p1, %t, 8; mov.b32 %r1, 1; @%p1 bra LOW; bra.uni JOIN; LOW: mov.b32 %r1, 2;"
+    body += (
+        "setp.lt.u32 %p1, %t, 8; mov.b32 %r1, 1; @%p1 bra LOW; bra.uni JOIN; LOW: mov.b32 %r1, 2;"
+    )
     body += "JOIN:" + store("%r1", 0) + "setp.lt.u32 %p1, %t, 4; @%p1 exit; add.u32 %r1, %r1, 5;"
     run(body + store("%r1", 0), out, threads=32)
     assert out.tolist() == [2] * 4 + [7] * 4 + [6] * 24

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 emu = pytest.importorskip("dskernels.emu")
-from ptx_kernel import run, text  # noqa: E402
+from ptx_kernel import text  # noqa: E402
 
 SEEDS = [None, 0, 1, 2]
 
@@ -82,22 +82,30 @@ OTHER_WARP = "xor.b32 %r2, %t, 32; mad.lo.u32 %r3, %r2, 4, %s;\n"
 
 
 def test_store_and_load_of_another_warp():
-    body = OWN + OTHER_WARP + """
+    body = (
+        OWN
+        + OTHER_WARP
+        + """
 st.shared.b32 [%r1], %t; // BUG
 bar.sync 0; // FIX
 ld.shared.b32 %r4, [%r3]; // VICTIM
 """
+    )
     planted(body, [], "shared-race", "FIX")
 
 
 def test_load_and_later_store_of_another_warp():
-    body = OWN + OTHER_WARP + """
+    body = (
+        OWN
+        + OTHER_WARP
+        + """
 st.shared.b32 [%r1], %t;
 bar.sync 0;
 ld.shared.b32 %r4, [%r3]; // BUG
 bar.sync 0; // FIX
 st.shared.b32 [%r1], 7; // VICTIM
 """
+    )
     planted(body, [], "shared-race", "FIX")
 
 
@@ -120,7 +128,9 @@ def test_disjoint_bytes_of_one_word_do_not_race():
 
 def test_named_barrier_of_the_wrong_warps():
     """Warps 0 and 1 meet at barrier 1, warp 2 reads what they wrote without taking part."""
-    body = OWN + """
+    body = (
+        OWN
+        + """
 setp.ge.u32 %p1, %t, 64;
 @%p1 bra READER;
 st.shared.b32 [%r1], %t; // BUG
@@ -131,25 +141,32 @@ READER:
 bar.sync 0; // FIX
 ld.shared.b32 %r4, [%s]; // VICTIM
 """
+    )
     planted(body, [], "shared-race", "FIX", threads=96)
 
 
-STORE = OWN + """
+STORE = (
+    OWN
+    + """
 st.shared.b32 [%r1], %t; // BUG
 fence.proxy.async.shared::cta; // FENCE
 bar.sync 0;
 setp.ne.u32 %p1, %t, 0;
 @%p1 bra AFTER;
 """
+)
 
 
 def test_missing_proxy_fence_before_a_bulk_store():
-    body = STORE + """
+    body = (
+        STORE
+        + """
 cp.async.bulk.global.shared::cta.bulk_group [%P0], [%s], 256; // VICTIM
 cp.async.bulk.commit_group;
 cp.async.bulk.wait_group 0;
 AFTER:
 """
+    )
     planted(body, [np.zeros(64, np.uint32)], "missing-proxy-fence", "FENCE")
 
 
@@ -166,12 +183,15 @@ def test_missing_proxy_fence_before_a_tensor_store(op):
     start = -buffer.ctypes.data % 64
     buffer[start : start + 128] = place
     add = ".add" if "reduce" in op else ""
-    body = STORE + f"""
+    body = (
+        STORE
+        + f"""
 {op}.tensor.2d.global.shared::cta{add}.bulk_group [%P0, {{0, 4}}], [%s]; // VICTIM
 cp.async.bulk.commit_group;
 cp.async.bulk.wait_group 0;
 AFTER:
 """
+    )
     view = buffer[start : start + 128]
     for seed in SEEDS:
         array[...] = 0
@@ -180,21 +200,28 @@ AFTER:
         caught(drop(body, "FENCE"), [view, array], "missing-proxy-fence", seed)
 
 
-def test_fence_by_the_wrong_thread_does_not_help():
-    """The fence must follow the writes in the writing threads: after the barrier it is late."""
-    body = STORE.replace("fence.proxy.async.shared::cta; // FENCE\n", "") + """
+def test_fence_after_the_barrier_counts_too():
+    """The memory model asks for a proxy fence on the path from the writes to the copy, anywhere."""
+    body = (
+        STORE.replace("fence.proxy.async.shared::cta; // FENCE\n", "")
+        + """
 fence.proxy.async.shared::cta;
 cp.async.bulk.global.shared::cta.bulk_group [%P0], [%s], 256; // VICTIM
 cp.async.bulk.commit_group;
 cp.async.bulk.wait_group 0;
 AFTER:
 """
+    )
     launch(body, [np.zeros(64, np.uint32)])
 
 
-@pytest.mark.parametrize("wait", ["cp.async.bulk.wait_group.read 0;", "cp.async.bulk.wait_group 0;"])
+@pytest.mark.parametrize(
+    "wait", ["cp.async.bulk.wait_group.read 0;", "cp.async.bulk.wait_group 0;"]
+)
 def test_bulk_store_source_reused_early(wait):
-    body = STORE.replace(" // BUG", "") + f"""
+    body = (
+        STORE.replace(" // BUG", "")
+        + f"""
 cp.async.bulk.global.shared::cta.bulk_group [%P0], [%s], 256; // BUG
 cp.async.bulk.commit_group;
 {wait} // WAIT
@@ -202,11 +229,14 @@ AFTER:
 bar.sync 0;
 st.shared.b32 [%r1], 9; // VICTIM
 """
+    )
     planted(body, [np.zeros(64, np.uint32)], "shared-race", "WAIT")
 
 
 def test_wait_group_that_leaves_the_newest_group_pending():
-    body = STORE.replace(" // BUG", "") + """
+    body = (
+        STORE.replace(" // BUG", "")
+        + """
 cp.async.bulk.global.shared::cta.bulk_group [%P0], [%s], 128;
 cp.async.bulk.commit_group;
 add.u32 %r5, %s, 128;
@@ -219,6 +249,7 @@ AFTER:
 bar.sync 0;
 st.shared.b32 [%r1], 9; // VICTIM
 """
+    )
     planted(body, [np.zeros(64, np.uint32)], "shared-race", "FIX")
 
 
@@ -230,27 +261,40 @@ cp.async.commit_group;
 
 
 def test_cp_async_read_before_its_wait():
-    body = OWN + COPY + """
+    body = (
+        OWN
+        + COPY
+        + """
 cp.async.wait_group 0; // WAIT
 ld.shared.b32 %r4, [%r1]; // VICTIM
 """
+    )
     planted(body, [np.arange(64, dtype=np.uint32)], "shared-race", "WAIT")
 
 
 def test_cp_async_of_another_warp_needs_a_barrier_too():
-    body = OWN + OTHER_WARP + COPY + """
+    body = (
+        OWN
+        + OTHER_WARP
+        + COPY
+        + """
 cp.async.wait_all;
 bar.sync 0; // FIX
 ld.shared.b32 %r4, [%r3]; // VICTIM
 """
+    )
     planted(body, [np.arange(64, dtype=np.uint32)], "shared-race", "FIX")
 
 
 def test_wait_all_closes_the_open_group():
-    body = OWN + COPY.replace("cp.async.commit_group;\n", "") + """
+    body = (
+        OWN
+        + COPY.replace("cp.async.commit_group;\n", "")
+        + """
 cp.async.wait_all; // WAIT
 ld.shared.b32 %r4, [%r1]; // VICTIM
 """
+    )
     planted(body, [np.arange(64, dtype=np.uint32)], "shared-race", "WAIT")
 
 
@@ -259,7 +303,9 @@ def test_cp_async_through_an_mbarrier():
         BARRIERS.format(empty=64)
         + OWN
         + OTHER_WARP
-        + COPY.replace("cp.async.commit_group;\n", "cp.async.mbarrier.arrive.noinc.shared.b64 [%r91];")
+        + COPY.replace(
+            "cp.async.commit_group;\n", "cp.async.mbarrier.arrive.noinc.shared.b64 [%r91];"
+        )
         + removable_wait("L", "%r91")
         + "\nld.shared.b32 %r4, [%r3]; // VICTIM\n"
     )

@@ -255,8 +255,10 @@ def halves(x, t):
 
 def to_halves(v, t):
     v = v.astype(np.float32)
-    return v.astype(np.float16).view(np.uint16) if t == "f16" else (v.view(np.uint32) >> 16).astype(
-        np.uint16
+    return (
+        v.astype(np.float16).view(np.uint16)
+        if t == "f16"
+        else (v.view(np.uint32) >> 16).astype(np.uint16)
     )
 
 
@@ -298,7 +300,9 @@ def test_vector_atomics(t, n, op):
     else:
         start, x = to_halves(a, base), to_halves(b, base)
     word, old = start.copy(), results(start.shape, start.dtype)
-    body = f"mad.wide.u32 %A0, %t, {n * bits // 8}, %P0; mad.wide.u32 %A1, %t, {n * bits // 8}, %P1;"
+    body = (
+        f"mad.wide.u32 %A0, %t, {n * bits // 8}, %P0; mad.wide.u32 %A1, %t, {n * bits // 8}, %P1;"
+    )
     body += f"mad.wide.u32 %A2, %t, {n * bits // 8}, %P2;"
     sources, dests = [], []
     for k in range(n):
@@ -306,7 +310,9 @@ def test_vector_atomics(t, n, op):
         dests.append(f"{reg}{20 + k}")
         body += f"ld.global.b{bits} {reg}{10 + k}, [%A1 + {k * bits // 8}];"
     noftz = "" if t == "f32" else ".noftz"
-    body += f"atom.global.{op}{noftz}.v{n}.{t} {{{','.join(dests)}}}, [%A0], {{{','.join(sources)}}};"
+    body += (
+        f"atom.global.{op}{noftz}.v{n}.{t} {{{','.join(dests)}}}, [%A0], {{{','.join(sources)}}};"
+    )
     body += f"red.global.{op}{noftz}.v{n}.{t} [%A0], {{{','.join(sources)}}};"
     for k in range(n):
         body += f"st.global.b{bits} [%A2 + {k * bits // 8}], {dests[k]};"
