@@ -6,7 +6,8 @@ PY := $(VENV)/bin/python
 PYTEST_ARGS ?=
 SMOKE ?=
 
-# Kernel threads beat Python threads on small machines; the kernels' own pool reads the same number.
+# Spinning OpenMP threads starve each other on a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help venv build demo test test-full lint format bench venv-peers clean

@@ -18,6 +18,8 @@ import torch
 
 from dskernels import cpu
 from dskernels.cpu import gemm as cpu_gemm
+from dskernels.cpu import mla as cpu_mla
+from dskernels.cpu import moe as cpu_moe
 from dskernels.cpu import rowwise as cpu_rowwise
 from dskernels.types import ScaledTensor
 
@@ -79,7 +81,127 @@ def gemm_case(args: argparse.Namespace) -> tuple[dict, dict, float, float]:
     return calls, errors, 2.0 * m * n * k, float(n * k)
 
 
-CASES = {"gemm": gemm_case}
+def mla_case(args: argparse.Namespace) -> tuple[dict, dict, float, float]:
+    """Decode over a shuffled BF16 cache of pages of 16; torch gets it contiguous."""
+    b, h, length, scale = args.b, args.h, args.s, 0.1352337788608801
+    g = torch.Generator().manual_seed(3)
+    q = torch.randn(b, h, 576, generator=g).bfloat16()
+    kv = (torch.randn(b, length, 576, generator=g) * 0.5).bfloat16()
+    pages = b * length // 16
+    order = torch.randperm(pages, generator=g)
+    cache = torch.empty(pages, 16, 576, dtype=torch.bfloat16)
+    cache[order] = kv.view(pages, 16, 576)
+    table = order.view(b, -1).int().contiguous()
+    lens = torch.full((b,), length, dtype=torch.int32)
+    calls = {
+        "dskernels": lambda: cpu_mla.mla_decode(
+            q[:, None], cache, table, lens, softmax_scale=scale
+        )[0][:, 0]
+    }
+    if "vllm" in args.peers:
+        ops = peers.vllm_ops()
+        flat = cache.view(-1, 1, 576)
+        tokens = (table[..., None] * 16 + torch.arange(16, dtype=torch.int32)).reshape(b, -1)
+        splits = min(max(1, length // 512), 2 * torch.get_num_threads())
+        logits = torch.zeros(b, h, splits, 513)
+        theirs = torch.zeros(b, h, 512, dtype=torch.bfloat16)
+        requests, lens64 = torch.arange(b), lens.long()
+
+        def vllm_decode():
+            ops.decode_attention_cpu(
+                *(q, flat, flat[..., :512], theirs, None, None, None, logits),
+                *(tokens.contiguous(), requests, lens64, scale, 0.0, False, 0, None, None),
+            )
+            return theirs
+
+        calls["vllm"] = vllm_decode
+    if "torch" in args.peers:
+        attention = torch.nn.functional.scaled_dot_product_attention
+        calls["torch sdpa bf16"] = lambda: attention(
+            q[:, None], kv[:, None], kv[:, None, :, :512], scale=scale
+        )[:, 0]
+        wide_q, wide_kv = q.float(), kv.float()
+        calls["torch fp32"] = lambda: (
+            (wide_q @ wide_kv.transpose(1, 2) * scale).softmax(-1) @ wide_kv[..., :512]
+        )
+        calls["torch bf16"] = lambda: (
+            ((q @ kv.transpose(1, 2)).float() * scale).softmax(-1).bfloat16() @ kv[..., :512]
+        )
+    scores = q.double() @ kv.double().transpose(1, 2) * scale
+    exact = scores.softmax(-1) @ kv[..., :512].double()
+    errors = {name: relative_error(call(), exact) for name, call in calls.items()}
+    return calls, errors, 2.0 * b * h * length * 1088, 2.0 * b * length * 576
+
+
+def moe_case(args: argparse.Namespace) -> tuple[dict, dict, float, float]:
+    """Fused experts of V3's width, evenly routed; errors are against fp64 on the FP8 weights."""
+    t, e, k, d, i = args.t, args.e, args.topk, args.d, args.i
+    g = torch.Generator().manual_seed(1)
+    first = [fp8_weight(2 * i, d, 10 + j) for j in range(2)]
+    second = [fp8_weight(d, i, 20 + j) for j in range(2)]
+    pick = [j % 2 for j in range(e)]
+    w13, w2 = (
+        ScaledTensor(
+            torch.stack([base[j].data.view(torch.uint8) for j in pick]).view(torch.float8_e4m3fn),
+            torch.stack([base[j].scale for j in pick]),
+            (128, 128),
+        )
+        for base in (first, second)
+    )
+    x = torch.randn(t, d, generator=g).bfloat16()
+    weights, idx = torch.rand(t, e, generator=g).softmax(-1).topk(k, -1)
+    weights = (weights / weights.sum(-1, keepdim=True)).float()
+    ours = cpu.pack(w13), cpu.pack(w2)
+    calls = {
+        "dskernels w8a8": lambda: cpu_moe.moe_experts(x, *ours, idx, weights),
+        "dskernels w8a16": lambda: cpu_moe.moe_experts(
+            x, *ours, idx, weights, quantize_activations=False
+        ),
+    }
+    if "vllm" in args.peers:
+        ops = peers.vllm_ops()
+        p13, p2 = ops.convert_weight_packed(w13.data), ops.convert_weight_packed(w2.data)
+        out, idx32 = torch.empty_like(x), idx.int()
+
+        def vllm_experts():
+            ops.fused_experts_cpu(
+                *(out, x, p13, p2, weights, idx32, 2, w13.scale, w2.scale, None, None, None),
+                *([128, 128], None, None, None, None, True),
+            )
+            return out
+
+        calls["vllm w8a16"] = vllm_experts
+    if "torch" in args.peers:
+        dense = [[w.dequantize().bfloat16() for w in base] for base in (first, second)]
+        stacks = [torch.stack([base[j] for j in pick]) for base in dense]
+        order = idx.flatten().argsort(stable=True)
+        ends = torch.bincount(idx.flatten(), minlength=e).cumsum(0).int()
+
+        def torch_grouped():
+            h = torch._grouped_mm(x[order // k], stacks[0].transpose(-2, -1), offs=ends)
+            h = torch.nn.functional.silu(h[:, :i]) * h[:, i:]
+            y = torch._grouped_mm(h, stacks[1].transpose(-2, -1), offs=ends)
+            rows = y.float() * weights.flatten()[order, None]
+            return torch.zeros(t, d).index_add_(0, order // k, rows).bfloat16()
+
+        calls["torch grouped bf16"] = torch_grouped
+    exact = torch.zeros(t, d, dtype=torch.float64)
+    wide = [[w.dequantize(torch.float64) for w in base] for base in (first, second)]
+    for expert in range(e) if t <= 64 else ():
+        tokens, slots = (idx == expert).nonzero(as_tuple=True)
+        gate, up = (x[tokens].double() @ wide[0][pick[expert]].T).chunk(2, -1)
+        y = (torch.nn.functional.silu(gate) * up) @ wide[1][pick[expert]].T
+        exact.index_add_(0, tokens, y * weights[tokens, slots, None])
+    del wide
+    errors = {
+        name: relative_error(call(), exact) if t <= 64 else None for name, call in calls.items()
+    }
+    active = idx.unique().numel()
+    return calls, errors, 2.0 * t * k * 3 * d * i, 3.0 * active * d * i
+
+
+CASES = {"gemm": gemm_case, "mla": mla_case, "moe": moe_case}
+SHAPES = {"gemm": ("m", "n", "k"), "mla": ("b", "h", "s"), "moe": ("t", "e", "topk", "d", "i")}
 
 
 def run_case(args: argparse.Namespace) -> dict:
@@ -92,9 +214,6 @@ def run_case(args: argparse.Namespace) -> dict:
     shape = {key: getattr(args, key) for key in SHAPES[args.op]}
     threads = torch.get_num_threads()
     return {"op": args.op, **shape, "cold": args.cold, "threads": threads, "rows": rows}
-
-
-SHAPES = {"gemm": ("m", "n", "k")}
 
 
 def machine() -> dict:
@@ -136,6 +255,14 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--m", type=int, default=64, help="rows (gemm)")
     parse.add_argument("--n", type=int, default=4096)
     parse.add_argument("--k", type=int, default=7168)
+    parse.add_argument("--b", type=int, default=1, help="requests (mla)")
+    parse.add_argument("--h", type=int, default=128, help="heads (mla)")
+    parse.add_argument("--s", type=int, default=8192, help="cached tokens, a multiple of 16 (mla)")
+    parse.add_argument("--t", type=int, default=8, help="tokens (moe)")
+    parse.add_argument("--e", type=int, default=16, help="experts (moe)")
+    parse.add_argument("--topk", type=int, default=8)
+    parse.add_argument("--d", type=int, default=7168)
+    parse.add_argument("--i", type=int, default=2048)
     parse.add_argument("--cold", action="store_true", help="rotate through 800 MB of weights")
     parse.add_argument("--threads", type=int, default=torch.get_num_threads())
     parse.add_argument("--peers", default="torch", help="comma-separated: vllm, torch")

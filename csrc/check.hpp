@@ -21,7 +21,8 @@ template <typename... Args>
 }  // namespace dsk
 
 // DSK_CHECK(a.k == b.k, "b: expected k = ", a.k, ", got ", b.k): name, expected, actual.
-#define DSK_CHECK(condition, ...)                      \
-  do {                                                 \
-    if (!(condition)) [[unlikely]] ::dsk::fail(__VA_ARGS__); \
+#define DSK_CHECK(condition, ...)  \
+  do {                             \
+    if (!(condition)) [[unlikely]] \
+      ::dsk::fail(__VA_ARGS__);    \
   } while (false)

@@ -28,14 +28,14 @@ struct Scales {
 
 // One struct for every op that ends in a row: quantise, RMSNorm, SwiGLU and their fusions.
 struct RowwiseParams {
-  int64_t m = 0, k = 0;        // of the result
-  Matrix x;                    // [m, k]; SwiGLU [m, 2 k] = [gate; up]
-  Matrix residual;             // [m, k] or null
-  Matrix weight;               // [k]
+  int64_t m = 0, k = 0;  // of the result
+  Matrix x;              // [m, k]; SwiGLU [m, 2 k] = [gate; up]
+  Matrix residual;       // [m, k] or null
+  Matrix weight;         // [k]
   float eps = 0;
-  MutableMatrix y;             // [m, k] or null
-  MutableMatrix sum;           // [m, k] or null: x + residual
-  uint8_t* data = nullptr;     // e4m3 [m, k] or null
+  MutableMatrix y;          // [m, k] or null
+  MutableMatrix sum;        // [m, k] or null: x + residual
+  uint8_t* data = nullptr;  // e4m3 [m, k] or null
   int64_t data_stride = 0;
   Scales scale;
   int64_t block_m = 1, block_k = 128;
@@ -71,6 +71,26 @@ struct GemmParams {
   int threads = 1;
 };
 
+// The routed experts of x: sum over k of weight * w2 swiglu(w13 x).
+struct PackedExperts {
+  const uint8_t* weights = nullptr;     // [e][packed bytes]
+  const uint8_t* nan_blocks = nullptr;  // [e][marks]
+  const float* scale = nullptr;         // [e][ceil(n / 128)][ceil(k / 128)], strides below
+  int64_t scale_e = 0, scale_n = 0, scale_k = 0;
+};
+
+struct MoeParams {
+  int64_t t = 0, k = 0, e = 0, d = 0, i = 0;
+  Matrix x;                             // [t, d]
+  PackedExperts w13;                    // [e, 2 i, d] = [gate; up]
+  PackedExperts w2;                     // [e, d, i]
+  const int64_t* topk_idx = nullptr;    // [t, k], -1: none
+  const float* topk_weights = nullptr;  // [t, k]
+  bool quantize = true;  // W8A8: x and the hidden rows become e4m3 in blocks (1, 128)
+  MutableMatrix out;     // [t, d], x's type
+  int threads = 1;
+};
+
 // Attention of query rows over keys and values that lie in pages: MLA decode over the latent cache
 // (a value is the head of its key) and prefill (one "page" per request) are the same loop.
 enum class CacheKind : int { kBF16, kF16, kF32, kFP8Rows };
@@ -80,9 +100,9 @@ struct KeyValues {
   const char* keys = nullptr;    // [pages][page][row]: bytes, see the strides
   const char* values = nullptr;  // the same pages; keys for a latent cache
   int64_t key_page = 0, key_row = 0, value_page = 0, value_row = 0;  // strides in bytes
-  int64_t page = 1;  // tokens of a page
-  int64_t dk = 0;    // width of a key
-  int64_t dv = 0;    // width of a value
+  int64_t page = 1;                                                  // tokens of a page
+  int64_t dk = 0;                                                    // width of a key
+  int64_t dv = 0;                                                    // width of a value
 };
 
 struct DecodeParams {
@@ -102,13 +122,13 @@ struct DecodeParams {
 
 struct PrefillParams {
   int64_t requests = 0, h = 0;
-  const char* q = nullptr;  // [t, h, dk]
-  int64_t q_token = 0, q_head = 0;  // strides in bytes
-  Type type = Type::kBF16;  // of q, k, v and out
-  KeyValues kv;             // of head 0; page is unused
+  const char* q = nullptr;               // [t, h, dk]
+  int64_t q_token = 0, q_head = 0;       // strides in bytes
+  Type type = Type::kBF16;               // of q, k, v and out
+  KeyValues kv;                          // of head 0; page is unused
   int64_t key_head = 0, value_head = 0;  // bytes from one head to the next
-  const int32_t* starts_q = nullptr;  // [requests + 1]
-  const int32_t* starts_k = nullptr;  // [requests + 1]
+  const int32_t* starts_q = nullptr;     // [requests + 1]
+  const int32_t* starts_k = nullptr;     // [requests + 1]
   float scale = 1;
   bool causal = true;
   void* out = nullptr;   // [t, h, dv], contiguous

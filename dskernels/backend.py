@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 
 from . import env
-from .types import Support
+from .types import Support, Unsupported
 
 __all__ = [
     "BACKENDS",
@@ -86,10 +86,6 @@ SHAPE_LETTERS = {
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot run this call; the message says why."""
-
-
-class Unsupported(Exception):
-    """Raised by an implementation, before it changes anything, for a call it cannot run."""
 
 
 _current: str = env.get("DSK_BACKEND")

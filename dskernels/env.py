@@ -77,6 +77,27 @@ VARIABLES: dict[str, Variable] = {
             when="native",
         ),
         Variable(
+            "DSK_CUDA_DRIVER",
+            "",
+            "path of a libcuda.so.1",
+            "CUDA driver of the cuda backend; default: libcuda.so.1 by the loader's search.",
+            when="native",
+        ),
+        Variable(
+            "DSK_EMU_SEED",
+            "",
+            "an integer; 0 is the fixed schedule",
+            "Seed of the emulator's schedule for kernels that ops launch on it.",
+            when="native",
+        ),
+        Variable(
+            "DSK_EMU_THREADS",
+            "",
+            "a positive integer",
+            "Host threads of the Hopper emulator; default: the number of processors.",
+            when="native",
+        ),
+        Variable(
             "DSK_BUILD_TYPE",
             "Release",
             "a CMake build type",

@@ -1,4 +1,4 @@
-"""The two value types of the public interface: `ScaledTensor` and `Support`."""
+"""The value types of the public interface, `ScaledTensor` and `Support`, and `Unsupported`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class Support(NamedTuple):
 
     def __bool__(self) -> bool:
         return self.ok
+
+
+class Unsupported(Exception):
+    """Raised by an implementation, before it changes anything, for a call it cannot run."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,6 +112,17 @@ DSK_API int dsk_mla_prefill(const DLTensor* q, const DLTensor* k, const DLTensor
                             double softmax_scale, int causal, const DLTensor* out,
                             const DLTensor* lse, int num_threads);
 
+/* ---- moe ---- */
+
+/* x [t, d] (bf16 | fp16 | fp32), w13 packed [e, 2 i, d] = [gate; up], w2 packed [e, d, i], i a
+ * multiple of 64, scales fp32 [e, ceil(n/128), ceil(k/128)], topk_idx int64 [t, k] (-1: none),
+ * topk_weights fp32 [t, k] -> out [t, d] of x's type. quantize: W8A8, else W8A16. */
+DSK_API int dsk_moe_experts(const DLTensor* x, const DLTensor* w13, const DLTensor* marks13,
+                            const DLTensor* scale13, const DLTensor* w2, const DLTensor* marks2,
+                            const DLTensor* scale2, const DLTensor* topk_idx,
+                            const DLTensor* topk_weights, int64_t intermediate, int quantize,
+                            const DLTensor* out, int num_threads);
+
 #ifdef __cplusplus
 }
 #endif

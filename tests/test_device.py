@@ -1,7 +1,9 @@
 """The device layer: its own declarations of the driver API, and machines without a driver."""
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,48 @@ def test_a_driver_without_an_entry_point_is_refused_by_that_entry(tmp_path):
     status = _C.driver_status(build_fake_driver(tmp_path, bare))
     assert not status["available"]
     assert "cuLaunchKernelEx" in status["reason"]
+
+
+EMULATED = sorted(ROOT.glob("build/cmake-*/emulated/libcuda.so.1"))
+LAUNCH = """
+import torch
+from dskernels import _C
+from dskernels.cuda import launchers
+from dskernels.ref import rowwise
+
+x = torch.randn(5, 256)
+data, scale = torch.empty(5, 256, dtype=torch.float8_e4m3fn), torch.zeros(2, 8)
+launchers().rowwise_quantize(
+    machine="cuda", ordinal=0, stream=0, x=x.data_ptr(), is_bf16=False, data=data.data_ptr(),
+    scale=scale.data_ptr(), rows=5, cols=256, ld_x=256, ld_data=256, ld_scale=8, ue8m0=False,
+    num_sms=0,
+)
+want = rowwise.quantize(x)
+assert torch.equal(data.view(torch.uint8), want.data.view(torch.uint8))
+assert torch.equal(scale.t()[:5], want.scale)
+try:  # what the emulator finds wrong comes back as the driver's error, with its text
+    launchers().rowwise_quantize(
+        machine="cuda", ordinal=0, stream=0, x=0, is_bf16=False, data=data.data_ptr(),
+        scale=scale.data_ptr(), rows=5, cols=256, ld_x=256, ld_data=256, ld_scale=8, ue8m0=False,
+        num_sms=0,
+    )
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not EMULATED, reason="libcuda.so.1 of the emulator was not built here")
+def test_launchers_run_through_dlopen_on_the_emulators_libcuda():
+    status = _C.driver_status(str(EMULATED[0]))
+    assert status["available"] and status["devices"] >= 1, status
+    environment = {**os.environ, "DSK_CUDA_DRIVER": str(EMULATED[0])}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CUDA_ERROR" in done.stdout and "null" in done.stdout, done.stdout

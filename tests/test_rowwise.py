@@ -65,6 +65,20 @@ def test_swiglu(backend, m, k, dtype):
     assert_close_to_exact(got, ref.swiglu(x.double()), ref.swiglu(x))
 
 
+@pytest.mark.parametrize("scale_format", ["fp32", "ue8m0"])
+def test_swiglu_quantize(backend, scale_format):
+    need("swiglu_quantize", backend)
+    x = 3 * torch.randn(7, 576)
+    got = dsk.swiglu_quantize(on_device(x, backend), scale_format=scale_format, backend=backend)
+    want = ref.swiglu_quantize(x, scale_format=scale_format)
+    # The exponential's last bit may move a scale by an ulp and a value by a step of the format.
+    torch.testing.assert_close(on_cpu(got.scale), want.scale, rtol=1e-5, atol=0)
+    torch.testing.assert_close(on_cpu(got).dequantize(), want.dequantize(), rtol=2**-3, atol=1e-3)
+    exact = ref.swiglu(x.double())
+    error = (on_cpu(got).dequantize() - exact).abs().max()
+    assert error <= 1.01 * (want.dequantize() - exact).abs().max()
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_rope_turns_and_turns_back(backend, interleaved):
     need("rope", backend)

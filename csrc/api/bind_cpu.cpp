@@ -85,14 +85,14 @@ void unpack(py::handle packed, py::handle b, int threads) {
   without_gil([&] { return dsk_unpack(packed_.get(), b_.get(), threads); });
 }
 
-void gemm(py::handle x, py::handle scale_x, py::handle packed, py::handle marks,
-          py::handle scale_b, py::handle c, py::handle bias, py::handle y, int threads) {
+void gemm(py::handle x, py::handle scale_x, py::handle packed, py::handle marks, py::handle scale_b,
+          py::handle c, py::handle bias, py::handle y, int threads) {
   const TensorArg x_("x", x), scale_x_("scale_x", scale_x), packed_("packed", packed);
   const TensorArg marks_("marks", marks), scale_b_("scale_b", scale_b), c_("c", c);
   const TensorArg bias_("bias", bias), y_("y", y, true);
   without_gil([&] {
-    return dsk_gemm(x_.get(), scale_x_.get(), packed_.get(), marks_.get(), scale_b_.get(),
-                    c_.get(), bias_.get(), y_.get(), threads);
+    return dsk_gemm(x_.get(), scale_x_.get(), packed_.get(), marks_.get(), scale_b_.get(), c_.get(),
+                    bias_.get(), y_.get(), threads);
   });
 }
 
@@ -118,6 +118,21 @@ void mla_prefill(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens
   });
 }
 
+void moe_experts(py::handle x, py::handle w13, py::handle marks13, py::handle scale13,
+                 py::handle w2, py::handle marks2, py::handle scale2, py::handle topk_idx,
+                 py::handle topk_weights, int64_t intermediate, bool quantize, py::handle out,
+                 int threads) {
+  const TensorArg x_("x", x), w13_("w13", w13), marks13_("marks13", marks13);
+  const TensorArg scale13_("scale13", scale13), w2_("w2", w2), marks2_("marks2", marks2);
+  const TensorArg scale2_("scale2", scale2), idx_("topk_idx", topk_idx);
+  const TensorArg weights_("topk_weights", topk_weights), out_("out", out, true);
+  without_gil([&] {
+    return dsk_moe_experts(x_.get(), w13_.get(), marks13_.get(), scale13_.get(), w2_.get(),
+                           marks2_.get(), scale2_.get(), idx_.get(), weights_.get(), intermediate,
+                           quantize, out_.get(), threads);
+  });
+}
+
 std::string text_or_raise(const char* text) {
   if (text == nullptr) throw py::value_error(dsk_last_error());
   return text;
@@ -131,9 +146,7 @@ void dsk::api::bind_cpu(pybind11::module_& m) {
   py::module_ cpu = m.def_submodule("cpu", "CPU kernels; see dskernels.cpu");
   cpu.def("target", [] { return text_or_raise(dsk_cpu_target()); });
   cpu.def("target_reason", [] { return text_or_raise(dsk_cpu_target_reason()); });
-  cpu.def("select_target", [](const std::string& name) {
-    dsk::cpu::select_target(name.c_str());
-  });
+  cpu.def("select_target", [](const std::string& name) { dsk::cpu::select_target(name.c_str()); });
   cpu.def("available_targets", [] {
     py::list names;
     for (const char* name : dsk::cpu::available_targets()) names.append(name);
@@ -153,4 +166,5 @@ void dsk::api::bind_cpu(pybind11::module_& m) {
   cpu.def("gemm", &gemm);
   cpu.def("mla_decode", &mla_decode);
   cpu.def("mla_prefill", &mla_prefill);
+  cpu.def("moe_experts", &moe_experts);
 }

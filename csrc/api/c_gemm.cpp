@@ -9,11 +9,6 @@ using namespace dsk::api;
 
 namespace {
 
-void check_bytes(const Arg& arg, const char* name) {
-  DSK_CHECK(arg.is_bytes(), name, ": expected uint8");
-  arg.contiguous_last();
-}
-
 int64_t blocks(int64_t size) { return (size + cpu::kScaleBlock - 1) / cpu::kScaleBlock; }
 
 }  // namespace
@@ -32,8 +27,9 @@ int dsk_pack(const DLTensor* b, const DLTensor* packed, const DLTensor* marks, i
     const Arg from("b", b), to("packed", packed), nans("marks", marks);
     from.shape({-1, -1, -1}).contiguous_last().type({Type::kE4M3});
     const cpu::PackedShape shape{from.size(1), from.size(2)};
-    check_bytes(to.shape({from.size(0), shape.bytes()}).writable(), "packed");
-    check_bytes(nans.shape({from.size(0), dsk_packed_marks(shape.n, shape.k)}).writable(), "marks");
+    to.shape({from.size(0), shape.bytes()}).writable().contiguous_last().bytes();
+    nans.shape({from.size(0), dsk_packed_marks(shape.n, shape.k)}).writable().contiguous_last();
+    nans.bytes();
     for (int64_t g = 0; g < from.size(0); ++g) {
       cpu::pack(from.data<uint8_t>() + g * from.stride(0), from.stride(1), shape,
                 to.data<uint8_t>() + g * to.stride(0), nans.data<uint8_t>() + g * nans.stride(0),
@@ -47,7 +43,7 @@ int dsk_unpack(const DLTensor* packed, const DLTensor* b, int num_threads) {
     const Arg from("packed", packed), to("b", b);
     to.shape({-1, -1, -1}).writable().contiguous_last().type({Type::kE4M3});
     const cpu::PackedShape shape{to.size(1), to.size(2)};
-    check_bytes(from.shape({to.size(0), shape.bytes()}), "packed");
+    from.shape({to.size(0), shape.bytes()}).contiguous_last().bytes();
     for (int64_t g = 0; g < to.size(0); ++g) {
       cpu::unpack(from.data<uint8_t>() + g * from.stride(0), shape,
                   to.data<uint8_t>() + g * to.stride(0), to.stride(1),
@@ -73,8 +69,8 @@ int dsk_gemm(const DLTensor* x, const DLTensor* scale_x, const DLTensor* packed,
     if (scale_x != nullptr) {
       p.scale_x = Arg("scale_x", scale_x).shape({p.m, blocks(p.k)}).scales();
     }
-    check_bytes(weights.shape({1, dsk_packed_bytes(p.n, p.k)}), "packed");
-    check_bytes(nans.shape({1, dsk_packed_marks(p.n, p.k)}), "marks");
+    weights.shape({1, dsk_packed_bytes(p.n, p.k)}).contiguous_last().bytes();
+    nans.shape({1, dsk_packed_marks(p.n, p.k)}).contiguous_last().bytes();
     p.weights = weights.data<const uint8_t>();
     p.nan_blocks = nans.data<const uint8_t>();
     p.scale_w = Arg("scale_b", scale_b).shape({blocks(p.n), blocks(p.k)}).scales();

@@ -45,8 +45,8 @@ KeyValues latent_cache(const Arg& cache, int64_t width, int64_t dv) {
 void check_table(const DecodeParams& p, int64_t max_pages, int64_t pages) {
   for (int64_t b = 0; b < p.b; ++b) {
     const int64_t length = p.seq_lens[b];
-    DSK_CHECK(length >= 0 && length <= max_pages * p.cache.page, "seq_lens[", b, "]: expected 0 .. ",
-              max_pages * p.cache.page, ", got ", length);
+    DSK_CHECK(length >= 0 && length <= max_pages * p.cache.page, "seq_lens[", b,
+              "]: expected 0 .. ", max_pages * p.cache.page, ", got ", length);
     for (int64_t i = 0; i * p.cache.page < length; ++i) {
       const int64_t page = p.block_table[b * p.table_stride + i];
       DSK_CHECK(page >= 0 && page < pages, "block_table[", b, ", ", i, "]: expected 0 .. ",

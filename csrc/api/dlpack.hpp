@@ -74,8 +74,8 @@ class TensorArg {
       PyErr_Clear();
       return nullptr;
     }
-    auto* api = static_cast<const DLPackExchangeAPI*>(
-        PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    auto* api =
+        static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
     if (api == nullptr) PyErr_Clear();
     Py_DECREF(capsule);
     while (api != nullptr && api->version.major != 1) api = api->previous;
@@ -96,8 +96,8 @@ class TensorArg {
     if (api == nullptr) return false;
     if (api->dltensor_from_py_object(object.ptr(), &tensor_) != 0) {
       py::error_already_set error;
-      throw Error(std::string(name) + ": expected a dense tensor, got one that DLPack refuses: " +
-                  error.what());
+      throw Error(std::string(name) +
+                  ": expected a dense tensor, got one that DLPack refuses: " + error.what());
     }
     return true;
   }
@@ -108,8 +108,7 @@ class TensorArg {
                            std::string(py::str(py::type::handle_of(object))));
     }
     try {
-      capsule_ = object.attr("__dlpack__")(
-          py::arg("max_version") = py::make_tuple(1, 0));
+      capsule_ = object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
     } catch (py::error_already_set& error) {
       if (!error.matches(PyExc_TypeError)) throw;
       capsule_ = object.attr("__dlpack__")();

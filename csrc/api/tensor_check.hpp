@@ -12,8 +12,8 @@
 namespace dsk::api {
 
 inline std::string type_name(DLDataType type) {
-  static constexpr const char* kNames[] = {"int", "uint", "float", "opaque", "bfloat", "complex",
-                                           "bool"};
+  static constexpr const char* kNames[] = {"int",    "uint",    "float", "opaque",
+                                           "bfloat", "complex", "bool"};
   if (type.code == 10) return "float8_e4m3fn";
   if (type.code >= 7) return "DLPack type code " + std::to_string(type.code);
   return kNames[type.code] + std::to_string(type.bits);
@@ -112,6 +112,10 @@ class Arg {
     DSK_CHECK(t.code == 0 && t.bits == 8 * sizeof(T), name_, ": expected int", 8 * sizeof(T),
               ", got ", type_name(t));
     return data<const T>();
+  }
+  const Arg& bytes() const {
+    DSK_CHECK(is_bytes(), name_, ": expected uint8, got ", type_name(tensor_->dtype));
+    return *this;
   }
   bool is_bytes() const { return tensor_->dtype.code == 1 && tensor_->dtype.bits == 8; }
 

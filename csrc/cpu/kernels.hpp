@@ -16,6 +16,7 @@ struct Kernels {
   void (*gemm)(const GemmParams&);
   void (*mla_decode)(const DecodeParams&);
   void (*mla_prefill)(const PrefillParams&);
+  void (*moe_experts)(const MoeParams&);
 };
 
 // The table in use: the best this processor runs, or the one DSK_CPU_TARGET names. Throws

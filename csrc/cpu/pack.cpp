@@ -56,8 +56,8 @@ void unpack_panel(void* context, int64_t panel, int) {
 
 }  // namespace
 
-void pack(const uint8_t* b, int64_t stride, PackedShape shape, uint8_t* packed,
-          uint8_t* nan_blocks, int threads) {
+void pack(const uint8_t* b, int64_t stride, PackedShape shape, uint8_t* packed, uint8_t* nan_blocks,
+          int threads) {
   Job job{b, packed, stride, shape, nan_blocks};
   run_tasks(shape.panels(), threads, pack_panel, &job);
 }

@@ -14,15 +14,13 @@
 
 namespace dsk::cpu {
 
-constexpr int64_t kPanel = 64;      // n of a panel
+constexpr int64_t kPanel = 64;        // n of a panel
 constexpr int64_t kScaleBlock = 128;  // k and n that share a weight scale
-constexpr int64_t kDepthStep = 32;  // k is padded to this: the depth of an AMX tile
+constexpr int64_t kDepthStep = 32;    // k is padded to this: the depth of an AMX tile
 
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-constexpr int word_column(int word) {
-  return word % 8 / 4 * 16 + word / 8 * 4 + word % 4;
-}
+constexpr int word_column(int word) { return word % 8 / 4 * 16 + word / 8 * 4 + word % 4; }
 
 struct PackedShape {
   int64_t n, k;
@@ -36,8 +34,8 @@ struct PackedShape {
 
 // b [n, k] e4m3 with row stride -> packed. nan_blocks [panels, blocks]: 1 where a NaN is inside.
 // unpack is its inverse.
-void pack(const uint8_t* b, int64_t stride, PackedShape shape, uint8_t* packed,
-          uint8_t* nan_blocks, int threads);
+void pack(const uint8_t* b, int64_t stride, PackedShape shape, uint8_t* packed, uint8_t* nan_blocks,
+          int threads);
 void unpack(const uint8_t* packed, PackedShape shape, uint8_t* b, int64_t stride, int threads);
 
 }  // namespace dsk::cpu

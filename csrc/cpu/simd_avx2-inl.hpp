@@ -59,8 +59,7 @@ DSK_INLINE __m128i narrow16(__m256i v) {
 DSK_INLINE void store_bf16(uint16_t* p, F32 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   const __m256i chosen = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
@@ -95,8 +94,7 @@ DSK_INLINE void store_e4m3(uint8_t* p, F32 v) {
   code = _mm256_sub_epi32(_mm256_srli_epi32(code, 20), _mm256_set1_epi32(120 << 3));
   // Below 2^-6: 2^14 has an ulp of 2^-9, so this addition is the rounding to a multiple of 2^-9.
   const F32 shifted = add(_mm256_castsi256_ps(magnitude), set1(16384.0f));
-  const __m256i subnormal =
-      _mm256_and_si256(_mm256_castps_si256(shifted), _mm256_set1_epi32(15));
+  const __m256i subnormal = _mm256_and_si256(_mm256_castps_si256(shifted), _mm256_set1_epi32(15));
   const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(121 << 23), magnitude);
   code = _mm256_min_epi32(_mm256_blendv_epi8(code, subnormal, small), _mm256_set1_epi32(0x7e));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));

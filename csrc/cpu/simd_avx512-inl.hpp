@@ -18,7 +18,9 @@ DSK_INLINE F32 abs(F32 a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
 // max(a, b) and min(a, b) return b when either is NaN: put the accumulator second to skip NaNs.
 DSK_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 DSK_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
-DSK_INLINE F32 round_even(F32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+DSK_INLINE F32 round_even(F32 a) {
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 DSK_INLINE float reduce_add(F32 a) { return _mm512_reduce_add_ps(a); }
 DSK_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a); }
 

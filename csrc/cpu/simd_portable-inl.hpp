@@ -124,8 +124,8 @@ DSK_INLINE F32 load_e4m3(const uint8_t* p) {
   return each([&](int i) {
     const int exponent = p[i] >> 3 & 15, mantissa = p[i] & 7;
     float value = (p[i] & 0x7f) == 0x7f ? NAN
-                  : exponent            ? std::ldexp(static_cast<float>(8 + mantissa), exponent - 10)
-                                        : static_cast<float>(mantissa) * 0.001953125f;
+                  : exponent ? std::ldexp(static_cast<float>(8 + mantissa), exponent - 10)
+                             : static_cast<float>(mantissa) * 0.001953125f;
     return p[i] & 0x80 ? -value : value;
   });
 }

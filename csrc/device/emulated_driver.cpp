@@ -99,9 +99,8 @@ cu::Result device_get(cu::Device* device, int ordinal) {
 }
 
 cu::Result device_get_name(char* name, int length, cu::Device) {
-  const char text[] = "Hopper emulator (sm_90a)";
   if (length <= 0) return refuse(cu::kInvalidValue, "name buffer of no length");
-  std::strncpy(name, text, size_t(length));
+  std::strncpy(name, kEmulatedDeviceName, size_t(length));
   name[length - 1] = '\0';
   return cu::kSuccess;
 }
@@ -239,6 +238,7 @@ std::map<void*, std::vector<size_t>> registered;
 
 cu::Result mem_host_register(void* address, size_t bytes, unsigned flags) {
   return guarded([&] {
+    if (!address) return refuse(cu::kInvalidValue, "a kernel was given a null pointer to memory");
     const bool read_only = (flags & cu::kHostRegisterReadOnly) != 0;
     emu::AddressSpace::instance().lend(reinterpret_cast<uint64_t>(address), bytes, read_only,
                                        "host memory");

@@ -7,6 +7,8 @@
 
 namespace dsk::device {
 
+inline constexpr char kEmulatedDeviceName[] = "Hopper emulator (sm_90a)";
+
 const cu::DriverApi& emulated_driver();
 
 }  // namespace dsk::device

@@ -65,10 +65,16 @@ class Cutter {
     if (c == '"') return string();
     if (std::isdigit(static_cast<unsigned char>(c))) {
       while (std::isalnum(static_cast<unsigned char>(at(pos_)))) ++pos_;
-      // `.version 8.8` and the like; operands have no decimal points worth a number token.
+      // `.version 8.8`, `0.5`, `1.0E-3`.
       if (at(pos_) == '.' && std::isdigit(static_cast<unsigned char>(at(pos_ + 1)))) {
         ++pos_;
         while (std::isdigit(static_cast<unsigned char>(at(pos_)))) ++pos_;
+        const bool sign = at(pos_ + 1) == '-' || at(pos_ + 1) == '+';
+        const char digit = at(pos_ + 1 + sign);
+        if ((at(pos_) | 0x20) == 'e' && std::isdigit(static_cast<unsigned char>(digit))) {
+          pos_ += 1u + sign;
+          while (std::isdigit(static_cast<unsigned char>(at(pos_)))) ++pos_;
+        }
       }
       return make(Token::Number, start);
     }

@@ -2,6 +2,7 @@
 #include "emu/parser.hpp"
 
 #include <cctype>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <tuple>
@@ -51,6 +52,16 @@ u64 parse_literal(std::string_view text, u32 line, Type* literal) {
     throw PtxError(line, "bad number '" + std::string(text.substr(0, 64)) + "'");
   };
   *literal = Type::None;
+  if (text.find('.') != std::string_view::npos) {  // 0.5, 1.0E-3: doubles, narrowed by their use
+    const std::string copy(text);
+    char* stop = nullptr;
+    const double value = std::strtod(copy.c_str(), &stop);
+    if (stop != copy.c_str() + copy.size()) return bad();
+    *literal = Type::F64;
+    u64 bits;
+    std::memcpy(&bits, &value, 8);
+    return bits;
+  }
   int base = 10;
   std::size_t k = 0;
   if (text.size() > 1 && text[0] == '0') {

@@ -193,7 +193,11 @@ Operand Parser::parse_number() {
   if (peek().token != Token::Number) fail("expected a number");
   const Lexeme& t = take();
   o.imm = parse_literal(t.text, t.line, &o.literal);
-  if (negative) o.imm = ~o.imm + 1;
+  if (!negative) return o;
+  if (o.literal == Type::None)
+    o.imm = ~o.imm + 1;
+  else
+    o.imm ^= u64{1} << (o.literal == Type::F32 ? 31 : 63);
   return o;
 }
 

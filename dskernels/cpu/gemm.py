@@ -18,6 +18,8 @@ from . import rowwise
 from .packing import PackedWeight, packed
 
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
+# From this many rows on every target uses one unit whatever their number (csrc/cpu: kMaxHalfRows).
+_SAME_UNIT_ROWS = 16
 Operand = torch.Tensor | ScaledTensor
 Weight = torch.Tensor | ScaledTensor | PackedWeight
 
@@ -38,6 +40,9 @@ def gemm(
 
     The result does not depend on the number of threads. NaN and infinities propagate; no finite
     input overflows inside. out_dtype defaults to bf16 (W8A8) or a's dtype (W8A16).
+
+    Few rows run on another unit than many, so a row's last bits depend on how many there are.
+    deterministic=True pads few rows with zeros: the same row then gives the same bits in any batch.
     """
     if not _is_native(a, b, (c, bias), out_dtype, out):
         b = b.unpack() if isinstance(b, PackedWeight) else b
@@ -49,6 +54,8 @@ def gemm(
         )
     if epilogue not in ref.EPILOGUES:
         raise ValueError(f"epilogue: expected one of {ref.EPILOGUES}, got {epilogue!r}")
+    if deterministic and 0 < a.shape[0] < _SAME_UNIT_ROWS:
+        return _gemm_padded(a, b, out, out_dtype, c, bias, epilogue)
     shape = (a.shape[0], b.shape[0])
     scaled = isinstance(a, ScaledTensor)
     default = torch.bfloat16 if scaled else a.dtype
@@ -112,6 +119,27 @@ def grouped_gemm(
     if epilogue is not None:
         return _finish(result, epilogue, out, out_dtype or default)
     return result if out is None else out.copy_(result)
+
+
+def _gemm_padded(a, b, out, out_dtype, c, bias, epilogue) -> torch.Tensor | ScaledTensor:
+    """gemm of few rows among zero rows, so that they meet the unit that many rows meet."""
+    m = a.shape[0]
+    missing = _SAME_UNIT_ROWS - m
+    wide_c = None if c is None else _pad_rows(c, missing)
+    if isinstance(a, ScaledTensor):
+        data = _pad_rows(a.data.view(torch.uint8), missing).view(a.data.dtype)
+        wide_a = ScaledTensor(data, _pad_rows(a.scale, missing), a.block, a.dtype)
+    else:
+        wide_a = _pad_rows(a, missing)
+    options = dict(out_dtype=out.dtype if out is not None else out_dtype, bias=bias)
+    y = gemm(wide_a, b, c=wide_c, epilogue=epilogue, **options)
+    if isinstance(y, ScaledTensor):
+        return _rows(y, slice(0, m))
+    return y[:m].clone() if out is None else out.copy_(y[:m])
+
+
+def _pad_rows(x: torch.Tensor, missing: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, missing))
 
 
 def _rows(a: Operand, rows: slice) -> Operand:

@@ -11,15 +11,12 @@ from __future__ import annotations
 import torch
 
 from .. import _C
-from ..backend import Unsupported
 from ..ref import mla as ref
-from ..ref.mla import fp8_row_bytes
+from ..types import Unsupported
 from . import prefill
 from .prefill import mla_prefill_backward
 
 __all__ = [
-    "fp8_row_bytes",
-    "mla_cache_append",
     "mla_decode",
     "mla_prefill",
     "mla_prefill_backward",
@@ -76,12 +73,16 @@ def mla_prefill(
     Requests of one length that attend themselves (training) run on PyTorch's fused kernel, every
     other batch on ours.
     """
+    fixed = dict(causal=causal, softmax_scale=softmax_scale)
     try:
-        return prefill.mla_prefill(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, softmax_scale=softmax_scale
-        )
+        return prefill.mla_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, **fixed)
     except Unsupported:
-        pass  # the general batch: below
+        return _ragged_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, **fixed)
+
+
+def _ragged_prefill(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *, causal, softmax_scale
+) -> tuple[torch.Tensor, torch.Tensor]:
     if not (q.dtype == k.dtype == v.dtype and q.dtype in _FLOATS and q.dim() == 3):
         return ref.mla_prefill(
             q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, softmax_scale=softmax_scale
@@ -93,6 +94,3 @@ def mla_prefill(
     ends = [x.to(torch.int32).contiguous() for x in (cu_seqlens_q, cu_seqlens_k)]
     _C.cpu.mla_prefill(*rows, *ends, scale, causal, out, lse, torch.get_num_threads())
     return out, lse
-
-
-mla_cache_append = ref.mla_cache_append

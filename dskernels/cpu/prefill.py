@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..backend import Unsupported
+from ..types import Unsupported
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..backend import Unsupported
-from ..types import ScaledTensor, Support
+from ..types import ScaledTensor, Support, Unsupported
 from . import launchers
 from ._tensor import device_of, stream_of
 

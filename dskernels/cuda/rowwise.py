@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..backend import Unsupported
-from ..types import ScaledTensor, Support
+from ..types import ScaledTensor, Support, Unsupported
 from . import launchers
 from ._tensor import device_of, stream_of
 

@@ -12,8 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend import Unsupported
-from ..types import ScaledTensor, Support
+from ..types import ScaledTensor, Support, Unsupported
 from . import interpreting
 from .cast import cast_to, decode_e4m3
 

@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend import Unsupported
-from ..types import ScaledTensor
+from ..types import ScaledTensor, Unsupported
 from .cast import cast_to, encode_e4m3, scale_of
 
 GROUP = 128  # values that share a scale
@@ -139,11 +138,15 @@ def quantize(
     return _quantize(x, x.shape[1], scale_format, swiglu=False)
 
 
-def swiglu_quantize(x: torch.Tensor, scale_format: str = "fp32") -> ScaledTensor:
+def swiglu_quantize(
+    x: torch.Tensor, *, block: tuple[int, int] = (1, 128), scale_format: str = "fp32"
+) -> ScaledTensor:
     """x [m, 2k] = [gate; up] -> silu(gate) * up [m, k] in e4m3, one scale per 1 x 128."""
     _need_plain("x", x)
-    if x.dim() != 2:
-        raise Unsupported(f"x: expected [m, 2k], got {tuple(x.shape)}")
+    if x.dim() != 2 or tuple(block) != (1, GROUP):
+        raise Unsupported(
+            f"expected [m, 2k] in blocks of (1, {GROUP}), got {tuple(x.shape)} in {tuple(block)}"
+        )
     return _quantize(x, x.shape[1] // 2, scale_format, swiglu=True)
 
 

@@ -332,8 +332,8 @@ MUTANTS = [
     Mutant(
         "append: scales before data",
         "mla",
-        "(scaled.data, scaled.scale.contiguous(),",
-        "(scaled.scale.contiguous(), scaled.data,",
+        "(scaled.data, scale, k_rope",
+        "(scale, scaled.data, k_rope",
     ),
     Mutant("prefill: top-left causal mask", "mla", "triu(len_k - len_q + 1)", "triu(1)"),
     Mutant(

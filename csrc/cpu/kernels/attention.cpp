@@ -141,10 +141,14 @@ void attend_wide(const AttentionTask& t, const AttentionState& s) {
 
 void load_row(const KeyValues& kv, const char* row, int64_t width, float* out) {
   switch (kv.kind) {
-    case CacheKind::kBF16: return load_plain<Type::kBF16>(row, width, out);
-    case CacheKind::kF16: return load_plain<Type::kF16>(row, width, out);
-    case CacheKind::kF32: return load_plain<Type::kF32>(row, width, out);
-    case CacheKind::kFP8Rows: return load_fp8_row(kv, row, width, out);
+    case CacheKind::kBF16:
+      return load_plain<Type::kBF16>(row, width, out);
+    case CacheKind::kF16:
+      return load_plain<Type::kF16>(row, width, out);
+    case CacheKind::kF32:
+      return load_plain<Type::kF32>(row, width, out);
+    case CacheKind::kFP8Rows:
+      return load_fp8_row(kv, row, width, out);
   }
 }
 

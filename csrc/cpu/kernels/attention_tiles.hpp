@@ -5,8 +5,8 @@
 //   out      [32 rows][dv]       += weights times values (neighbouring keys interleaved, once per
 //                                   block for all rows)
 //
-// Interleaving by unpack leaves columns of a group of 32 in the order 0-3, 8-11, 16-19, 24-27 (first
-// tile) and 4-7, 12-15, ... (second): undone once, when the sums are finished.
+// Interleaving by unpack leaves columns of a group of 32 in the order 0-3, 8-11, 16-19, 24-27
+// (first tile) and 4-7, 12-15, ... (second): undone once, when the sums are finished.
 #pragma once
 
 #if defined(__AMX_BF16__)
@@ -199,7 +199,8 @@ DSK_INLINE __mmask16 soften_tile(const AttentionTask& t, const AttentionState& s
   for (int64_t i = 0; i < n; ++i) {
     F32 score = mul(_mm512_load_ps(scores + i * stride), scale);
     if (i >= lowest) {
-      const __mmask16 hidden = _mm512_cmple_epi32_mask(limit, _mm512_set1_epi32(static_cast<int>(i)));
+      const __mmask16 hidden =
+          _mm512_cmple_epi32_mask(limit, _mm512_set1_epi32(static_cast<int>(i)));
       score = _mm512_mask_mov_ps(score, hidden, set1(-INFINITY));
     }
     _mm512_store_ps(scores + i * stride, score);
@@ -293,7 +294,8 @@ DSK_INLINE void rescale(float* out, int64_t width, __mmask16 rows, const float* 
   for (int i = 0; i < 16; ++i) {
     if (!(rows >> i & 1)) continue;
     for (int64_t d = 0; d < width; d += 16) {
-      _mm512_store_ps(out + i * width + d, mul(_mm512_load_ps(out + i * width + d), set1(factor[i])));
+      _mm512_store_ps(out + i * width + d,
+                      mul(_mm512_load_ps(out + i * width + d), set1(factor[i])));
     }
   }
 }
@@ -307,8 +309,8 @@ DSK_INLINE void attend_rows(const AttentionTask& t, const AttentionState& s, con
   score_block<kRowTiles>(b, keys, b.queries + r0 / 16 * (b.depth / 32) * kTile, n, scores);
   for (int i = 0; i < kRowTiles; ++i) {
     const int64_t row = r0 + i * 16;
-    const __mmask16 rose = soften_tile(t, s, row, k0, n, scores + i * 16, kRowTiles * 16,
-                                       weights[i], correction);
+    const __mmask16 rose =
+        soften_tile(t, s, row, k0, n, scores + i * 16, kRowTiles * 16, weights[i], correction);
     if (rose) rescale(s.out + row * b.width, b.width, rose, correction);
   }
   weigh_values<kRowTiles>(b, weights[0], n / 32, s.out + r0 * b.width);

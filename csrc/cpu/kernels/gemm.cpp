@@ -18,9 +18,12 @@ DSK_INLINE F32 addend(const Matrix& matrix, int64_t row, int64_t n, int64_t left
 
 DSK_INLINE F32 addend(const Matrix& matrix, int64_t row, int64_t n, int64_t left) {
   switch (matrix.type) {
-    case Type::kBF16: return addend<Type::kBF16>(matrix, row, n, left);
-    case Type::kF16: return addend<Type::kF16>(matrix, row, n, left);
-    default: return addend<Type::kF32>(matrix, row, n, left);
+    case Type::kBF16:
+      return addend<Type::kBF16>(matrix, row, n, left);
+    case Type::kF16:
+      return addend<Type::kF16>(matrix, row, n, left);
+    default:
+      return addend<Type::kF32>(matrix, row, n, left);
   }
 }
 
@@ -43,9 +46,12 @@ void write_panel(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0, const 
 
 void write_panel(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0, const float* sums) {
   switch (p.y.type) {
-    case Type::kBF16: return write_panel<Type::kBF16>(p, m0, m1, n0, sums);
-    case Type::kF16: return write_panel<Type::kF16>(p, m0, m1, n0, sums);
-    default: return write_panel<Type::kF32>(p, m0, m1, n0, sums);
+    case Type::kBF16:
+      return write_panel<Type::kBF16>(p, m0, m1, n0, sums);
+    case Type::kF16:
+      return write_panel<Type::kF16>(p, m0, m1, n0, sums);
+    default:
+      return write_panel<Type::kF32>(p, m0, m1, n0, sums);
   }
 }
 

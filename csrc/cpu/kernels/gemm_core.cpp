@@ -49,8 +49,8 @@ void wide_product(const PackedRows& rows, int64_t m0, int64_t m1, const Panel& p
   }
   const float scale_b = panel.scale[block.index * panel.scale_k];
   for (int64_t i = 0; i < count; i += kWideRows) {
-    wide_rows(values + i * kScaleBlock, kScaleBlock, min_of<int64_t>(kWideRows, count - i),
-              weights, block.depth, scale + i, scale_b, c + i * kPanel);
+    wide_rows(values + i * kScaleBlock, kScaleBlock, min_of<int64_t>(kWideRows, count - i), weights,
+              block.depth, scale + i, scale_b, c + i * kPanel);
   }
 }
 
@@ -77,8 +77,8 @@ void half_product(const PackedRows& rows, int64_t m0, int64_t m1, const Panel& p
         refused_block(rows, m, count, panel, block, to);
         continue;
       }
-      const uint32_t* a = static_cast<const uint32_t*>(rows.data) + m * rows.depth +
-                          block.k0 * width;
+      const uint32_t* a =
+          static_cast<const uint32_t*>(rows.data) + m * rows.depth + block.k0 * width;
       half_rows(width, share ? nullptr : weights, converted, a, block.depth, block.scale_a + m,
                 scale_b, to);
     }

@@ -4,7 +4,7 @@
 //
 // The inner sum runs on the fastest unit the target has, the outer one in fp32 ("promotion"):
 //   tiles  AMX-BF16: E4M3 and BF16 are exact in bf16, products and sums are fp32
-//   half   AVX512-FP16: chains of 64 products in fp16 (see kHalf below for the range argument)
+//   half   AVX512-FP16: chains of 32 products in fp16 (see kHalf below for the range argument)
 //   wide   fp32 FMA: every other target, and what the half path falls back on
 #pragma once
 
@@ -15,8 +15,8 @@ namespace dsk::cpu::DSK_CPU_NS {
 
 // Rows of activations as they come: e4m3 with scales [m, blocks], or bf16, fp16 or fp32.
 struct Activations {
-  Matrix x;                     // [rows, k]
-  Scales scale;                 // e4m3 only
+  Matrix x;                       // [rows, k]
+  Scales scale;                   // e4m3 only
   const int64_t* rows = nullptr;  // row i of the product reads x row rows[i]; null: i
   int64_t m = 0, k = 0;
 };

@@ -1,7 +1,7 @@
-// The fp16 unit (AVX512-FP16): 32 products per instruction, summed in fp16 over 64 k at most.
+// The fp16 unit (AVX512-FP16): 32 products per instruction, summed in fp16 over 32 k at most.
 //
 // Range. A weight w becomes w * 2^-8 <= 1.75, an activation block is multiplied by the power of
-// two that brings its largest value into [256, 512): 64 * 512 * 1.75 = 57344 < 65504, so no
+// two that brings its largest value into [256, 512): 32 * 512 * 1.75 = 28672 < 65504, so no
 // finite input overflows. What is lost at the low end: each product errs by at most 2^-25, that is
 // 2^-17 in units of E4M3 times E4M3, half the product of their two smallest steps. Activations
 // wider than E4M3 may hold values so far below their block's largest that this would show; such
@@ -16,7 +16,7 @@
 namespace dsk::cpu::DSK_CPU_NS {
 
 constexpr int64_t kGroup = 12;       // rows whose 24 accumulators fill the register file
-constexpr int64_t kChain = 64;       // products summed in fp16
+constexpr int64_t kChain = 32;       // products summed in fp16
 constexpr int64_t kMaxHalfRows = 8;  // with AMX present: up to here converting costs more
 
 // Registers come in these sizes: a last group of fewer rows is padded to the next one.
@@ -124,8 +124,8 @@ DSK_INLINE void half_kernel(const uint8_t* packed, const uint16_t* converted, co
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
         for (int parity = 0; parity < 2; ++parity) {
-          const __m512h x = _mm512_castsi512_ph(
-              _mm512_set1_epi32(static_cast<int>(a[(k + parity) * kRows + i])));
+          const __m512h x =
+              _mm512_castsi512_ph(_mm512_set1_epi32(static_cast<int>(a[(k + parity) * kRows + i])));
           __m512h* to = sum[i][kSums == 2 ? parity : 0];
           to[0] = _mm512_fmadd_ph(x, b[parity][0], to[0]);
           to[1] = _mm512_fmadd_ph(x, b[parity][1], to[1]);
@@ -152,7 +152,8 @@ DSK_INLINE void half_rows_of(int64_t rows, const uint8_t* packed, const uint16_t
                              const uint32_t* a, int64_t depth, const float* scale_a, float scale_b,
                              float* c) {
 #define DSK_ROWS(n) \
-  case n: return half_kernel<n, kConverted>(packed, converted, a, depth, scale_a, scale_b, c);
+  case n:           \
+    return half_kernel<n, kConverted>(packed, converted, a, depth, scale_a, scale_b, c);
   switch (rows) {
     DSK_ROWS(1)
     DSK_ROWS(2)

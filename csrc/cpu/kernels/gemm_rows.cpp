@@ -9,15 +9,23 @@ namespace {
 DSK_INLINE void load_block(const Activations& a, int64_t row, int64_t k0, int64_t n, float* out) {
   const int64_t from = a.rows != nullptr ? a.rows[row] : row;
   auto copy = [&]<Type kType>() {
-    const auto* x = static_cast<const typename Element<kType>::Storage*>(a.x.data) +
-                    from * a.x.stride + k0;
+    const auto* x =
+        static_cast<const typename Element<kType>::Storage*>(a.x.data) + from * a.x.stride + k0;
     for (int64_t i = 0; i < n; i += kLanes) store(out + i, load_upto<kType>(x + i, n - i));
   };
   switch (a.x.type) {
-    case Type::kE4M3: copy.template operator()<Type::kE4M3>(); break;
-    case Type::kBF16: copy.template operator()<Type::kBF16>(); break;
-    case Type::kF16: copy.template operator()<Type::kF16>(); break;
-    case Type::kF32: copy.template operator()<Type::kF32>(); break;
+    case Type::kE4M3:
+      copy.template operator()<Type::kE4M3>();
+      break;
+    case Type::kBF16:
+      copy.template operator()<Type::kBF16>();
+      break;
+    case Type::kF16:
+      copy.template operator()<Type::kF16>();
+      break;
+    case Type::kF32:
+      copy.template operator()<Type::kF32>();
+      break;
   }
   for (int64_t i = round_up(n, kLanes); i < kScaleBlock; i += kLanes) store(out + i, zero());
 }

@@ -100,7 +100,7 @@ DSK_INLINE void tile_weights(const uint8_t* packed, int64_t depth, uint16_t* til
 // Four finished tiles on their way into the fp32 sums.
 struct Promotion {
   alignas(64) float tile[4][16][16];
-  float* to[4];            // [16] rows of 64
+  float* to[4];             // [16] rows of 64
   const float* scale_a[4];  // [16]
   float scale_b = 0;
   bool pending = false;

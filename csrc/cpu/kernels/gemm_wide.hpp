@@ -27,7 +27,8 @@ DSK_INLINE void widen_weights(const uint8_t* packed, int64_t depth, float* out) 
       // A 128-bit lane holds 8 words: 4 columns of the left 16 and 4 of the right 16.
       F32 lane[4];
       for (int i = 0; i < 4; ++i) lane[i] = load_e4m3(line + 16 * i);
-      const __m512i left_even = _mm512_setr_epi32(0, 2, 4, 6, 16, 18, 20, 22, 0, 0, 0, 0, 0, 0, 0, 0);
+      const __m512i left_even =
+          _mm512_setr_epi32(0, 2, 4, 6, 16, 18, 20, 22, 0, 0, 0, 0, 0, 0, 0, 0);
       const __m512i step_odd = _mm512_set1_epi32(1), step_right = _mm512_set1_epi32(8);
       for (int side = 0; side < 2; ++side) {
         for (int parity = 0; parity < 2; ++parity) {
@@ -82,12 +83,18 @@ DSK_INLINE void wide_kernel(const float* a, int64_t stride, const float* weights
 DSK_INLINE void wide_rows(const float* a, int64_t stride, int64_t rows, const float* weights,
                           int64_t depth, const float* scale_a, float scale_b, float* c) {
   switch (rows) {
-    case 6: return wide_kernel<6>(a, stride, weights, depth, scale_a, scale_b, c);
-    case 5: return wide_kernel<5>(a, stride, weights, depth, scale_a, scale_b, c);
-    case 4: return wide_kernel<4>(a, stride, weights, depth, scale_a, scale_b, c);
-    case 3: return wide_kernel<3>(a, stride, weights, depth, scale_a, scale_b, c);
-    case 2: return wide_kernel<2>(a, stride, weights, depth, scale_a, scale_b, c);
-    default: return wide_kernel<1>(a, stride, weights, depth, scale_a, scale_b, c);
+    case 6:
+      return wide_kernel<6>(a, stride, weights, depth, scale_a, scale_b, c);
+    case 5:
+      return wide_kernel<5>(a, stride, weights, depth, scale_a, scale_b, c);
+    case 4:
+      return wide_kernel<4>(a, stride, weights, depth, scale_a, scale_b, c);
+    case 3:
+      return wide_kernel<3>(a, stride, weights, depth, scale_a, scale_b, c);
+    case 2:
+      return wide_kernel<2>(a, stride, weights, depth, scale_a, scale_b, c);
+    default:
+      return wide_kernel<1>(a, stride, weights, depth, scale_a, scale_b, c);
   }
 }
 

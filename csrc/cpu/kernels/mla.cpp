@@ -18,9 +18,12 @@ DSK_INLINE void write_row(Type type, void* out, int64_t offset, int64_t dv, Writ
     for (int64_t d = 0; d < dv; d += kLanes) store_upto<kType>(to + d, value(d), dv - d);
   };
   switch (type) {
-    case Type::kBF16: return run.template operator()<Type::kBF16>();
-    case Type::kF16: return run.template operator()<Type::kF16>();
-    default: return run.template operator()<Type::kF32>();
+    case Type::kBF16:
+      return run.template operator()<Type::kBF16>();
+    case Type::kF16:
+      return run.template operator()<Type::kF16>();
+    default:
+      return run.template operator()<Type::kF32>();
   }
 }
 

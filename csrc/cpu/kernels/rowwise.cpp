@@ -15,9 +15,12 @@ using StorageOf = typename Element<kType>::Storage;
 template <typename Function>
 DSK_INLINE void with_type(Type type, Function&& function) {
   switch (type) {
-    case Type::kBF16: return function.template operator()<Type::kBF16>();
-    case Type::kF16: return function.template operator()<Type::kF16>();
-    default: return function.template operator()<Type::kF32>();
+    case Type::kBF16:
+      return function.template operator()<Type::kBF16>();
+    case Type::kF16:
+      return function.template operator()<Type::kF16>();
+    default:
+      return function.template operator()<Type::kF32>();
   }
 }
 

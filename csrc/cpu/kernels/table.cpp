@@ -17,6 +17,7 @@ const Kernels kTable = {
     .gemm = gemm,
     .mla_decode = mla_decode,
     .mla_prefill = mla_prefill,
+    .moe_experts = moe_experts,
 };
 
 }  // namespace dsk::cpu::DSK_CPU_NS

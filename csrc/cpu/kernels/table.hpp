@@ -12,5 +12,6 @@ void rope(const RopeParams& p);
 void gemm(const GemmParams& p);
 void mla_decode(const DecodeParams& p);
 void mla_prefill(const PrefillParams& p);
+void moe_experts(const MoeParams& p);
 
 }  // namespace dsk::cpu::DSK_CPU_NS

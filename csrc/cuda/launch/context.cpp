@@ -1,5 +1,6 @@
 #include "cuda/launch/context.hpp"
 
+#include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <utility>
@@ -18,7 +19,8 @@ std::string& kernel_directory() {
 
 const device::cu::DriverApi& api_of(Machine machine) {
   if (machine == Machine::kEmulated) return device::emulated_driver();
-  const device::DriverLibrary& driver = device::load_driver();
+  const char* path = std::getenv("DSK_CUDA_DRIVER");
+  const device::DriverLibrary& driver = device::load_driver(path ? path : "");
   if (!driver.api) throw device::DeviceError(driver.reason);
   return *driver.api;
 }
@@ -34,7 +36,8 @@ std::vector<char> read_image(const std::string& path) {
 }  // namespace
 
 Context::Context(Machine machine, int ordinal)
-    : machine_(machine), device_(api_of(machine), ordinal) {
+    : device_(api_of(machine), ordinal),
+      emulated_(device_.name().rfind(device::kEmulatedDeviceName, 0) == 0) {
   if (device_.compute_capability() != 90) {
     throw device::DeviceError(device_.name() + " has compute capability " +
                               std::to_string(device_.compute_capability()) +
@@ -46,7 +49,7 @@ device::cu::Kernel Context::kernel(const std::string& name) {
   std::lock_guard<std::mutex> lock(mutex_);
   auto& module = modules_[name];
   if (!module) {
-    const char* suffix = machine_ == Machine::kEmulated ? ".ptx" : ".cubin";
+    const char* suffix = emulated_ ? ".ptx" : ".cubin";
     module = device_.load_module(read_image(kernel_directory() + "/" + name + suffix).data());
   }
   return module->kernel(name);
@@ -65,7 +68,7 @@ void set_kernel_directory(const std::string& path) { kernel_directory() = path; 
 
 HostLoan::HostLoan(const Context& context, const void* address, size_t bytes, bool read_only)
     : context_(context), address_(nullptr) {
-  if (context.machine() != Machine::kEmulated || bytes == 0) return;
+  if (!context.emulated() || bytes == 0) return;
   const device::Device& device = context.device();
   device.check(device.api().mem_host_register(const_cast<void*>(address), bytes,
                                               read_only ? device::cu::kHostRegisterReadOnly : 0),

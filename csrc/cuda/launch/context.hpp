@@ -18,14 +18,16 @@ class Context {
   Context(Machine machine, int ordinal);
 
   const device::Device& device() const { return device_; }
-  Machine machine() const { return machine_; }
+  // Whether kernels run in the emulator, in this process or behind a libcuda.so.1. It takes PTX
+  // instead of cubins and host memory instead of device memory.
+  bool emulated() const { return emulated_; }
 
   // The instance of that name in csrc/cuda/instances.def. Throws DeviceError if it is not shipped.
   device::cu::Kernel kernel(const std::string& name);
 
  private:
-  Machine machine_;
   device::Device device_;
+  bool emulated_;
   std::mutex mutex_;
   std::map<std::string, std::unique_ptr<device::Module>> modules_;
 };

@@ -85,7 +85,7 @@ void gemm_fp8(Context& context, const GemmFp8Args& args, cu::Stream stream) {
   shape.shared_bytes = unsigned(choice.config.shared_bytes);
   void* arguments[] = {&params};
   context.device().launch(context.kernel(choice.config.kernel), shape, arguments, stream);
-  if (context.machine() == Machine::kEmulated) context.device().synchronize(stream);
+  if (context.emulated()) context.device().synchronize(stream);
 }
 
 }  // namespace dsk::launch

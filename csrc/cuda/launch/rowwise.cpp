@@ -38,7 +38,7 @@ void rowwise_quantize(Context& context, const QuantizeParams& params, InputType 
   QuantizeParams argument = params;
   void* arguments[] = {&argument};
   context.device().launch(context.kernel(kernel_name(input, format)), shape, arguments, stream);
-  if (context.machine() == Machine::kEmulated) context.device().synchronize(stream);
+  if (context.emulated()) context.device().synchronize(stream);
 }
 
 }  // namespace dsk::launch

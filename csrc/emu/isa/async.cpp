@@ -91,7 +91,10 @@ void cp_commit(Warp& w, const Inst& i, u32 mask) {
 }
 Step cp_wait(Warp& w, const Inst& i, u32 mask, Split& s) {
   const u64 pending = static_cast<u64>(i.imm);
-  if (i.op != 0 && !w.cp_async.open.empty()) w.cp_async.commit(mask);  // wait_all
+  if (i.op != 0 && !w.cp_async.open.empty()) {  // wait_all closes the group itself
+    w.cp_async.commit(mask);
+    notify(w, SyncKind::CpAsyncCommit, mask);
+  }
   if (w.cp_async.reached(mask, pending, AsyncOp::Stage::Done)) {
     notify(w, SyncKind::CpAsyncWait, mask, pending);
     return Step::Next;
