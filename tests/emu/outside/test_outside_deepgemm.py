@@ -7,12 +7,12 @@ import torch
 from outside_support import findings, need_nvcc, seeds_by_tier
 
 emu = pytest.importorskip("dskernels.emu")
-import deepgemm_support as dg
-from deepgemm_support import CONTIGUOUS, K_GROUPED, MASKED, Instance
+import deepgemm_support as dg  # noqa: E402
+from deepgemm_support import CONTIGUOUS, K_GROUPED, MASKED, Instance  # noqa: E402
 
-from dskernels.ref import gemm as ref_gemm
-from dskernels.ref import rowwise
-from dskernels.testing import assert_bitwise_equal
+from dskernels.ref import gemm as ref_gemm  # noqa: E402
+from dskernels.ref import rowwise  # noqa: E402
+from dskernels.testing import assert_bitwise_equal  # noqa: E402
 
 pytestmark = [
     need_nvcc(),
