@@ -36,8 +36,14 @@ launch::GemmKind kind_of(const std::string& kind) {
 void quantize(const std::string& machine, int ordinal, uint64_t stream, uint64_t x, bool is_bf16,
               uint64_t data, uint64_t scale, int rows, int cols, int64_t ld_x, int64_t ld_data,
               int64_t ld_scale, bool ue8m0, int num_sms) {
-  QuantizeParams params{pointer<void>(x), pointer<uint8_t>(data), pointer<float>(scale), ld_x,
-                        ld_data,          ld_scale,               rows,                  cols};
+  QuantizeParams params{pointer<void>(x),
+                        pointer<uint8_t>(data),
+                        pointer<float>(scale),
+                        ld_x,
+                        ld_data,
+                        ld_scale,
+                        rows,
+                        cols};
   launch::rowwise_quantize(context_of(machine, ordinal), params,
                            is_bf16 ? launch::InputType::kBfloat16 : launch::InputType::kFloat32,
                            ue8m0 ? ScaleFormat::kUe8m0 : ScaleFormat::kFp32, num_sms,

@@ -123,7 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dskernels.triton.compile", description=__doc__)
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
     parser.add_argument("--kernel", help="one kernel only (default: all)")
-    parser.add_argument("--out", type=Path, help="folder for the PTX or assembly and, beside it, launch facts")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the PTX or assembly and, beside it, launch facts"
+    )
     options = parser.parse_args(arguments)
     chosen = variants(options.target)
     if options.kernel:

@@ -13,8 +13,9 @@
 using namespace cute;
 namespace G = SM90::GMMA;
 
-// "D bytes major rows start descriptor", then the byte address of every element of the instruction's
-// tile, row by row. The descriptor's start address is 0 on the host; `start` carries it.
+// "D bytes major rows start descriptor", then the byte address of every element of the
+// instruction's tile, row by row. The descriptor's start address is 0 on the host; `start` carries
+// it.
 template <class T, G::Major kMajor, class Atom, int kRows, int kCols, class Order>
 void descriptor() {
   alignas(1024) static T buffer[kRows * kCols];
@@ -68,7 +69,8 @@ void mn_major() {
   descriptor<T, G::Major::MN, G::Layout_MN_SW128_Atom<T>, kRows, 32, Right>();
 }
 
-// "F name operand threads values" and the linear index (first mode fastest) of each (thread, value).
+// "F name operand threads values" and the linear index (first mode fastest) of each (thread,
+// value).
 template <class Layout>
 void fragment(const char* name, char operand, int bits, Layout layout) {
   const int threads = size<0>(layout);

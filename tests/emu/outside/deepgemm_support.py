@@ -120,7 +120,7 @@ def scale_rows(scale: torch.Tensor) -> torch.Tensor:
     return rows.flatten(0, -2)
 
 
-def run_1d2d(module, instance, a, b, layout=None, *, seed=None):
+def run_1d2d(module, instance, a, b, layout=None, *, seed=None, check=True):
     """a, b ScaledTensors ([m, k] or masked [g, m, k]; [n, k] or [g, n, k]) -> (D bf16, stats).
 
     layout: int32 row groups or group sizes of the grouped kinds. D starts as NaN: what stays NaN
@@ -141,8 +141,9 @@ def run_1d2d(module, instance, a, b, layout=None, *, seed=None):
     per_row = 1 if 128 % instance.block_n == 0 else 2
     shared = instance.shared_fixed + -(-(-(-k // 128) * per_row * 4) // 8) * 8
     stats = kernel(module, instance)[instance.sms, TMA_THREADS + instance.math_threads](
-        sfb, layout, m, n, k, *maps, cluster=instance.multicast, shared=shared, seed=seed
-    )
+        sfb, layout, m, n, k, *maps,
+        cluster=instance.multicast, shared=shared, seed=seed, check=check,
+    )  # fmt: skip
     return d.view(*a.shape[:-1], n), stats
 
 

@@ -38,7 +38,7 @@ class Compiled:
         self.kernel = module.kernel(self.facts["name"])
 
     def __call__(self, grid, *args, seed):
-        # Behind its own parameters Triton adds pointers to scratch memory, null where it needs none.
+        # Behind its parameters Triton adds pointers to scratch memory, null where it needs none.
         assert self.facts["global_scratch_size"] == 0
         extra = len(self.kernel.info["params"]) - len(args)
         assert 0 <= extra <= 2
