@@ -120,7 +120,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("out"), help="folder of report and checkpoint")
-    add("--seconds", type=float, default=300.0, help="time to train for, at most")
+    add("--seconds", type=float, default=285.0, help="time to train for, at most")
     add("--max-steps", type=int, default=2600, help="steps to train for, at most")
     add("--lr", type=float, default=3e-3, help="peak learning rate")
     add("--seq-len", type=int, default=256, help="tokens per sequence")
