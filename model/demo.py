@@ -176,7 +176,7 @@ def save_and_reload(model: DeepseekV3, folder: Path, probe: torch.Tensor) -> Dee
         RuntimeError: its logits for `probe` [b, s] differ from those of the model in memory.
     """
     model.eval()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, overwrite=True)  # the folder is the demo's own; it may run again
     loaded = DeepseekV3.from_pretrained(folder).eval()
     with torch.no_grad():
         difference = float((model(probe) - loaded(probe)).abs().max())
