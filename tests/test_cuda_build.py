@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "dskernels" / "_kernels"
-TABLE = (ROOT / "csrc" / "cuda" / "instances.def").read_text()
+TABLES = sorted((ROOT / "csrc" / "cuda" / "instances").glob("*.def"))
+TABLE = "".join(f.read_text() for f in TABLES)
 INSTANCES = re.findall(r"^DSK_KERNEL\((\w+), \S+\.cuh, (\d+),", TABLE, re.M)
 
 pytestmark = pytest.mark.skipif(

@@ -19,7 +19,7 @@
 #include <cuda/ptx>
 
 #include "cuda/gemm_shape.hpp"
-#include "cuda/params.hpp"
+#include "cuda/params/gemm.hpp"
 #include "cuda/ptx/control.cuh"
 #include "cuda/ptx/matrix.cuh"
 #include "cuda/ptx/wgmma.cuh"

@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-#include "cuda/params.hpp"
+#include "cuda/params/rowwise.hpp"
 #include "cuda/ptx/fp8.cuh"
 
 namespace dsk {

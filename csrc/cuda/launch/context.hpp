@@ -22,7 +22,7 @@ class Context {
   // instead of cubins and host memory instead of device memory.
   bool emulated() const { return emulated_; }
 
-  // The instance of that name in csrc/cuda/instances.def. Throws DeviceError if it is not shipped.
+  // The instance of that name in csrc/cuda/instances/. Throws DeviceError if it is not shipped.
   device::cu::Kernel kernel(const std::string& name);
 
  private:

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "cuda/params.hpp"
+#include "cuda/params/gemm.hpp"
 
 namespace dsk::launch {
 namespace {

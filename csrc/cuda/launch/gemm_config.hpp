@@ -19,7 +19,7 @@ struct GemmProblem {
 };
 
 struct GemmConfig {
-  const char* kernel = nullptr;  // name in csrc/cuda/instances.def
+  const char* kernel = nullptr;  // name in csrc/cuda/instances/gemm.def
   GemmKind kind = GemmKind::kDense;
   int block_m = 0;
   int block_n = 0;

@@ -5,7 +5,7 @@
 namespace dsk::launch {
 namespace {
 
-constexpr int kThreads = 256;  // as in instances.def
+constexpr int kThreads = 256;  // as in instances/rowwise.def
 constexpr int kCtasPerSm = 8;  // 2048 threads: full occupancy hides the loads' latency
 constexpr int64_t kGroup = 128;
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/launch/context.hpp"
-#include "cuda/params.hpp"
+#include "cuda/params/rowwise.hpp"
 
 namespace dsk::launch {
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/params.hpp"
+#include "cuda/params/gemm.hpp"
 
 namespace dsk {
 

@@ -1,0 +1,33 @@
+// What the launchers' bindings share, one bind_launch_<stem> each. Addresses come as integers from
+// tensors that the caller has checked and keeps alive; `machine` is "cuda" or "emu".
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/launch/context.hpp"
+
+namespace dsk::api {
+
+void bind_launch_rowwise(pybind11::module_& launch);
+void bind_launch_gemm(pybind11::module_& launch);
+
+inline launch::Context& context_of(const std::string& machine, int ordinal) {
+  if (machine == "cuda") return launch::context(launch::Machine::kCuda, ordinal);
+  if (machine == "emu") return launch::context(launch::Machine::kEmulated, ordinal);
+  throw std::invalid_argument("machine: expected cuda or emu, got " + machine);
+}
+
+inline device::cu::Stream stream_of(uint64_t handle) {
+  return reinterpret_cast<device::cu::Stream>(handle);
+}
+
+template <typename T>
+T* pointer(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace dsk::api
