@@ -2,4 +2,4 @@
 
 from ..cuda.gemm import on
 
-gemm, grouped_gemm, supports = on("emu")
+gemm, grouped_gemm, grouped_gemm_k, supports = on("emu")
