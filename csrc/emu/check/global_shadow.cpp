@@ -110,7 +110,7 @@ InitBits::InitBits(u64 base, u64 bytes) : base_(base), bytes_(bytes) {
   words_.reset(static_cast<std::atomic<u64>*>(memory));
 }
 
-void InitBits::mark(u64 address, u64 bytes) {
+void InitBits::mark_all(u64 address, u64 bytes) {
   u64 at = address - base_;
   const u64 end = std::min(at + bytes, bytes_);
   while (at < end) {
@@ -122,7 +122,7 @@ void InitBits::mark(u64 address, u64 bytes) {
   }
 }
 
-u64 InitBits::first_unwritten(u64 address, u64 bytes) const {
+u64 InitBits::find_unwritten(u64 address, u64 bytes) const {
   if (trusted_.load(std::memory_order_relaxed)) return 0;
   for (u64 at = address - base_, end = std::min(at + bytes, bytes_); at < end;) {
     const u64 bit = at % 64, count = std::min<u64>(64 - bit, end - at);

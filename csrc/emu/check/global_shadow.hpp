@@ -90,12 +90,25 @@ struct Box {
 class InitBits {
  public:
   InitBits(u64 base, u64 bytes);
-  void mark(u64 address, u64 bytes);
+  void mark(u64 address, u64 bytes) {
+    if (!has(address, bytes)) mark_all(address, bytes);
+  }
   void trust() { trusted_ = true; }  // all bytes count as written
   // The first byte of [address, address + bytes) that was never written, or 0.
-  u64 first_unwritten(u64 address, u64 bytes) const;
+  u64 first_unwritten(u64 address, u64 bytes) const {
+    return has(address, bytes) ? 0 : find_unwritten(address, bytes);
+  }
 
  private:
+  // Most accesses lie in one word whose bits are set.
+  bool has(u64 address, u64 bytes) const {
+    const u64 at = address - base_, bit = at % 64;
+    if (bit + bytes > 64 || bytes == 0) return false;
+    const u64 mask = (~u64{0} >> (64 - bytes)) << bit;
+    return (words_[at / 64].load(std::memory_order_relaxed) & mask) == mask;
+  }
+  void mark_all(u64 address, u64 bytes);
+  u64 find_unwritten(u64 address, u64 bytes) const;
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
