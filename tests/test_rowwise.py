@@ -107,6 +107,52 @@ def test_every_e5m6_value_survives_quantisation_and_packing(backend):
     assert_bitwise_equal(on_cpu(back), on_cpu(q.data)[:, 1:].contiguous())
 
 
+@pytest.fixture
+def one_sm(backend):
+    """The kernels with a grid for one SM: every CTA takes many pieces of the work in turn."""
+    if backend != "emu":
+        pytest.skip("the grid is the CUDA kernels'")
+    from dskernels.cuda.rowwise import Rowwise
+
+    return Rowwise("emu", num_sms=1)
+
+
+def test_one_sm_quantises_everything(one_sm):
+    x = awkward(300, 400, torch.bfloat16)
+    for options in ({}, {"block": (128, 128)}, {"transpose": True}, {"dtype": "e5m6"}):
+        got, want = one_sm.quantize(x, **options), ref.quantize(x, **options)
+        assert_bitwise_equal(got.data, want.data)
+        assert_bitwise_equal(got.scale, want.scale)
+    q = ref.quantize(x)
+    assert_bitwise_equal(one_sm.quantize(q, transpose=True).data,
+                         ref.quantize(q, transpose=True).data)  # fmt: skip
+    assert_bitwise_equal(one_sm.dequantize(q), q.dequantize(torch.bfloat16))
+    wide = ref.quantize(x, dtype="e5m6").data
+    packed = dsk.ref.fp8.pack_e5m6(wide)
+    assert_bitwise_equal(one_sm.pack_e5m6(wide), packed)
+    assert_bitwise_equal(one_sm.unpack_e5m6(packed, 400), wide)
+
+
+def test_one_sm_does_every_other_row_wise_op(one_sm):
+    x, weight = torch.randn(70, 640), torch.randn(640)
+    assert_close_to_exact(
+        one_sm.rms_norm(x, weight), ref.rms_norm(x.double(), weight.double()),
+        ref.rms_norm(x, weight),
+    )  # fmt: skip
+    assert_close_to_exact(one_sm.swiglu(x), ref.swiglu(x.double()), ref.swiglu(x))
+    grad = torch.randn(70, 320)
+    assert_close_to_exact(
+        one_sm.swiglu_backward(grad, x),
+        ref_backward.swiglu_backward(grad.double(), x.double()),
+        ref_backward.swiglu_backward(grad, x),
+    )
+    angle = torch.randn(70, 32)
+    heads = x.view(70, 10, 64)
+    assert_bitwise_equal(
+        one_sm.rope(heads, angle.cos(), angle.sin()), ref.rope(heads, angle.cos(), angle.sin())
+    )
+
+
 DEQUANTIZED = {
     "groups": ((3, 300), {}),
     "planes": ((2, 5, 130), {}),

@@ -52,14 +52,14 @@ def _group_scales(shape: tuple[int, ...], device: torch.device) -> tuple[torch.T
 
 
 class Rowwise:
-    """The functions of this module on one machine, "cuda" or "emu"."""
+    """The functions of this module on one machine, "cuda" or "emu", and on num_sms SMs (0: all)."""
 
-    def __init__(self, machine: str) -> None:
-        self.machine = machine
+    def __init__(self, machine: str, num_sms: int = 0) -> None:
+        self.machine, self.num_sms = machine, num_sms
 
     def _on(self, x: torch.Tensor) -> tuple[str, int, int, int]:
-        """The launchers' `on`: every SM of x's device, in torch's current stream."""
-        return self.machine, device_of(x), stream_of(x), 0
+        """The launchers' `on`: x's device, in torch's current stream."""
+        return self.machine, device_of(x), stream_of(x), self.num_sms
 
     def quantize(
         self,
