@@ -14,6 +14,7 @@ void bind_launch(py::module_& m) {
   launch.def("set_kernel_directory", &launch::set_kernel_directory, "path"_a);
   bind_launch_rowwise(launch);
   bind_launch_gemm(launch);
+  bind_launch_mla(launch);
 }
 
 }  // namespace dsk::api
