@@ -34,6 +34,64 @@ def test_dense(backend, m, n, k):
     check(backend, got, a, b)
 
 
+ADDENDS = [
+    {"out_dtype": torch.float32},
+    {"c": torch.float32, "bias": torch.bfloat16},
+    {"c": torch.bfloat16, "bias": torch.float32, "out_dtype": torch.float32},
+    {"c": torch.float16, "out_dtype": torch.float16},
+]
+
+
+def make_addends(options, c_shape, bias_shape):
+    shapes = {"c": c_shape, "bias": bias_shape}
+    return {k: torch.randn(shapes[k]).to(v) if k in shapes else v for k, v in options.items()}
+
+
+def moved(options, backend):
+    return {
+        k: on_device(v, backend) if isinstance(v, torch.Tensor) else v for k, v in options.items()
+    }
+
+
+@pytest.mark.parametrize("options", ADDENDS, ids=lambda o: ",".join(o))
+def test_dense_with_c_bias_and_other_results(backend, options):
+    need("gemm", backend, m=70, n=136, k=256)
+    a, b = scaled_operands(70, 136, 256)
+    options = make_addends(options, (70, 136), (136,))
+    got = dsk.gemm(
+        on_device(a, backend), on_device(b, backend), backend=backend, **moved(options, backend)
+    )
+    assert got.dtype == options.get("out_dtype", torch.bfloat16)
+    check(backend, got, a, b, **options)
+
+
+@pytest.mark.parametrize("options", ADDENDS, ids=lambda o: ",".join(o))
+@pytest.mark.parametrize("form", ["group_sizes", "masked_m"])
+def test_groups_with_c_bias_and_other_results(backend, options, form):
+    need("grouped_gemm", backend, n=136, k=256)
+    counts = torch.tensor([3, 0, 70], dtype=torch.int32)
+    lead = (75,) if form == "group_sizes" else (3, 70)
+    a = rowwise.quantize(torch.randn(*lead, 256))
+    b = rowwise.quantize(torch.randn(3, 136, 256), (128, 128))
+    options = {**make_addends(options, (*lead, 136), (3, 136)), form: counts}
+    got = dsk.grouped_gemm(
+        on_device(a, backend), on_device(b, backend), backend=backend, **moved(options, backend)
+    )
+    if form == "masked_m":  # rows behind masked_m may be anything
+        for group, rows in enumerate(counts.tolist()):
+            got[group, rows:] = 0
+    check(backend, got, a, b, ref.grouped_gemm, **options)
+
+
+def test_accumulating_in_place(backend):
+    need("gemm", backend, m=70, n=136, k=256)
+    a, b = scaled_operands(70, 136, 256)
+    c = torch.randn(70, 136)
+    out = on_device(c.clone(), backend)
+    dsk.gemm(on_device(a, backend), on_device(b, backend), c=out, out=out, backend=backend)
+    check(backend, out, a, b, c=c, out_dtype=torch.float32)
+
+
 def test_no_rows(backend):
     need("gemm", backend, m=0, n=128, k=128)
     a, b = scaled_operands(0, 128, 128)

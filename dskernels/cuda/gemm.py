@@ -13,10 +13,12 @@ from ..types import ScaledTensor, Support, Unsupported
 from . import launchers
 from ._tensor import device_of, stream_of
 
+# What the kernels store and add; results of other dtypes are rounded once more, from fp32.
+KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 N_ALIGN, K_ALIGN = 8, 16  # TMA: rows of D (bf16) and of A and B (e4m3) start at 16-byte boundaries
 
 
-def _check(a, b, out_dtype, c, bias, epilogue) -> None:
+def _check(a, b, epilogue) -> None:
     """Raise Unsupported, naming what is given, for a call the kernels do not cover."""
     for name, operand, block in (("a", a, (1, 128)), ("b", b, (128, 128))):
         if not isinstance(operand, ScaledTensor):
@@ -26,11 +28,8 @@ def _check(a, b, out_dtype, c, bias, epilogue) -> None:
                 f"{name}: expected e4m3 in blocks of {block}, "
                 f"got {operand.dtype} in {operand.block}"
             )
-    if out_dtype not in (None, torch.bfloat16):
-        raise Unsupported(f"out_dtype: expected torch.bfloat16, got {out_dtype}")
-    for name, value in (("c", c), ("bias", bias), ("epilogue", epilogue)):
-        if value is not None:
-            raise Unsupported(f"{name}: expected None, got a value")
+    if epilogue is not None:
+        raise Unsupported(f"epilogue: expected None, got {epilogue!r}")
     n, k = b.shape[-2:]
     if n % N_ALIGN or k % K_ALIGN or k == 0:
         raise Unsupported(
@@ -59,12 +58,41 @@ def _mn_major(scale: torch.Tensor) -> torch.Tensor:
     return storage.transpose(-2, -1)[..., :m, :]
 
 
+def _addend(x: torch.Tensor | None) -> torch.Tensor | None:
+    """c or bias as the kernels read it: contiguous, fp32 or bf16 (other dtypes round to fp32)."""
+    if x is None or (x.dtype in KERNEL_DTYPES and x.is_contiguous() and x.data_ptr() % 16 == 0):
+        return x
+    return (x if x.dtype in KERNEL_DTYPES else x.float()).clone(
+        memory_format=torch.contiguous_format
+    )
+
+
+def _argument(x: torch.Tensor | None) -> tuple[int, bool]:
+    """A tensor as the launchers take it: its address, and whether it is fp32."""
+    return (0, False) if x is None else (x.data_ptr(), x.dtype == torch.float32)
+
+
+def _result(
+    shape: tuple[int, ...], out: torch.Tensor | None, dtype: torch.dtype | None, device, zero: bool
+) -> torch.Tensor:
+    """Where the kernel writes: `out` itself where it can, else a tensor of a dtype it can store.
+
+    zero  rows that no group owns must be 0, and the kernel does not write them
+    """
+    if out is not None and out.dtype in KERNEL_DTYPES and out.is_contiguous():
+        if out.data_ptr() % 16 == 0 and not zero:
+            return out
+    dtype = dtype if dtype in KERNEL_DTYPES else torch.float32
+    return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
+
+
 def on(machine: str):
     """gemm(), grouped_gemm() and supports() for "cuda" or "emu"."""
 
-    def launch(kind, a, b, d, counts, expected_m, num_sms):
+    def launch(kind, a, b, d, *, c, bias, counts=None, expected_m=None, num_sms=None):
         data, weight = _rows(a.data), _rows(b.data)
         sfa, sfb = _mn_major(a.scale), b.scale.contiguous()
+        c, bias = _addend(c), _addend(bias)
         m, k = a.shape[-2:]
         launchers().gemm_fp8(
             machine=machine,
@@ -75,7 +103,9 @@ def on(machine: str):
             sfa=sfa.data_ptr(),
             b=weight.data_ptr(),
             sfb=sfb.data_ptr(),
-            d=d.data_ptr(),
+            d=_argument(d),
+            c=_argument(c),
+            bias=_argument(bias),
             group_rows=0 if counts is None else counts.data_ptr(),
             m=m,
             n=b.shape[-2],
@@ -87,6 +117,11 @@ def on(machine: str):
             ld_sfa=sfa.stride(-1),
             num_sms=num_sms or 0,
         )
+
+    def finish(d, out, dtype):
+        if out is None:
+            return d.to(dtype)
+        return out if d is out else out.copy_(d)
 
     def gemm(
         a: ScaledTensor,
@@ -100,18 +135,15 @@ def on(machine: str):
         deterministic: bool = False,
         num_sms: int | None = None,
     ) -> torch.Tensor:
-        """As dskernels.ref.gemm.gemm for e4m3 in blocks (1, 128) x (128, 128), bf16 out.
+        """As dskernels.ref.gemm.gemm for e4m3 in blocks (1, 128) x (128, 128).
 
         Always deterministic: every output is one ordered sum, whatever the batch around it.
         """
-        _check(a, b, out_dtype if out is None else out.dtype, c, bias, epilogue)
-        m, n = a.shape[0], b.shape[0]
-        direct = out is not None and out.is_contiguous() and out.data_ptr() % 16 == 0
-        d = out if direct else torch.empty(m, n, dtype=torch.bfloat16, device=a.device)
-        launch("dense", a, b, d, None, None, num_sms)
-        if out is None or direct:
-            return d
-        return out.copy_(d)
+        _check(a, b, epilogue)
+        dtype = out.dtype if out is not None else out_dtype or torch.bfloat16
+        d = _result((a.shape[0], b.shape[0]), out, dtype, a.device, zero=False)
+        launch("dense", a, b, d, c=c, bias=bias, num_sms=num_sms)
+        return finish(d, out, dtype)
 
     def grouped_gemm(
         a: ScaledTensor,
@@ -130,16 +162,26 @@ def on(machine: str):
         num_sms: int | None = None,
     ) -> torch.Tensor:
         """As dskernels.ref.gemm.grouped_gemm, by group_sizes (no padding needed) or masked_m."""
-        _check(a, b, out_dtype if out is None else out.dtype, c, bias, epilogue)
+        _check(a, b, epilogue)
         if m_indices is not None:
             raise Unsupported("m_indices: expected group_sizes or masked_m, got m_indices")
+        dtype = out.dtype if out is not None else out_dtype or torch.bfloat16
         masked = masked_m is not None
         counts = masked_m if masked else group_sizes
         counts = torch.as_tensor(counts, dtype=torch.int32, device=a.device).contiguous()
-        shape = (*a.shape[:-1], b.shape[1])
-        d = torch.zeros(shape, dtype=torch.bfloat16, device=a.device)  # rows of no group stay 0
-        launch("masked" if masked else "contiguous", a, b, d, counts, expected_m, num_sms)
-        return d if out is None else out.copy_(d)
+        d = _result((*a.shape[:-1], b.shape[1]), out, dtype, a.device, zero=True)
+        launch(
+            "masked" if masked else "contiguous",
+            a,
+            b,
+            d,
+            c=c,
+            bias=bias,
+            counts=counts,
+            expected_m=expected_m,
+            num_sms=num_sms,
+        )
+        return finish(d, out, dtype)
 
     def supports(op: str, **shapes) -> Support:
         n, k = shapes.get("n", N_ALIGN), shapes.get("k", K_ALIGN)
@@ -149,7 +191,7 @@ def on(machine: str):
             return Support(
                 False, f"expected n % {N_ALIGN} == 0 and k % {K_ALIGN} == 0, got n={n}, k={k}"
             )
-        return Support(True, f"{machine}: gemm_fp8_1d2d (e4m3 operands, bf16 out)")
+        return Support(True, f"{machine}: gemm_fp8_1d2d (e4m3 operands)")
 
     return gemm, grouped_gemm, supports
 

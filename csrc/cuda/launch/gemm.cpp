@@ -1,8 +1,7 @@
 #include "cuda/launch/gemm.hpp"
 
 #include <cstring>
-
-#include "cuda/params/gemm.hpp"
+#include <optional>
 
 namespace dsk::launch {
 namespace {
@@ -35,6 +34,41 @@ int64_t planes(const GemmFp8Args& args) {  // groups with rows of their own
   return args.kind == GemmKind::kMasked ? args.num_groups : 1;
 }
 
+size_t bytes_of(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
+
+// D, C and bias, and the memory that the kernel may touch for them.
+class ResultLoan {
+ public:
+  ResultLoan(Context& context, const GemmTensor& d, const GemmTensor& c, const GemmTensor& bias,
+             size_t rows, size_t n, size_t num_groups)
+      : d_(context, d.address, rows * n * bytes_of(d.type), false) {
+    if (c.address && c.address != d.address)
+      c_.emplace(context, c.address, rows * n * bytes_of(c.type), true);
+    if (bias.address)
+      bias_.emplace(context, bias.address, num_groups * n * bytes_of(bias.type), true);
+  }
+
+ private:
+  HostLoan d_;
+  std::optional<HostLoan> c_, bias_;
+};
+
+GemmResult make_result(Context& context, const GemmTensor& d, const GemmTensor& c,
+                       const GemmTensor& bias, uint64_t rows, uint64_t n) {
+  GemmResult result{};
+  if (d.type == ElementType::kBfloat16) {
+    result.map =
+        encode(context, cu::kBfloat16, d.address, n, rows, n * 2, 64, 64, cu::kSwizzle128B);
+  }
+  result.d = d.address;
+  result.c = c.address;
+  result.bias = bias.address;
+  result.d_type = d.type;
+  result.c_type = c.type;
+  result.bias_type = bias.type;
+  return result;
+}
+
 GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmConfig& config) {
   GemmFp8Params params{};
   const uint64_t rows = uint64_t(args.m) * planes(args);
@@ -44,15 +78,14 @@ GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmC
                     args.ldb, 128, config.block_n, cu::kSwizzle128B);
   params.sfa = encode(context, cu::kFloat32, args.sfa, args.m, k_blocks(args) * planes(args),
                       args.ld_sfa * sizeof(float), config.block_m, 1, cu::kSwizzleNone);
-  params.d = encode(context, cu::kBfloat16, args.d, args.n, rows, uint64_t(args.n) * 2, 64, 64,
-                    cu::kSwizzle128B);
+  params.result = make_result(context, args.d, args.c, args.bias, rows, args.n);
   params.sfb = args.sfb;
-  params.d_rows = args.d;
-  params.group_rows = args.group_rows;
-  params.m = args.m;
-  params.n = args.n;
-  params.k = args.k;
-  params.num_groups = args.num_groups;
+  params.extent.group_rows = args.group_rows;
+  params.extent.m = args.m;
+  params.extent.n = args.n;
+  params.extent.k = args.k;
+  params.extent.num_groups = args.num_groups;
+  params.extent.raster = 16;
   return params;
 }
 
@@ -74,7 +107,7 @@ void gemm_fp8(Context& context, const GemmFp8Args& args, cu::Stream stream) {
   HostLoan sfb(context, args.sfb,
                size_t(args.num_groups) * ((args.n + 127) / 128) * k_blocks(args) * sizeof(float),
                true);
-  HostLoan d(context, args.d, rows * args.n * 2, false);
+  ResultLoan result(context, args.d, args.c, args.bias, rows, args.n, args.num_groups);
   HostLoan counts(context, args.group_rows, args.group_rows ? args.num_groups * sizeof(int32_t) : 0,
                   true);
 

@@ -25,6 +25,8 @@ struct RingPosition {
 
 template <int kNumStages>
 struct Ring {
+  using Position = RingPosition<kNumStages>;
+
   uint64_t full[kNumStages];
   uint64_t empty[kNumStages];
 
@@ -41,19 +43,17 @@ struct Ring {
 
   // Producer: wait until the stage is free (the first round finds every stage free), then announce
   // the bytes that will land in it.
-  __device__ __forceinline__ void acquire(const RingPosition<kNumStages>& at, uint32_t bytes) {
+  __device__ __forceinline__ void acquire(const Position& at, uint32_t bytes) {
     wait(&empty[at.stage], at.phase ^ 1);
     cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
                                          cuda::ptx::space_shared, &full[at.stage], bytes);
   }
 
   // Consumer: wait for the stage's bytes.
-  __device__ __forceinline__ void await(const RingPosition<kNumStages>& at) {
-    wait(&full[at.stage], at.phase);
-  }
+  __device__ __forceinline__ void await(const Position& at) { wait(&full[at.stage], at.phase); }
 
   // Consumer: one of the `consumers` arrivals that free the stage.
-  __device__ __forceinline__ void consume(const RingPosition<kNumStages>& at) {
+  __device__ __forceinline__ void consume(const Position& at) {
     cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cta,
                                cuda::ptx::space_shared, &empty[at.stage]);
   }
