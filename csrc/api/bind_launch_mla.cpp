@@ -27,9 +27,8 @@ void mla_schedule(const std::string& machine, int ordinal, uint64_t stream, uint
 void mla_decode(const std::string& machine, int ordinal, uint64_t stream, uint64_t q, uint64_t kv,
                 uint64_t block_table, uint64_t seq_lens, uint64_t parts, uint64_t num_splits,
                 uint64_t out, uint64_t lse, uint64_t out_partial, uint64_t lse_partial, int b,
-                int s, int h, int pages, int page, int max_pages, int64_t ld_page,
-                int64_t ld_token, int num_parts, int max_splits, int split_blocks, bool causal,
-                float softmax_scale) {
+                int s, int h, int pages, int page, int max_pages, int64_t ld_page, int64_t ld_token,
+                int num_parts, int max_splits, int split_blocks, bool causal, float softmax_scale) {
   launch::MlaDecodeArgs args;
   args.q = pointer<void>(q);
   args.kv = pointer<void>(kv);

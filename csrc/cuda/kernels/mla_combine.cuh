@@ -1,7 +1,8 @@
 // Joins the splits of a request: out = sum of 2^(lse_i - lse) out_i, lse = log2 of sum of 2^lse_i.
 //
-// Bound by memory: 2 KB of fp32 a row and split. One warp a row, 16 columns a lane; splits in order,
-// so the sum does not depend on which CTA came first. Requests with one split are already written.
+// Bound by memory: 2 KB of fp32 a row and split. One warp a row, 16 columns a lane; splits in
+// order, so the sum does not depend on which CTA came first. Requests with one split are already
+// written.
 #pragma once
 
 #include <cuda_bf16.h>

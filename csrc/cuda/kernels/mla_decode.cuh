@@ -13,13 +13,13 @@
 //   left   S0 = Q K0   softmax 0 ->P0       O += P0 V0[left]    P1->  O += P1 V1[left]
 //   right  S1 = Q K1        ->P0  O += P0 V0[right]  softmax 1 ->P1   O += P1 V1[right]
 //
-// While one does its softmax on the CUDA cores, the other's wgmma keeps the tensor cores busy. P goes
-// from one to the other through shared memory, in the place of the RoPE columns of its own block,
-// which nobody needs once its scores are done; the running maximum goes along.
+// While one does its softmax on the CUDA cores, the other's wgmma keeps the tensor cores busy. P
+// goes from one to the other through shared memory, in the place of the RoPE columns of its own
+// block, which nobody needs once its scores are done; the running maximum goes along.
 //
-// Shared memory holds Q and two blocks, 216 KB, so a block is loaded again as early as possible: its
-// left half when the left warpgroup is done with it, its right half likewise. Results leave through
-// Q's place. One producer warp loads blocks, one loads Q.
+// Shared memory holds Q and two blocks, 216 KB, so a block is loaded again as early as possible:
+// its left half when the left warpgroup is done with it, its right half likewise. Results leave
+// through Q's place. One producer warp loads blocks, one loads Q.
 //
 // Tokens behind a request's end are never read; where a block is partly filled, its scores are
 // masked and its rows of V set to zero, since 0 * NaN would not be 0.
@@ -58,8 +58,8 @@ __device__ __forceinline__ void mla_load_blocks(const MlaDecodeParams& p, MlaDec
       const int token = block * kMlaBlock + offset;
       const bool mine = offset < kMlaBlock && token < piece.length;
       const int page = mine ? __ldg(table + token / p.page) : 0;
-      const int boxes = (min(piece.length - block * kMlaBlock, kMlaBlock) + box_tokens - 1) /
-                        box_tokens;
+      const int boxes =
+          (min(piece.length - block * kMlaBlock, kMlaBlock) + box_tokens - 1) / box_tokens;
       for (int half = 0; half < 2; ++half) {
         const RingPosition<2> at{half, phases >> buffer & 1};
         const int tiles = mla_tiles_of(buffer, half);

@@ -4,9 +4,9 @@
 // can be replayed with new ones, and a model's layers share one schedule. Cost is counted in blocks
 // of 64 tokens; a piece of a request costs kMlaPieceCost blocks more (loading Q, writing results).
 //
-// Freely balanced, a part takes blocks until its share is full, so where a request is cut depends on
-// its neighbours. With split_blocks it is cut at multiples of that only: its sums, and so its bits,
-// are then the same in any batch.
+// Freely balanced, a part takes blocks until its share is full, so where a request is cut depends
+// on its neighbours. With split_blocks it is cut at multiples of that only: its sums, and so its
+// bits, are then the same in any batch.
 #pragma once
 
 #include "cuda/tile/mla_pieces.cuh"
@@ -49,8 +49,7 @@ __device__ __forceinline__ void mla_schedule_requests(const MlaScheduleParams& p
     MlaPart part{request, block, 0, 0, split, {}};
     int remaining = share;
     while (request < p.b) {
-      const int take =
-          mla_take(blocks[request] - block, remaining - kMlaPieceCost, p.split_blocks);
+      const int take = mla_take(blocks[request] - block, remaining - kMlaPieceCost, p.split_blocks);
       if (take < 0) break;
       remaining -= take + kMlaPieceCost;
       block += take;

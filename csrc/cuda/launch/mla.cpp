@@ -94,9 +94,9 @@ void mla_schedule(Context& context, const MlaScheduleArgs& args, cu::Stream stre
   HostLoan lens(context, args.seq_lens, args.b * sizeof(int32_t), true);
   HostLoan parts(context, args.parts, args.num_parts * sizeof(MlaPart), false);
   HostLoan splits(context, args.num_splits, (args.b + 1) * sizeof(int32_t), false);
-  const MlaScheduleParams params{
-      args.seq_lens,  reinterpret_cast<MlaPart*>(args.parts), args.num_splits, args.b,
-      args.num_parts, args.split_blocks};
+  const MlaScheduleParams params{args.seq_lens,   reinterpret_cast<MlaPart*>(args.parts),
+                                 args.num_splits, args.b,
+                                 args.num_parts,  args.split_blocks};
   launch(context, "mla_schedule",
          shape_of(1, 1, kScheduleThreads, std::max(args.b, 1) * sizeof(int32_t)), params, stream);
   if (context.emulated()) context.device().synchronize(stream);
@@ -107,8 +107,8 @@ void mla_decode(Context& context, const MlaDecodeArgs& args, cu::Stream stream) 
   if (args.b == 0 || rows == 0) return;
   const size_t all_rows = size_t(args.b) * rows;
   const size_t split_rows = size_t(args.max_splits) * rows;
-  const size_t kv_values = size_t(args.pages - 1) * args.ld_page +
-                           size_t(args.page - 1) * args.ld_token + kMlaWidth;
+  const size_t kv_values =
+      size_t(args.pages - 1) * args.ld_page + size_t(args.page - 1) * args.ld_token + kMlaWidth;
   HostLoan q(context, args.q, all_rows * kMlaWidth * 2, true);
   HostLoan kv(context, args.kv, kv_values * 2, true);
   HostLoan table(context, args.block_table, size_t(args.b) * args.max_pages * 4, true);
@@ -120,13 +120,12 @@ void mla_decode(Context& context, const MlaDecodeArgs& args, cu::Stream stream) 
   HostLoan out_partial(context, args.out_partial, split_rows * kMlaLatent * 4, false);
   HostLoan lse_partial(context, args.lse_partial, split_rows * 4, false);
 
-  launch(context, "mla_decode_bf16",
-         shape_of(ceil_div(rows, kMlaRows), args.num_parts, kDecodeThreads,
-                  mla_decode_shared_bytes()),
-         make_params(context, args), stream);
-  const MlaCombineParams combine{args.num_splits, args.out_partial, args.lse_partial,
-                                 args.out,        args.lse,         args.s,
-                                 args.h};
+  launch(
+      context, "mla_decode_bf16",
+      shape_of(ceil_div(rows, kMlaRows), args.num_parts, kDecodeThreads, mla_decode_shared_bytes()),
+      make_params(context, args), stream);
+  const MlaCombineParams combine{
+      args.num_splits, args.out_partial, args.lse_partial, args.out, args.lse, args.s, args.h};
   launch(context, "mla_combine",
          shape_of(ceil_div(rows, kCombineThreads / 32), args.b, kCombineThreads, 0), combine,
          stream);

@@ -31,16 +31,16 @@ struct MlaScheduleParams {
 };
 
 struct MlaDecodeParams {
-  TensorMapBytes q;    // [b, s * h, 576] bf16, box [1, 64, 64], 128B swizzle
-  TensorMapBytes kv;   // [pages, page, 576] bf16, box [1, min(page, 64), 64], 128B swizzle
-  TensorMapBytes out;  // [b, s * h, 512] bf16, box [1, 64, 64], 128B swizzle
+  TensorMapBytes q;            // [b, s * h, 576] bf16, box [1, 64, 64], 128B swizzle
+  TensorMapBytes kv;           // [pages, page, 576] bf16, box [1, min(page, 64), 64], 128B swizzle
+  TensorMapBytes out;          // [b, s * h, 512] bf16, box [1, 64, 64], 128B swizzle
   const int32_t* block_table;  // [b, max_pages], row stride ld_table
   const int32_t* seq_lens;     // [b]
   const MlaPart* parts;        // [grid.y]
   const int32_t* num_splits;   // [b + 1]
   float* lse;                  // [b, h, s], natural logarithm
-  float* out_partial;          // [splits, s * h, 512], each normalised; unused where a request has one
-  float* lse_partial;          // [splits, s * h], base 2; -inf where nothing was attended
+  float* out_partial;  // [splits, s * h, 512], each normalised; unused where a request has one
+  float* lse_partial;  // [splits, s * h], base 2; -inf where nothing was attended
   int32_t ld_table;
   int32_t page;  // tokens of a page
   int32_t s;

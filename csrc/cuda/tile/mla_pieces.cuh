@@ -11,10 +11,10 @@ constexpr int kMlaBlock = 64;  // tokens
 
 struct MlaPiece {
   int request;
-  int length;     // tokens of the request
-  int begin;      // first block
-  int end;        // one past the last block
-  int slot;       // where its partial result goes; -1: it is the whole request
+  int length;  // tokens of the request
+  int begin;   // first block
+  int end;     // one past the last block
+  int slot;    // where its partial result goes; -1: it is the whole request
 };
 
 __device__ __forceinline__ int mla_num_blocks(int length) {
@@ -25,12 +25,15 @@ __device__ __forceinline__ int mla_num_blocks(int length) {
 class MlaPieces {
  public:
   __device__ explicit MlaPieces(const MlaDecodeParams& p)
-      : p_(p), part_(p.parts[blockIdx.y]), request_(part_.begin_request),
-        block_(part_.begin_block), split_(part_.begin_split) {}
+      : p_(p),
+        part_(p.parts[blockIdx.y]),
+        request_(part_.begin_request),
+        block_(part_.begin_block),
+        split_(part_.begin_split) {}
 
   __device__ bool next(MlaPiece& piece) {
-    const bool inside = request_ < part_.end_request ||
-                        (request_ == part_.end_request && block_ < part_.end_block);
+    const bool inside =
+        request_ < part_.end_request || (request_ == part_.end_request && block_ < part_.end_block);
     if (!inside) return false;
     piece.request = request_;
     piece.length = __ldg(p_.seq_lens + request_);

@@ -53,8 +53,8 @@ __device__ __forceinline__ void multiply_shared(float (&o)[128], const uint8_t* 
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    ptx::WgmmaBf16<256>::mma<ptx::Major::kK, ptx::Major::kMn>(
-        o, advance_k(weights, 32 * k), advance_k_rows(values, 16 * k), 1);
+    ptx::WgmmaBf16<256>::mma<ptx::Major::kK, ptx::Major::kMn>(o, advance_k(weights, 32 * k),
+                                                              advance_k_rows(values, 16 * k), 1);
   }
   ptx::wgmma_commit_group();
 }

@@ -1,5 +1,5 @@
-// How a piece's result leaves MLA decode: rounded to bf16 when it is the whole request, else in fp32
-// for mla_combine.
+// How a piece's result leaves MLA decode: rounded to bf16 when it is the whole request, else in
+// fp32 for mla_combine.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -23,9 +23,9 @@ enum MlaSide : int { kLeft = 0, kRight = 1 };
 
 // Named barriers; 0 is __syncthreads.
 enum MlaBarrier : uint32_t {
-  kMlaFirstReady = 1,   // P of the first block: left arrives, right waits
-  kMlaSecondReady = 2,  // P of the second block: right arrives, left waits
-  kMlaBoth = 3,         // both math warpgroups
+  kMlaFirstReady = 1,    // P of the first block: left arrives, right waits
+  kMlaSecondReady = 2,   // P of the second block: right arrives, left waits
+  kMlaBoth = 3,          // both math warpgroups
   kMlaWarpgroupOnly = 4  // one for each math warpgroup from here on
 };
 

@@ -1,5 +1,6 @@
 // The online softmax of MLA decode on wgmma accumulators: a thread holds rows r and r + 8 of its
-// warp's 16, two columns of every eight. Maxima are those of score * scale * log2(e): powers of two.
+// warp's 16, two columns of every eight. Maxima are those of score * scale * log2(e): powers of
+// two.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -49,7 +50,7 @@ __device__ __forceinline__ void softmax(float (&s)[32], float scale, MlaRows& ro
     for (int i = half * 2; i < 32; i += 4) peak = fmaxf(peak, fmaxf(s[i], s[i + 1]));
     peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
     peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
-    peak = fmaxf(rows.peak[half], peak * scale);
+    peak = fmaxf(rows.peak[half], ceilf(peak * scale));
     factor[half] = ptx::exp2_approx(rows.peak[half] - peak);
     rows.peak[half] = peak;
     float sum = 0.f;
