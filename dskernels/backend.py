@@ -155,6 +155,11 @@ def _module(name: str) -> ModuleType | None:
         return None
 
 
+def compiled(part: str) -> ModuleType | None:
+    """The submodule `part` of the compiled library, or None where there is no such library."""
+    return getattr(_module("_C"), part, None)
+
+
 def _probe(backend: str) -> Support:
     if backend == "ref":
         return Support(True, "plain PyTorch, the specification")

@@ -264,6 +264,8 @@ BAD = [
         "grouped_gemm_k: b.block: expected (1, 128), got (128, 128)"),
     Bad(lambda: dsk.grouped_gemm_k(T(4, 9), T(5, 9), [9], out=T(1, 5, 4)), ValueError,
         "grouped_gemm_k: out: expected the result's shape = [1, 4, 5], got [1, 5, 4]"),
+    Bad(lambda: grouped(group_sizes=T(3, dtype=i64, device="meta")), ValueError,
+        "grouped_gemm: group_sizes: expected a's device cpu or cpu, got meta"),
     # mla
     Bad(lambda: decode(q=T(2, 3, 20)), ValueError,
         "mla_decode: q: expected shape [b, s, h, dl + r], got [2, 3, 20]"),
@@ -327,6 +329,8 @@ BAD = [
         "mla_prefill: cu_seqlens_k: expected cu_seqlens_q's shape = [2], got [3]"),
     Bad(lambda: prefill(cu_seqlens_q=T(0, dtype=i32), cu_seqlens_k=T(0, dtype=i32)), ValueError,
         "mla_prefill: cu_seqlens_q: expected [b + 1], at least one element, got [0]"),
+    Bad(lambda: prefill(cu_seqlens_k=T(2, dtype=i32, device="meta")), ValueError,
+        "mla_prefill: cu_seqlens_k: expected q's device cpu or cpu, got meta"),
     # moe
     Bad(lambda: gate(weight=T(8, 5)), ValueError,
         "moe_gate: weight: expected [e, d] = [8, 6], got [8, 5]"),
