@@ -22,6 +22,7 @@ void bind_launch(py::module_& m) {
       "machine"_a, "ordinal"_a = 0, "Names of the instances launched since the last call.");
   bind_launch_rowwise(launch);
   bind_launch_gemm(launch);
+  bind_launch_mla(launch);
 }
 
 }  // namespace dsk::api
