@@ -26,8 +26,16 @@ constexpr int gemm_fp8_column_shared_bytes(int block_m, int block_n, int num_sta
 constexpr int gemm_fp8_swapped_shared_bytes(int tokens, int num_stages) {
   const int stages = num_stages * (128 + tokens) * 128;
   const int result = 128 * tokens * 2;
-  const int scales = gemm_round_up(num_stages * tokens * 4, 128);
+  const int scales = num_stages * gemm_round_up(tokens * 4, 128);
   return gemm_round_up(stages + result + scales + gemm_barrier_bytes(num_stages), 1024);
+}
+
+// Bytes of GemmSwigluSmem: tiles of 64 rows by 128 columns of D, from 256 rows of B.
+constexpr int gemm_fp8_swiglu_shared_bytes(int num_stages) {
+  const int stages = num_stages * ((64 + 256) * 128 + 64 * 4);
+  const int result = 64 * 128 * 2;
+  const int maxima = 2 * 2 * 64 * 4;
+  return gemm_round_up(stages + result + maxima + gemm_barrier_bytes(num_stages), 1024);
 }
 
 }  // namespace dsk

@@ -39,13 +39,13 @@ struct GemmFp8Shape {
   static_assert(kBlockN <= 192, "accumulators and running sums must fit the register file");
 };
 
-template <class Shape>
+template <class Shape, int kCluster>
 struct alignas(1024) GemmFp8Smem {
   uint8_t a[Shape::kNumStages][Shape::kBlockM * kFp8BlockK];
   uint8_t b[Shape::kNumStages][Shape::kBlockN * kFp8BlockK];
   ResultPanels<Shape::kBlockN> d[Shape::kMathWarpgroups];
   alignas(128) float sfa[Shape::kNumStages][Shape::kBlockM];
-  Ring<Shape::kNumStages> ring;
+  Ring<Shape::kNumStages, kCluster> ring;
 
   using Partial = PartialTile<Shape::kBlockM, Shape::kBlockN>;
   static_assert(sizeof(Partial) <= sizeof(a) + sizeof(b), "partial sums take the stages' place");
@@ -55,15 +55,16 @@ struct alignas(1024) GemmFp8Smem {
 // The scales of one tile: A's by row, from the stage; B's for the whole tile, from memory, fetched
 // one k block ahead so that their latency hides behind the wgmma. Registers are scarce here: the
 // widest tile leaves about 30 beside its accumulators and sums.
-template <class Shape>
+template <class Shape, class Smem>
 class RowAndBlockScales {
  public:
   __device__ __forceinline__ RowAndBlockScales(const GemmFp8Params& p, const GemmTile& tile,
-                                               const GemmFp8Smem<Shape>& smem, int warpgroup)
+                                               const Smem& smem, int warpgroup)
       : p_(p), smem_(smem) {
     row_ = warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
     const int block_rows = (p.extent.n + 127) / 128;
-    const int block_row = tile.n_start / 128;
+    // The second tile of a pair may lie behind the last row of scales.
+    const int block_row = min(tile.n_start / 128, block_rows - 1);
     first_ = (tile.group * block_rows + block_row) * k_blocks();
     // The tile's columns from boundary_ on use the next row, if B has one.
     boundary_ = block_row + 1 < block_rows ? 128 - tile.n_start % 128 : Shape::kBlockN;
@@ -110,7 +111,7 @@ class RowAndBlockScales {
   }
 
   const GemmFp8Params& p_;
-  const GemmFp8Smem<Shape>& smem_;
+  const Smem& smem_;
   int first_;  // index in p.sfb of the first row's first block
   int row_;
   int boundary_;
@@ -121,7 +122,10 @@ class RowAndBlockScales {
 template <class Shape, GroupKind kKind, ClusterUse kCluster = ClusterUse::kNone>
 __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
-  auto& smem = *reinterpret_cast<GemmFp8Smem<Shape>*>(shared_memory);
+  constexpr bool kSharedA = kCluster == ClusterUse::kSharedA;
+  constexpr bool kSharedB = kCluster == ClusterUse::kSharedB;
+  using Smem = GemmFp8Smem<Shape, kSharedA || kSharedB ? 2 : 1>;
+  auto& smem = *reinterpret_cast<Smem*>(shared_memory);
   static_assert(sizeof(smem) ==
                 gemm_fp8_shared_bytes(Shape::kBlockM, Shape::kBlockN, Shape::kNumStages));
   using Scheduler = GemmScheduler<kKind, Shape::kBlockM, Shape::kBlockN, kFp8BlockK, kCluster>;
@@ -129,11 +133,10 @@ __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
   const auto load = [&](const GemmTile& tile, int k_block, int stage, uint64_t* full) {
     using namespace cuda::ptx;
     const int k_blocks = (p.extent.k + kFp8BlockK - 1) / kFp8BlockK;
-    const int32_t a_at[2] = {k_block * kFp8BlockK, tile.a_row};
-    const int32_t b_at[2] = {k_block * kFp8BlockK, tile.group * p.extent.n + tile.n_start};
+    const int b_row = tile.group * p.extent.n + tile.n_start;
+    load_tile<kSharedA, Shape::kBlockM>(smem.a[stage], p.a, k_block * kFp8BlockK, tile.a_row, full);
+    load_tile<kSharedB, Shape::kBlockN>(smem.b[stage], p.b, k_block * kFp8BlockK, b_row, full);
     const int32_t sfa_at[2] = {tile.row, tile.plane * k_blocks + k_block};
-    cp_async_bulk_tensor(space_cluster, space_global, smem.a[stage], &p.a, a_at, full);
-    cp_async_bulk_tensor(space_cluster, space_global, smem.b[stage], &p.b, b_at, full);
     cp_async_bulk_tensor(space_cluster, space_global, smem.sfa[stage], &p.sfa, sfa_at, full);
   };
   const auto compute = [&](int warpgroup) {
@@ -147,7 +150,7 @@ __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
     GemmTile tile;
     while (scheduler.next(tile)) {
       float sum[kN / 2];
-      RowAndBlockScales<Shape> scales(p, tile, smem, warpgroup);
+      RowAndBlockScales<Shape, Smem> scales(p, tile, smem, warpgroup);
       promoted_sum<kN>(smem.ring, at, tile.k_begin, tile.k_end, left, right, scales, sum);
       ResultPlace place{tile.a_row, tile.row_end - tile.a_row, tile.n_start, tile.group,
                         kKind == GroupKind::kDense};

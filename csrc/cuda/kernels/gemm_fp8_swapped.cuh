@@ -42,7 +42,8 @@ struct alignas(1024) GemmFp8SwappedSmem {
   uint8_t b[Shape::kNumStages][Shape::kBlockN * kFp8BlockK];
   uint8_t a[Shape::kNumStages][Shape::kTokens * kFp8BlockK];
   alignas(1024) TokenPanel<Shape::kTokens> d[Shape::kMathWarpgroups];
-  alignas(128) float sfa[Shape::kNumStages][Shape::kTokens];
+  // A TMA copy lands on a multiple of 128 bytes.
+  alignas(128) float sfa[Shape::kNumStages][Shape::kTokens < 32 ? 32 : Shape::kTokens];
   Ring<Shape::kNumStages> ring;
 
   using Partial = PartialTile<Shape::kTokens, Shape::kBlockN>;

@@ -47,7 +47,7 @@ __device__ __forceinline__ void promoted_sum(Stages& ring, typename Stages::Posi
     ptx::wgmma_wait_group<0>();
     ptx::fence_accumulators(partial);
     scales.read_rest(at.stage);
-    if (threadIdx.x % 32 == 0) ring.consume(at);
+    ring.release(at);
     at.advance();
 
     scales.promote(sum, partial);

@@ -18,9 +18,11 @@ enum class GroupKind {
   kAlongK,      // groups are ranges of k, in multiples of BLOCK_K
 };
 
-// What the CTAs of a cluster have in common.
+// What the CTAs of a cluster have in common. A pair shares a double tile; its second half may lie
+// behind the end of the group or of D, and is then computed for nothing.
 enum class ClusterUse {
   kNone,
+  kSharedA,  // two CTAs, side by side: each loads half of A's tile for both
   kSharedB,  // two CTAs, one above the other: each loads half of B's tile for both
   kSplitK,   // one tile; each CTA sums its share of k
 };
@@ -41,7 +43,7 @@ template <GroupKind kKind, int kBlockM, int kBlockN, int kBlockK,
 class GemmScheduler {
  public:
   __device__ explicit GemmScheduler(const GemmExtent& extent)
-      : extent_(extent), num_n_blocks_(ceil_div(extent.n, kBlockN)), next_(first_index()) {}
+      : extent_(extent), num_n_blocks_(ceil_div(extent.n, kColumns)), next_(first_index()) {}
 
   // The next tile of this CTA; false when there is none. Every role of the CTA sees the same tiles.
   __device__ bool next(GemmTile& tile) {
@@ -68,15 +70,15 @@ class GemmScheduler {
   }
 
  private:
-  // Rows that the CTAs of a cluster cover together.
+  // Rows and columns that the CTAs of a cluster cover together.
   static constexpr int kRows = kCluster == ClusterUse::kSharedB ? 2 * kBlockM : kBlockM;
+  static constexpr int kColumns = kCluster == ClusterUse::kSharedA ? 2 * kBlockN : kBlockN;
 
   __device__ static int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
   __device__ static int cluster_size() {
     if constexpr (kCluster == ClusterUse::kNone) return 1;
-    if constexpr (kCluster == ClusterUse::kSharedB) return 2;
-    return ptx::cluster_size();
+    return kCluster == ClusterUse::kSplitK ? ptx::cluster_size() : 2;
   }
 
   __device__ static int first_index() { return blockIdx.x / cluster_size(); }
@@ -88,8 +90,8 @@ class GemmScheduler {
   // Rows of the group, or its share of k.
   __device__ int group_size() const {
     if (by_runs()) return __ldg(run() + 1) - __ldg(run());
-    // One group without sizes is all of k: the dense product.
-    if (kKind == GroupKind::kAlongK && !extent_.group_rows) return extent_.k;
+    // One group without sizes has all of k, or all rows: the dense product.
+    if (!extent_.group_rows) return kKind == GroupKind::kAlongK ? extent_.k : extent_.m;
     return __ldg(extent_.group_rows + group_);
   }
 
@@ -131,7 +133,8 @@ class GemmScheduler {
     tile.a_row = start + m_block * kRows;
     if constexpr (kCluster == ClusterUse::kSharedB) tile.a_row += ptx::cluster_rank() * kBlockM;
     tile.row_end = start + rows;
-    tile.n_start = within / band_blocks * kBlockN;
+    tile.n_start = within / band_blocks * kColumns;
+    if constexpr (kCluster == ClusterUse::kSharedA) tile.n_start += ptx::cluster_rank() * kBlockN;
     tile.group = 0;
     tile.plane = 0;
     tile.row = tile.a_row;

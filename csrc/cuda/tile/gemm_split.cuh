@@ -7,8 +7,6 @@
 
 #include <cuda_bf16.h>
 
-#include <cuda/ptx>
-
 #include <cstdint>
 
 #include "cuda/params/gemm.hpp"
@@ -66,11 +64,9 @@ __device__ __forceinline__ void store_four(void* to, ElementType type, int64_t i
 template <int kThreads, class Tile>
 __device__ __forceinline__ void reduce_and_store(const GemmResult& to, int n, const ResultPlace& at,
                                                  Tile& mine) {
-  using namespace cuda::ptx;
   constexpr int kFours = Tile::kColumns / 4;
   const int shares = ptx::cluster_size();
-  barrier_cluster_arrive(sem_release);
-  barrier_cluster_wait(sem_acquire);
+  sync_cluster();
   for (int i = ptx::cluster_rank() * kThreads + threadIdx.x; i < at.rows_left * kFours;
        i += shares * kThreads) {
     const int row = i / kFours;
@@ -88,8 +84,7 @@ __device__ __forceinline__ void reduce_and_store(const GemmResult& to, int n, co
     store_four(to.d, to.d_type, index, total);
   }
   // Others may still be reading this CTA's shared memory.
-  barrier_cluster_arrive(sem_release);
-  barrier_cluster_wait(sem_acquire);
+  sync_cluster();
 }
 
 }  // namespace dsk
