@@ -79,8 +79,8 @@ Model model_of(const py::dict& d) {
       throw py::value_error("model: no parameter '" + name + "'");
     }
   }
-  for (double Model::*must : {&Model::clock_ghz, &Model::hbm_gbytes, &Model::hbm_efficiency,
-                              &Model::l2_bytes, &Model::l2_port, &Model::dsmem_bytes}) {
+  for (double Model::* must : {&Model::clock_ghz, &Model::hbm_gbytes, &Model::hbm_efficiency,
+                               &Model::l2_bytes, &Model::l2_port, &Model::dsmem_bytes}) {
     if (m.*must == 0) throw py::value_error("model: a rate must not be 0");
   }
   return m;
@@ -253,11 +253,9 @@ void bind_emu_timing(py::module_& root) {
       .def_readonly("clusters_total", &Recording::clusters_total)
       .def_property_readonly("clusters_recorded",
                              [](const Recording& r) { return r.clusters.size(); })
-      .def_property_readonly(
-          "warp_instructions",
-          [](const Recording& r) { return r.launch.warp_instructions; })
-      .def_property_readonly("host_seconds",
-                             [](const Recording& r) { return r.launch.seconds; })
+      .def_property_readonly("warp_instructions",
+                             [](const Recording& r) { return r.launch.warp_instructions; })
+      .def_property_readonly("host_seconds", [](const Recording& r) { return r.launch.seconds; })
       .def("instructions", &instructions)
       .def("bytes", &bytes_dict)
       .def("traffic", &traffic_list)

@@ -157,8 +157,8 @@ double mma_cycles(const Opcode& op) {
 
 const char* class_name(Class c) {
   static const char* const names[kClasses] = {
-      "move",   "fp32",   "integer", "logic",  "convert",    "special", "fp64",    "half",
-      "shared", "global", "tensor",  "async",  "sync",       "control", "exchange", "other"};
+      "move",   "fp32",   "integer", "logic", "convert", "special", "fp64",     "half",
+      "shared", "global", "tensor",  "async", "sync",    "control", "exchange", "other"};
   return names[static_cast<u32>(c)];
 }
 
@@ -202,7 +202,8 @@ Cost cost_of(const std::string& text, const Inst& inst, const Model& m) {
     c.ends_region = true;
     return c;
   }
-  if (op.is({"cp", "st", "red", "tensormap", "prefetch", "prefetchu", "applypriority", "discard"})) {
+  if (op.is(
+          {"cp", "st", "red", "tensormap", "prefetch", "prefetchu", "applypriority", "discard"})) {
     Cost c = make(Class::AsyncCopy, Pipe::None, op.has("bulk") ? 4 : 1, 0, 0);
     c.ends_region = true;
     return c;

@@ -38,9 +38,9 @@ const char* class_name(Class c);
 struct Cost {
   Class group = Class::Other;
   Pipe pipe = Pipe::None;
-  double slots = 1;   // machine instructions; 0 = the assembler makes it vanish
-  double busy = 0;    // cycles of the pipe
-  double latency = 4; // until the result can be used (memory: what is added to the access)
+  double slots = 1;    // machine instructions; 0 = the assembler makes it vanish
+  double busy = 0;     // cycles of the pipe
+  double latency = 4;  // until the result can be used (memory: what is added to the access)
   bool memory = false;
   bool ends_region = false;  // nothing is moved across it
 };
@@ -49,11 +49,11 @@ struct Cost {
 Cost cost_of(const std::string& text, const Inst& inst, const Model& m);
 
 struct CostTable {
-  std::vector<Cost> cost;     // by pc
-  std::vector<u32> region;    // by pc: straight code without anything that ends a region inside
-  std::vector<u32> rank;      // by pc: position in the region as issued
+  std::vector<Cost> cost;   // by pc
+  std::vector<u32> region;  // by pc: straight code without anything that ends a region inside
+  std::vector<u32> rank;    // by pc: position in the region as issued
   std::vector<u32> region_first, region_size;
-  std::vector<u32> order;     // region by region, pcs as issued
+  std::vector<u32> order;  // region by region, pcs as issued
   CostTable(const Program& program, const Model& m);
 };
 

@@ -124,7 +124,8 @@ class Recorder : public ClusterObserver {
   void on_sync(const Warp& w, const SyncEvent& e) override {
     switch (e.kind) {
       case SyncKind::MbarArrive:
-        contribute(w, node(Node::Kind::Mbarrier, static_cast<u32>(e.a), static_cast<u32>(e.b), e.c));
+        contribute(w,
+                   node(Node::Kind::Mbarrier, static_cast<u32>(e.a), static_cast<u32>(e.b), e.c));
         break;
       case SyncKind::MbarPass:
         if (e.c != ~u64{0}) {
@@ -194,7 +195,8 @@ class Recorder : public ClusterObserver {
       }
     }
     // Each of the four warps names the operands of the whole warpgroup.
-    if (info.kind == AsyncKind::Wgmma && info.warp->index % 4 == 0) wgmma_shared_ += op.shared_bytes;
+    if (info.kind == AsyncKind::Wgmma && info.warp->index % 4 == 0)
+      wgmma_shared_ += op.shared_bytes;
     op.global_bytes = static_cast<u32>(in_global);
     const u32 index = static_cast<u32>(record_.operations.size());
     operation_of_[info.id] = index;

@@ -1,7 +1,7 @@
 // What a sample of clusters did, compact enough to keep: per warp the instructions in the order in
 // which they ran, and what each of them meant to the machine (bank conflicts, sectors, barriers
-// joined and passed, asynchronous operations). The timing model replays it (replay.hpp), as often as
-// one likes and under other assumptions; the counts of one launch come from it directly.
+// joined and passed, asynchronous operations). The timing model replays it (replay.hpp), as often
+// as one likes and under other assumptions; the counts of one launch come from it directly.
 //
 // Nothing here knows a latency. Order between agents is kept as dependencies (nodes): a wait names
 // the barrier phase that released it, and a phase names everybody who contributed, so a replay may
@@ -26,18 +26,18 @@ inline constexpr u32 kPcMask = 0x00ffffffu;
 inline constexpr u32 kResumed = 0x40000000u;  // the same instruction again, after it had waited
 
 enum class Act : u8 {
-  Shared,         // a = wavefronts (cycles of the shared-memory port)
-  Remote,         // shared memory of another CTA: a = bytes
-  Load,           // global: a = sectors that miss the L1, b = sectors
-  Store,          // global: a = sectors
-  Atomic,         // global: a = sectors
-  Issue,          // a = operation
-  Arrive,         // a = node
-  Pass,           // a = node
-  WgmmaCommit,    // a = groups committed so far
-  WgmmaWait,      // a = groups that must be complete
+  Shared,       // a = wavefronts (cycles of the shared-memory port)
+  Remote,       // shared memory of another CTA: a = bytes
+  Load,         // global: a = sectors that miss the L1, b = sectors
+  Store,        // global: a = sectors
+  Atomic,       // global: a = sectors
+  Issue,        // a = operation
+  Arrive,       // a = node
+  Pass,         // a = node
+  WgmmaCommit,  // a = groups committed so far
+  WgmmaWait,    // a = groups that must be complete
   BulkCommit,
-  BulkWait,       // a = groups that may stay pending
+  BulkWait,  // a = groups that may stay pending
   BulkWaitRead,
   CpCommit,
   CpWait,
@@ -84,13 +84,13 @@ struct ClusterRecord {
 
 // Counts by instruction (pc).
 struct PcCount {
-  u64 executed = 0;      // warp-instructions
-  u64 requests = 0;      // memory instructions that touched memory
-  u64 wavefronts = 0;    // shared memory: cycles taken
-  u64 least = 0;         // shared memory: cycles without conflicts
-  u64 sectors = 0;       // global memory: 32-byte sectors touched
-  u64 least_sectors = 0; // the fewest that hold the bytes asked for
-  u32 worst = 0;         // most wavefronts of one request
+  u64 executed = 0;       // warp-instructions
+  u64 requests = 0;       // memory instructions that touched memory
+  u64 wavefronts = 0;     // shared memory: cycles taken
+  u64 least = 0;          // shared memory: cycles without conflicts
+  u64 sectors = 0;        // global memory: 32-byte sectors touched
+  u64 least_sectors = 0;  // the fewest that hold the bytes asked for
+  u32 worst = 0;          // most wavefronts of one request
 };
 
 // Traffic with one allocation; lines of 128 bytes.

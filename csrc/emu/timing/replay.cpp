@@ -12,6 +12,7 @@ namespace dsk::emu::timing {
 namespace {
 
 constexpr double kNever = std::numeric_limits<double>::infinity();
+constexpr double kPortQueue = 32;          // cycles of work that may wait for shared memory
 constexpr double kJoinGap = 12;            // issue spans closer than this are drawn as one
 constexpr std::size_t kMaxSpans = 400000;  // of a trace
 constexpr u32 kSimulatedWaves = 3;
@@ -65,16 +66,16 @@ struct WarpSim {
   Sm* sm = nullptr;
   Partition* part = nullptr;
   WarpgroupSim* group = nullptr;
-  std::vector<double> ready;     // by virtual register
+  std::vector<double> ready;  // by virtual register
   std::vector<Producer> producer;
   // The run of events being issued: order[at..], as indices of events.
   std::vector<u32> order, first_action;
   u32 at = 0;
   u32 run_first = 0, next_event = 0, next_action = 0;
-  u32 action = 0;       // within the current event, while parked
+  u32 action = 0;  // within the current event, while parked
   double begin = 0;
-  double time = 0;      // earliest issue of what comes next
-  double passed = 0;    // when the last mbarrier waited for was released
+  double time = 0;    // earliest issue of what comes next
+  double passed = 0;  // when the last mbarrier waited for was released
   u32 wgmma_issued = 0;
   std::vector<u32> wgmma_groups;  // wgmmas issued when group k was committed
   Groups bulk, cp;
@@ -299,6 +300,8 @@ void Replay::step(WarpSim& w) {
     // A pipe's queue takes one instruction ahead of the one that it works on.
     t = std::max(t, w.part->pipe_free[static_cast<u32>(c.pipe)] - c.busy);
   }
+  // The queue in front of the shared-memory port is short.
+  if (c.memory) t = std::max(t, w.sm->shared.free - kPortQueue);
   if (t > w.time + 1e-9) {
     note(w, State::Busy, 0, w.time, t);
     w.time = t;
@@ -326,7 +329,7 @@ void Replay::issue(WarpSim& w, double t) {
   w.issue_time = start;
   w.time = t + std::max(slots, slots == 0 ? 0.0 : 1.0);
   w.memory_ready = start + (c.slots > 1 ? c.slots - 1 : 0) + c.latency;
-  w.order_tag = ++tags_;  // the others of the sub-partition come first next time
+  w.order_tag = ++tags_;             // the others of the sub-partition come first next time
   if (c.group == Class::Exchange) {  // shuffles share the port of shared memory
     w.memory_ready = std::max(w.memory_ready, w.sm->shared.take(t, 1) + c.latency);
   }
@@ -350,6 +353,7 @@ void Replay::complete(WarpSim& w) {
   const u32 pc = w.record->events[w.order[w.at]] & kPcMask;
   const InstInfo& info = recording_.program->info[pc];
   const Cost& c = table_.cost[pc];
+  if (c.memory) w.drain = std::max(w.drain, w.memory_ready);  // a warp ends after its loads
   const bool tensor = c.group == Class::Tensor && c.pipe == Pipe::None;
   for (u32 r : info.writes) {
     // Accumulators are the tensor core's until a wait, which blocks the warp itself.
@@ -398,16 +402,16 @@ bool Replay::act(WarpSim& w, const Action& a) {
         return false;
       }
       const bool mbar = what.kind == Node::Kind::Mbarrier;
-      const double latency = mbar                                ? m_.mbar_wait
+      const double latency = mbar                               ? m_.mbar_wait
                              : what.kind == Node::Kind::Cluster ? m_.cluster_barrier
                                                                 : m_.barrier;
       const double begin = w.time;
       const double over = std::max(t, node.time) + latency;
       if (mbar) w.passed = std::max(t, node.time);
       if (over > w.time) {
-        const State s = mbar                                ? State::Mbarrier
+        const State s = mbar                               ? State::Mbarrier
                         : what.kind == Node::Kind::Cluster ? State::ClusterBarrier
-                                                            : State::Named;
+                                                           : State::Named;
         note(w, s, what.place, begin, over);
         w.time = over;
       }
@@ -619,8 +623,8 @@ void Replay::close_span(WarpSim& w) {
 
 void Replay::name_bottleneck() {
   const std::pair<double, const char*> uses[] = {
-      {out_.tensor, "tensor"}, {out_.issue, "issue"},     {out_.shared, "shared memory"},
-      {out_.l2, "L2"},         {out_.hbm, "HBM"},         {out_.special, "special functions"}};
+      {out_.tensor, "tensor"}, {out_.issue, "issue"}, {out_.shared, "shared memory"},
+      {out_.l2, "L2"},         {out_.hbm, "HBM"},     {out_.special, "special functions"}};
   const auto top = *std::max_element(std::begin(uses), std::end(uses));
   out_.bottleneck = top.first >= 0.6 ? top.second : "latency";
 }
@@ -677,9 +681,9 @@ Timing Replay::run() {
 }  // namespace
 
 const char* state_name(State s) {
-  static const char* const names[kStates] = {"issue",  "mbarrier", "barrier", "cluster barrier",
-                                             "wgmma",  "copies",   "memory",  "result",
-                                             "busy"};
+  static const char* const names[kStates] = {"issue",           "mbarrier", "barrier",
+                                             "cluster barrier", "wgmma",    "copies",
+                                             "memory",          "result",   "busy"};
   return names[static_cast<u32>(s)];
 }
 

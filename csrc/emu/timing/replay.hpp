@@ -1,8 +1,9 @@
-// Replays a recording against the clock: warps issue in order on four sub-partitions per SM, results
-// come after their latency, tensor cores, special units, the shared-memory port, TMA and the SM's
-// share of L2 and HBM are resources that one user at a time holds. Waits end when the model says that
-// what released them in the recorded run has happened, so the recorded run's own order does not
-// matter. A few CTAs stand for the grid: all SMs are taken to do the same at the same time.
+// Replays a recording against the clock: warps issue in order on four sub-partitions per SM,
+// results come after their latency, tensor cores, special units, the shared-memory port, TMA and
+// the SM's share of L2 and HBM are resources that one user at a time holds. Waits end when the
+// model says that what released them in the recorded run has happened, so the recorded run's own
+// order does not matter. A few CTAs stand for the grid: all SMs are taken to do the same at the
+// same time.
 #pragma once
 
 #include <map>
@@ -20,11 +21,11 @@ enum class State : u8 {
   Mbarrier,  // detail = shared offset
   Named,     // detail = number
   ClusterBarrier,
-  Wgmma,     // waits for the tensor cores' results
-  Copies,    // waits for bulk or cp.async groups
-  Memory,    // waits for a load
-  Result,    // waits for arithmetic
-  Busy,      // another warp has the issue slot, or the pipe is full
+  Wgmma,   // waits for the tensor cores' results
+  Copies,  // waits for bulk or cp.async groups
+  Memory,  // waits for a load
+  Result,  // waits for arithmetic
+  Busy,    // another warp has the issue slot, or the pipe is full
 };
 inline constexpr u32 kStates = 9;
 const char* state_name(State s);
@@ -50,13 +51,13 @@ struct WaitTotal {
 };
 
 struct Timing {
-  double cycles = 0;        // one SM, its share of the grid, without launch
-  double sample_cycles = 0; // what was simulated
-  double microseconds = 0;  // the launch
+  double cycles = 0;         // one SM, its share of the grid, without launch
+  double sample_cycles = 0;  // what was simulated
+  double microseconds = 0;   // the launch
   double floor_hbm_us = 0, floor_l2_us = 0, floor_tensor_us = 0;
   u32 ctas_per_sm = 1;
   double waves = 1;
-  double miss = 0;          // of the bytes asked of L2, from HBM
+  double miss = 0;                     // of the bytes asked of L2, from HBM
   double hbm_bytes = 0, l2_bytes = 0;  // the whole launch
   // Busy fractions over the simulated time.
   double tensor = 0, issue = 0, shared = 0, l2 = 0, hbm = 0, special = 0;
@@ -70,8 +71,8 @@ struct Timing {
 
 struct ReplayOptions {
   Model model;
-  u32 ctas_per_sm = 0;  // 0: from shared memory, threads and the registers as packed here
-  u32 registers = 0;    // of a thread, if known
+  u32 ctas_per_sm = 0;      // 0: from shared memory, threads and the registers as packed here
+  u32 registers = 0;        // of a thread, if known
   double unique_bytes = 0;  // of the whole launch; 0: from the recording
   bool trace = false;       // keep spans of the first cluster
 };
