@@ -59,6 +59,9 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda", "cpu"), "cpu": ("cpu",), "emu"
 # Public op -> stem, and the letters of the sizes that `supports` takes for a stem.
 OPS = {
     "quantize": "rowwise",
+    "dequantize": "rowwise",
+    "pack_e5m6": "rowwise",
+    "unpack_e5m6": "rowwise",
     "rms_norm": "rowwise",
     "rms_norm_quantize": "rowwise",
     "rope": "rowwise",

@@ -379,12 +379,21 @@ BAD = [
         "moe_bias_update: counts: expected dtype int64 or int32, got float32"),
     Bad(lambda: dsk.moe_bias_update(T(4), T(5, dtype=i64), 0.1), ValueError,
         "moe_bias_update: counts: expected [e] = [4], got [5]"),
+    # narrow formats
+    Bad(lambda: dsk.dequantize(T(3, 4)), TypeError,
+        "dequantize: x: expected ScaledTensor, got Tensor"),
+    Bad(lambda: dsk.dequantize(scaled(3, 4, (1, 128)), torch.int32), ValueError,
+        "dequantize: dtype: expected fp32, bf16, fp16 or fp64, got torch.int32"),
+    Bad(lambda: dsk.pack_e5m6(T(3, 4)), TypeError,
+        "pack_e5m6: data: expected dtype float16, got float32"),
+    Bad(lambda: dsk.unpack_e5m6(torch.zeros(3, 4, dtype=torch.uint8), 4), ValueError,
+        "unpack_e5m6: packed: expected [..., 3 * ceil(k / 2)] = [3, 6], got [3, 4]"),
     # backends
     Bad(lambda: dsk.swiglu(T(2, 8), backend="gpu"), ValueError,
         "backend: expected one of ('auto', 'cuda', 'triton', 'cpu', 'emu', 'ref'), got 'gpu'"),
     Bad(lambda: dsk.use_backend("CUDA"), ValueError,
         "backend: expected one of ('auto', 'cuda', 'triton', 'cpu', 'emu', 'ref'), got 'CUDA'"),
-    Bad(lambda: dsk.supports("relu"), ValueError, "op: expected one of ['gemm', 'grouped_gemm', "),
+    Bad(lambda: dsk.supports("relu"), ValueError, "op: expected one of ['dequantize', 'gemm', "),
     Bad(lambda: dsk.supports("gemm", rows=3), ValueError,
         "shapes of gemm: expected names among ('m', 'n', 'k', 'g', 'dtype'), got 'rows'"),
 ]  # fmt: skip

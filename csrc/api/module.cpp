@@ -14,6 +14,7 @@ PYBIND11_MODULE(_C, m) {
 
   dsk::api::bind_ops(m);
   dsk::api::bind_cpu(m);
+  dsk::api::bind_comm(m);
   dsk::api::bind_device(m);
   dsk::api::bind_launch(m);
   dsk::api::bind_emu(m);

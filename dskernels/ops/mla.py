@@ -44,6 +44,7 @@ def mla_decode(
     head_dim_v: int = 512,
     softmax_scale: float | None = None,
     causal: bool = True,
+    deterministic: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [b, s, h, dl + r] over a paged latent cache -> (out, lse).
@@ -55,13 +56,15 @@ def mla_decode(
     head_dim_v     dl: out is the attention-weighted mean of each row's first head_dim_v values
     softmax_scale  default (dl + r)^-0.5, which is NOT DeepSeek's: the model passes its own
     causal         query j attends keys < seq_len - s + j + 1; else all seq_len keys
+    deterministic  the same bits for a request whatever the batch around it: its keys are split at
+                   fixed places ("cuda"), or summed by one thread ("cpu")
 
     Returns out [b, s, h, head_dim_v] in q's dtype and lse fp32 [b, h, s], the natural logarithm;
     a query that attends nothing has out 0 and lse +inf. Not differentiable.
     Source: V2 paper 2.1.2, absorbed form; layouts of FlashMLA.
     """
-    name = _chosen(backend)
-    return _decode(q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale, causal, name)
+    modes = (head_dim_v, softmax_scale, causal, deterministic, _chosen(backend))
+    return _decode(q, kv_cache, block_table, seq_lens, *modes)
 
 
 def _check_decode(q, kv_cache, block_table, seq_lens, head_dim_v):
@@ -88,7 +91,9 @@ def _check_decode(q, kv_cache, block_table, seq_lens, head_dim_v):
     check.same_device(op, "seq_lens", seq_lens, "q", q)
 
 
-def _decode_kernel(q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale, causal, backend):
+def _decode_kernel(
+    q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale, causal, deterministic, backend
+):
     table, lens = values.pages("mla_decode", kv_cache, block_table, seq_lens)
     out, lse = _run(
         "mla_decode",
@@ -101,11 +106,14 @@ def _decode_kernel(q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale
         head_dim_v=head_dim_v,
         softmax_scale=softmax_scale,
         causal=causal,
+        deterministic=deterministic,
     )
     return out.contiguous(), lse.contiguous()
 
 
-def _decode_fake(q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale, causal, backend):
+def _decode_fake(
+    q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale, causal, deterministic, backend
+):
     batch, s, heads, _ = q.shape
     out = q.new_empty((batch, s, heads, head_dim_v))
     return out, q.new_empty((batch, heads, s), dtype=torch.float32)
@@ -113,7 +121,7 @@ def _decode_fake(q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale, 
 
 _decode = define(
     "mla_decode(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, int head_dim_v,"
-    " float? softmax_scale, bool causal, str backend) -> (Tensor, Tensor)",
+    " float? softmax_scale, bool causal, bool deterministic, str backend) -> (Tensor, Tensor)",
     _check_decode,
     _decode_kernel,
     _decode_fake,
