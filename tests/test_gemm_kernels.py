@@ -193,6 +193,56 @@ def test_row_indices(name):
     check(out, exact, ref.grouped_gemm(a, b, m_indices=m_indices, accumulate="fp64"))
 
 
+def same_but_for_rounding(got, want):
+    """Quantised values that differ by at most one step of e4m3, and few of them: the kernel's
+    exponential and division are approximate (2 ulp of fp32 each)."""
+    assert torch.allclose(got.scale, want.scale, rtol=1e-5, atol=0)
+    steps = [x.data.view(torch.uint8).to(torch.int16) for x in (got, want)]
+    steps = [torch.where(x < 128, x, 128 - x) for x in steps]  # sign and magnitude -> an order
+    off = (steps[0] - steps[1]).abs()
+    assert off.max() <= 1 and (off > 0).float().mean() < 0.01
+
+
+# i of D's columns: whole blocks; an up-projection that starts within a block of scales.
+@pytest.mark.parametrize("i", [256, 80])
+@pytest.mark.parametrize("epilogue", ["swiglu", "swiglu_quant"])
+@pytest.mark.parametrize("form", ["dense", "group_sizes", "m_indices", "masked_m"])
+def test_swiglu(form, epilogue, i):
+    k, g, rows = 272, 3, 90
+    lead = (g, rows) if form == "masked_m" else (rows,)
+    a = rowwise.quantize(torch.randn(*lead, k))
+    b_lead = () if form == "dense" else (g,)
+    b = rowwise.quantize(torch.randn(*b_lead, 2 * i, k) / 8, (128, 128))
+    options = {
+        "dense": {},
+        "group_sizes": {"group_sizes": torch.tensor([70, 0, 17])},
+        "m_indices": {"m_indices": torch.tensor([1] * 9 + [-1] * 11 + [2] * 70, dtype=torch.int32)},
+        "masked_m": {"masked_m": torch.tensor([70, 0, 3], dtype=torch.int32)},
+    }[form]
+    options["epilogue"] = epilogue
+    function, reference = (
+        (dsk.gemm, ref.gemm) if form == "dense" else (dsk.grouped_gemm, ref.grouped_gemm)
+    )
+    got = function(a, b, num_sms=2, backend="emu", **options)
+    want = reference(a, b, accumulate="hopper", **options)
+    valid = [slice(None)]
+    if form == "masked_m":
+        valid = [(group, slice(count)) for group, count in enumerate(options["masked_m"].tolist())]
+    if epilogue == "swiglu":
+        truth = reference(a, b, accumulate="fp64", **options)
+        for rows in valid:
+            assert calc_diff(got[rows], truth[rows]) < 1e-3
+            assert torch.allclose(got[rows].float(), want[rows].float(), rtol=2**-7, atol=1e-6)
+        return
+    assert got.scale.stride()[-2:] == want.scale.stride()[-2:]
+    for rows in valid:
+        if want.data[rows].numel():
+            same_but_for_rounding(
+                *(dsk.ScaledTensor(x.data[rows], x.scale[rows], x.block) for x in (got, want))
+            )
+
+
 def test_every_shipped_kernel_is_tested_here():
-    tested = {*DENSE, *GROUPS, *MASKED, "gemm_fp8_along_k_128x128"}
+    swiglu = {"gemm_fp8_contiguous_swiglu", "gemm_fp8_masked_swiglu"}
+    tested = {*DENSE, *GROUPS, *MASKED, *swiglu, "gemm_fp8_along_k_128x128"}
     assert tested == set(SHIPPED)

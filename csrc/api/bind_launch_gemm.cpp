@@ -1,7 +1,7 @@
 // The launchers of csrc/cuda/launch/gemm.hpp, for Python.
 #include "cuda/launch/gemm.hpp"
 
-#include <utility>
+#include <tuple>
 
 #include "api/bind_launch.hpp"
 
@@ -18,20 +18,28 @@ launch::GemmKind kind_of(const std::string& kind) {
   throw std::invalid_argument("kind: expected dense, contiguous, masked or along_k, got " + kind);
 }
 
-// (address, is fp32) of a result, an addend or a bias; address 0 is none.
-using TensorArgument = std::pair<uint64_t, bool>;
+// (address, "bf16", "fp32" or "e4m3", address of scales, their row stride) of a result, an addend
+// or a bias; address 0 is none.
+using TensorArgument = std::tuple<uint64_t, std::string, uint64_t, int64_t>;
+
+ElementType type_of(const std::string& name) {
+  if (name == "bf16") return ElementType::kBfloat16;
+  if (name == "fp32") return ElementType::kFloat32;
+  if (name == "e4m3") return ElementType::kE4m3;
+  throw std::invalid_argument("type: expected bf16, fp32 or e4m3, got " + name);
+}
 
 launch::GemmTensor tensor_of(const TensorArgument& argument) {
-  return {pointer<void>(argument.first),
-          argument.second ? ElementType::kFloat32 : ElementType::kBfloat16};
+  const auto& [address, type, scale, ld_scale] = argument;
+  return {pointer<void>(address), type_of(type), pointer<float>(scale), ld_scale};
 }
 
 void gemm_fp8(const std::string& machine, int ordinal, uint64_t stream, const std::string& kind,
               uint64_t a, uint64_t sfa, uint64_t b, uint64_t sfb, const TensorArgument& d,
               const TensorArgument& c, const TensorArgument& bias, uint64_t group_rows,
               uint64_t runs, int m, int n, int k, int expected_m, int num_groups, int64_t lda,
-              int64_t ldb, int64_t ld_sfa, int64_t ld_sfb, int num_sms, bool deterministic,
-              const std::string& forced_kernel, int forced_split) {
+              int64_t ldb, int64_t ld_sfa, int64_t ld_sfb, int num_sms, bool swiglu,
+              bool deterministic, const std::string& forced_kernel, int forced_split) {
   launch::GemmFp8Args args;
   args.kind = kind_of(kind);
   args.a = pointer<void>(a);
@@ -53,6 +61,7 @@ void gemm_fp8(const std::string& machine, int ordinal, uint64_t stream, const st
   args.ld_sfa = ld_sfa;
   args.ld_sfb = ld_sfb;
   args.num_sms = num_sms;
+  args.swiglu = swiglu;
   args.deterministic = deterministic;
   args.forced_kernel = forced_kernel;
   args.forced_split = forced_split;
@@ -66,8 +75,15 @@ void gemm_runs(const std::string& machine, int ordinal, uint64_t stream, uint64_
 }
 
 launch::GemmProblem problem_of(const std::string& kind, int m, int n, int k, int num_groups,
-                               int num_sms, bool deterministic) {
-  return {kind_of(kind), m, n, k, num_groups, num_sms, deterministic, "", 1};
+                               int num_sms) {
+  launch::GemmProblem problem;
+  problem.kind = kind_of(kind);
+  problem.m = m;
+  problem.n = n;
+  problem.k = k;
+  problem.num_groups = num_groups;
+  problem.num_sms = num_sms;
+  return problem;
 }
 
 py::dict describe(const launch::GemmConfig& config) {
@@ -86,9 +102,11 @@ py::dict describe(const launch::GemmConfig& config) {
 }
 
 py::dict gemm_config(const std::string& kind, int m, int n, int k, int num_groups, int num_sms,
-                     bool deterministic) {
-  const launch::GemmChoice choice =
-      launch::choose_gemm(problem_of(kind, m, n, k, num_groups, num_sms, deterministic));
+                     bool swiglu, bool deterministic) {
+  launch::GemmProblem problem = problem_of(kind, m, n, k, num_groups, num_sms);
+  problem.swiglu = swiglu;
+  problem.deterministic = deterministic;
+  const launch::GemmChoice choice = launch::choose_gemm(problem);
   py::dict result = describe(choice.config);
   result["split"] = choice.split;
   result["cluster"] = choice.cluster;
@@ -109,7 +127,7 @@ double gemm_cycles(const std::string& kind, int m, int n, int k, int num_groups,
   config.block_n = block_n;
   config.pair_m = pair_m;
   config.pair_n = pair_n;
-  return launch::gemm_cycles(problem_of(kind, m, n, k, num_groups, num_sms, false), config, split);
+  return launch::gemm_cycles(problem_of(kind, m, n, k, num_groups, num_sms), config, split);
 }
 
 }  // namespace
@@ -120,11 +138,11 @@ void bind_launch_gemm(py::module_& launch) {
   launch.def("gemm_fp8", &gemm_fp8, "machine"_a, "ordinal"_a, "stream"_a, "kind"_a, "a"_a, "sfa"_a,
              "b"_a, "sfb"_a, "d"_a, "c"_a, "bias"_a, "group_rows"_a, "runs"_a, "m"_a, "n"_a, "k"_a,
              "expected_m"_a, "num_groups"_a, "lda"_a, "ldb"_a, "ld_sfa"_a, "ld_sfb"_a, "num_sms"_a,
-             "deterministic"_a, "forced_kernel"_a, "forced_split"_a, release);
+             "swiglu"_a, "deterministic"_a, "forced_kernel"_a, "forced_split"_a, release);
   launch.def("gemm_runs", &gemm_runs, "machine"_a, "ordinal"_a, "stream"_a, "m_indices"_a, "runs"_a,
              "rows"_a, release);
   launch.def("gemm_config", &gemm_config, "kind"_a, "m"_a, "n"_a, "k"_a, "num_groups"_a = 1,
-             "num_sms"_a = 132, "deterministic"_a = false,
+             "num_sms"_a = 132, "swiglu"_a = false, "deterministic"_a = false,
              "The launch configuration of a shape, and the reason for it.");
   launch.def("gemm_cycles", &gemm_cycles, "kind"_a, "m"_a, "n"_a, "k"_a, "num_groups"_a,
              "num_sms"_a, "block_m"_a, "block_n"_a, "swapped"_a = false, "pair_m"_a = 1,

@@ -41,14 +41,27 @@ int64_t planes_of_d(const GemmFp8Args& args) {
   return args.kind == GemmKind::kAlongK ? args.num_groups : planes_of_a(args);
 }
 
-size_t bytes_of(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
+int64_t columns_of_d(const GemmFp8Args& args) { return args.swiglu ? args.n / 2 : args.n; }
+
+size_t bytes_of(ElementType type) {
+  switch (type) {
+    case ElementType::kFloat32:
+      return 4;
+    case ElementType::kBfloat16:
+      return 2;
+    case ElementType::kE4m3:
+      return 1;
+  }
+  return 0;
+}
 
 // D, C and bias, and the memory that the kernel may touch for them.
 class ResultLoan {
  public:
   ResultLoan(Context& context, const GemmTensor& d, const GemmTensor& c, const GemmTensor& bias,
-             size_t rows, size_t n, size_t num_groups)
-      : d_(context, d.address, rows * n * bytes_of(d.type), false) {
+             size_t rows, size_t n, size_t num_groups, size_t scale_rows)
+      : d_(context, d.address, rows * n * bytes_of(d.type), false),
+        scale_(context, d.scale, d.scale ? scale_rows * d.ld_scale * sizeof(float) : 0, false) {
     if (c.address && c.address != d.address)
       c_.emplace(context, c.address, rows * n * bytes_of(c.type), true);
     if (bias.address)
@@ -56,20 +69,26 @@ class ResultLoan {
   }
 
  private:
-  HostLoan d_;
+  HostLoan d_, scale_;
   std::optional<HostLoan> c_, bias_;
 };
 
+// A box of D is 128 bytes of `box_rows` rows.
 GemmResult make_result(Context& context, const GemmTensor& d, const GemmTensor& c,
                        const GemmTensor& bias, uint64_t rows, uint64_t n, uint32_t box_rows) {
   GemmResult result{};
   if (d.type == ElementType::kBfloat16) {
     result.map =
         encode(context, cu::kBfloat16, d.address, n, rows, n * 2, 64, box_rows, cu::kSwizzle128B);
+  } else if (d.type == ElementType::kE4m3) {
+    result.map =
+        encode(context, cu::kUint8, d.address, n, rows, n, 128, box_rows, cu::kSwizzle128B);
   }
   result.d = d.address;
   result.c = c.address;
   result.bias = bias.address;
+  result.scale = d.scale;
+  result.ld_scale = d.ld_scale;
   result.d_type = d.type;
   result.c_type = c.type;
   result.bias_type = bias.type;
@@ -84,8 +103,9 @@ GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmC
   // Of a tile that a pair shares, each CTA loads half.
   params.a = encode(context, cu::kUint8, args.a, args.k, rows, args.lda, 128,
                     config.block_m / config.pair_n, cu::kSwizzle128B);
+  const int b_box = config.swiglu ? 64 : config.block_n;
   params.b = encode(context, cu::kUint8, args.b, args.k, b_rows, args.ldb, 128,
-                    config.block_n / config.pair_m, cu::kSwizzle128B);
+                    b_box / config.pair_m, cu::kSwizzle128B);
   params.sfa = encode(context, cu::kFloat32, args.sfa, args.m, k_blocks(args) * planes_of_a(args),
                       args.ld_sfa * sizeof(float), config.block_m, 1, cu::kSwizzleNone);
   if (args.kind == GemmKind::kAlongK) {
@@ -95,7 +115,7 @@ GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmC
     params.sfb = args.sfb;
   }
   params.result = make_result(context, args.d, args.c, args.bias, args.m * planes_of_d(args),
-                              args.n, config.swapped ? config.block_m : 64);
+                              columns_of_d(args), config.swapped ? config.block_m : 64);
   params.extent.group_rows = args.group_rows;
   params.extent.runs = args.runs;
   params.extent.m = args.m;
@@ -147,22 +167,25 @@ void gemm_runs(Context& context, const GemmRunsParams& params, cu::Stream stream
 
 void gemm_fp8(Context& context, const GemmFp8Args& args, cu::Stream stream) {
   if (args.m == 0 || args.n == 0 || args.num_groups == 0) return;
-  GemmProblem problem{args.kind,
-                      args.m,
-                      args.n,
-                      args.k,
-                      args.num_groups,
-                      args.num_sms,
-                      args.deterministic,
-                      args.forced_kernel,
-                      args.forced_split};
+  GemmProblem problem;
+  problem.kind = args.kind;
+  problem.m = args.m;
+  problem.n = args.n;
+  problem.k = args.k;
+  problem.num_groups = args.num_groups;
+  problem.num_sms = args.num_sms;
+  problem.swiglu = args.swiglu;
+  problem.deterministic = args.deterministic;
+  problem.forced_kernel = args.forced_kernel;
+  problem.forced_split = args.forced_split;
   if (args.kind == GemmKind::kMasked && args.expected_m > 0) problem.m = args.expected_m;
   if (problem.num_sms <= 0) problem.num_sms = context.device().num_sms();
   const GemmChoice choice = choose_gemm(problem);
 
   OperandLoans operands(context, args);
-  ResultLoan result(context, args.d, args.c, args.bias, size_t(args.m) * planes_of_d(args), args.n,
-                    args.num_groups);
+  ResultLoan result(context, args.d, args.c, args.bias, size_t(args.m) * planes_of_d(args),
+                    columns_of_d(args), args.num_groups,
+                    planes_of_a(args) * ((columns_of_d(args) + 127) / 128));
   GemmFp8Params params = make_params(context, args, choice);
   device::LaunchShape shape;
   shape.grid.x = unsigned(choice.num_ctas);

@@ -9,10 +9,12 @@
 
 namespace dsk::launch {
 
-// A matrix or vector of fp32 or bf16 values; contiguous.
+// A matrix or vector; contiguous.
 struct GemmTensor {
   void* address = nullptr;
   ElementType type = ElementType::kBfloat16;
+  float* scale = nullptr;  // e4m3: [planes * ceil(n / 128), rows] fp32, row stride ld_scale
+  int64_t ld_scale = 0;
 };
 
 // D[., n] = A * B^T (+ C) (+ bias); along k, a is [m, k], b [n, k], d [groups, m, n]. Pointers are
@@ -23,7 +25,7 @@ struct GemmFp8Args {
   const float* sfa = nullptr;  // [ceil(k/128), m] (masked: [groups, ...]), row stride ld_sfa, 4 |
   const void* b = nullptr;     // [groups * n, k] e4m3, row stride ldb, 16 | ldb
   const float* sfb = nullptr;  // [groups, ceil(n/128), ceil(k/128)], contiguous; along k: as sfa
-  GemmTensor d;                // [m, n] (masked: [groups, m, n]), 8 | n
+  GemmTensor d;                // [m, n] (masked: [groups, m, n]), 8 | n; SwiGLU: n / 2 columns
   GemmTensor c;                // as d, or null; may be d itself
   GemmTensor bias;             // [groups, n], or null
   // On the device: rows of each group (along k: its columns, multiples of 128), or, for contiguous
@@ -35,6 +37,7 @@ struct GemmFp8Args {
   int num_groups = 1;
   int64_t lda = 0, ldb = 0, ld_sfa = 0, ld_sfb = 0;  // ld_sfb: along k
   int num_sms = 0;                                   // 0: all
+  bool swiglu = false;  // d = silu(gate) * up; with type e4m3 quantised in blocks of 1x128
   bool deterministic = false;
   std::string forced_kernel;  // see GemmProblem
   int forced_split = 1;

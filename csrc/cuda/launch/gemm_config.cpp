@@ -49,6 +49,19 @@ constexpr GemmConfig swapped(const char* kernel, GemmKind kind, int tokens, int 
   return config;
 }
 
+constexpr GemmConfig swiglu(const char* kernel, GemmKind kind, int num_stages) {
+  GemmConfig config;
+  config.kernel = kernel;
+  config.kind = kind;
+  config.swiglu = true;
+  config.block_m = 64;
+  config.block_n = 256;
+  config.num_stages = num_stages;
+  config.threads = 3 * 128;
+  config.shared_bytes = gemm_fp8_swiglu_shared_bytes(num_stages);
+  return config;
+}
+
 using enum GemmKind;
 constexpr GemmConfig kConfigs[] = {
     swapped("gemm_fp8_dense_16", kDense, 16, 8),
@@ -63,6 +76,8 @@ constexpr GemmConfig kConfigs[] = {
     plain("gemm_fp8_masked_64x128", kMasked, 64, 128, 8),
     paired(plain("gemm_fp8_masked_128x128", kMasked, 128, 128, 5), 1, 2),
     plain("gemm_fp8_along_k_128x128", kAlongK, 128, 128, 5),
+    paired(swiglu("gemm_fp8_contiguous_swiglu", kContiguous, 5), 2, 1),
+    swiglu("gemm_fp8_masked_swiglu", kMasked, 5),
 };
 
 // Rates of an H100 or H800 SXM, per clock cycle at 1.755 GHz.
@@ -87,8 +102,12 @@ long long count_clusters(const GemmProblem& problem, const GemmConfig& config) {
 // What tensor cores and CUDA cores need for one k block. Warpgroups take turns: while one promotes,
 // the others' wgmma runs.
 double math_cycles(const GemmConfig& config) {
-  const int warpgroups = (config.swapped ? config.block_n : config.block_m) / 64;
-  const int columns = config.swapped ? config.block_m : config.block_n;
+  int warpgroups = (config.swapped ? config.block_n : config.block_m) / 64;
+  int columns = config.swapped ? config.block_m : config.block_n;
+  if (config.swiglu) {  // two warpgroups side by side
+    warpgroups = 2;
+    columns /= 2;
+  }
   const double wgmma = 4 * std::max(columns / 2.0, kMinWgmma);
   const double promotion = columns / 2.0 * (config.kind == kAlongK ? 2 : 1);
   constexpr double kHandover = 90;  // barrier, first wgmma's latency, scales
@@ -132,7 +151,8 @@ int choose_raster(const GemmProblem& problem, const GemmConfig& config) {
 }
 
 bool is_candidate(const GemmProblem& problem, const GemmConfig& config, int split) {
-  if (config.kind != problem.kind || config.pair_m * config.pair_n > problem.num_sms) return false;
+  if (config.kind != problem.kind || config.swiglu != problem.swiglu) return false;
+  if (config.pair_m * config.pair_n > problem.num_sms) return false;
   if (!problem.forced_kernel.empty())
     return config.kernel == problem.forced_kernel && split == problem.forced_split;
   return true;
@@ -159,6 +179,7 @@ std::string explain(const GemmProblem& problem, const GemmChoice& choice) {
   if (choice.split > 1) reason += ", k split " + std::to_string(choice.split) + " ways";
   if (config.pair_m > 1) reason += ", pairs share B";
   if (config.pair_n > 1) reason += ", pairs share A";
+  if (config.swiglu) reason += ", SwiGLU in the epilogue";
   return reason;
 }
 

@@ -16,6 +16,7 @@ struct GemmProblem {
   int k = 0;  // along k: of all groups together
   int num_groups = 1;
   int num_sms = 132;
+  bool swiglu = false;         // b = [gate; up] of n rows: D has n / 2 columns
   bool deterministic = false;  // a row's bits must not depend on the other rows: never split k
   // For tests and benchmarks: this instance and no other, k split so many ways.
   std::string forced_kernel;
@@ -31,8 +32,9 @@ struct GemmConfig {
   int num_stages = 0;
   int threads = 0;
   int shared_bytes = 0;
-  int pair_m = 1;          // tiles, one above the other or side by side, of a cluster that shares
-  int pair_n = 1;          // an operand
+  int pair_m = 1;  // tiles, one above the other or side by side, of a cluster that shares
+  int pair_n = 1;  // an operand
+  bool swiglu = false;
   bool can_split = false;  // clusters may share the k of one tile
 };
 

@@ -7,7 +7,7 @@
 
 namespace dsk {
 
-enum class ElementType : int32_t { kBfloat16, kFloat32 };
+enum class ElementType : int32_t { kBfloat16, kFloat32, kE4m3 };  // kE4m3: with scales
 
 // What is multiplied, and in what order. G = num_groups (1 when dense).
 struct GemmExtent {
@@ -36,6 +36,8 @@ struct GemmResult {
   void* d;        // [rows, n] contiguous
   const void* c;  // [rows, n] contiguous, or null
   const void* bias;  // [G, n] contiguous, or null
+  float* scale;      // of a quantised D: [G or 1 * ceil(n / 128), rows] fp32, else null
+  int64_t ld_scale;  // floats
   ElementType d_type;
   ElementType c_type;
   ElementType bias_type;

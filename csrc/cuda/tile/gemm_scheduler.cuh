@@ -90,8 +90,8 @@ class GemmScheduler {
   // Rows of the group, or its share of k.
   __device__ int group_size() const {
     if (by_runs()) return __ldg(run() + 1) - __ldg(run());
-    // One group without sizes is all of k: the dense product.
-    if (kKind == GroupKind::kAlongK && !extent_.group_rows) return extent_.k;
+    // One group without sizes has all of k, or all rows: the dense product.
+    if (!extent_.group_rows) return kKind == GroupKind::kAlongK ? extent_.k : extent_.m;
     return __ldg(extent_.group_rows + group_);
   }
 
