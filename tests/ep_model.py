@@ -70,7 +70,7 @@ def explore(
         for label, following, wrong in _steps(programs, state, repeats):
             moves += 1
             if wrong:
-                raise Broken(wrong, _trace(came_from, state) + [label])
+                raise Broken(wrong, [*_trace(came_from, state), label])
             if following not in came_from:
                 came_from[following] = (state, label)
                 queue.append(following)
@@ -95,8 +95,9 @@ def _steps(programs, state, repeats):
             counters = dict(state.counters)
             key = (send.to, send.counter)
             counters[key] = max(counters.get(key, 0), send.value)
-            yield (f"{send} arrives", state._replace(
-                counters=frozenset(counters.items()), flying=state.flying - {message}), None)  # fmt: skip
+            raised = frozenset(counters.items())
+            following = state._replace(counters=raised, flying=state.flying - {message})
+            yield f"{send} arrives", following, None
             continue
         memory = dict(state.memory)
         memory[send.to, send.slot] = send.value
