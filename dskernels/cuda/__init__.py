@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 from types import ModuleType
 
+from .. import env
 from ..types import Support
 
 KERNEL_DIRECTORY = Path(__file__).resolve().parent.parent / "_kernels"
@@ -38,5 +39,5 @@ def available() -> Support:
     built = kernels_built()
     if not built:
         return built
-    status = _C.driver_status()
+    status = _C.driver_status(env.get("DSK_CUDA_DRIVER"))
     return Support(status["available"], status["reason"])
