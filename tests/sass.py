@@ -46,13 +46,14 @@ class Instruction:
     def highest_register(self) -> int:
         """The largest index among its registers, wide operands counted whole; -1 without any."""
         found = [int(r) for r in _REGISTER.findall(self.operands)]
-        return max((r + self._width(i) - 1 for i, r in enumerate(found)), default=-1)
+        return max((r + self._width(i, r == found[0]) - 1 for i, r in enumerate(found)), default=-1)
 
-    def _width(self, position: int) -> int:
+    def _width(self, position: int, is_first: bool) -> int:
         """Registers of the operand: accumulators are N / 2, vectors as the modifier says."""
         shape = re.search(r"GMMA\.64x(\d+)x\d+\.(F32|F16)", self.opcode)
-        if shape:  # the accumulator comes first, and again as the addend
-            return int(shape[1]) // (2 if shape[2] == "F32" else 4)
+        if shape:  # the accumulator comes first and again as the addend; A may be 4 registers
+            accumulators = int(shape[1]) // (2 if shape[2] == "F32" else 4)
+            return accumulators if is_first else 4
         if self.name in ("LDG", "LDS", "LD", "LDC", "LDSM", "ULDC"):
             size = {".64": 2, ".128": 4}.get(self._modifier(), 1)
             return size if position == 0 else 1

@@ -87,6 +87,18 @@ def test_matrix_products_use_the_tensor_core(kind, opcode):
     assert without == []
 
 
+def test_the_shipped_summaries_agree_with_the_machine_code():
+    from dskernels.cuda import machine_code
+
+    summaries = machine_code()
+    if not summaries:
+        pytest.skip("built without nvdisasm: no summaries")
+    assert set(summaries) == {name for name, _ in INSTANCES}
+    assert not any(counts.get(op) for counts in summaries.values() for op in sass.LOCAL_MEMORY)
+    for name in sorted(summaries)[:2]:
+        assert summaries[name] == sass.disassemble(KERNELS / f"{name}.cubin").count
+
+
 PLANTED = {
     # 128 values that all live through a loop do not fit the 64 registers of 1024 threads.
     "spill": """
