@@ -6,6 +6,9 @@ namespace dsk {
 constexpr int kMlaWidth = 576;   // values of a cached token: 512 latent, 64 RoPE
 constexpr int kMlaLatent = 512;  // of which these are also its value vector
 constexpr int kMlaRows = 64;     // query rows of a CTA
+constexpr int kMlaScaleBytes = kMlaLatent / 128 * 4;
+// A token of an FP8 cache: e4m3 latents, fp32 scales, bf16 RoPE values.
+constexpr int kMlaFp8Bytes = kMlaLatent + kMlaScaleBytes + (kMlaWidth - kMlaLatent) * 2;
 
 // Bytes of MlaDecodeSmem: Q, two blocks of 64 tokens, row statistics, barriers.
 constexpr int mla_decode_shared_bytes() {

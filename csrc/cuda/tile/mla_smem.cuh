@@ -11,8 +11,6 @@ namespace dsk {
 
 constexpr int kMlaWarpgroup = 128;
 constexpr int kMlaMathThreads = 2 * kMlaWarpgroup;
-constexpr int kMlaMathRegisters = 232;
-constexpr int kMlaProducerRegisters = 40;
 constexpr int kMlaTiles = kMlaWidth / 64;  // a row is nine tiles of 64 columns, 128 bytes each
 constexpr int kMlaRopeTile = 8;            // the RoPE columns; later P of the same block
 constexpr int kMlaTileBytes = kMlaRows * kSwizzleBytes;

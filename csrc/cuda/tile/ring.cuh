@@ -35,11 +35,12 @@ struct Ring {
   uint64_t empty[kNumStages];
 
   // By one thread, before anyone uses the ring; a CTA (or cluster) barrier must follow.
-  // `consumers` is the number of consume() (or release()) calls of one CTA that free a stage.
-  __device__ __forceinline__ void init(uint32_t consumers) {
+  // `consumers` is the number of consume() (or release()) calls of one CTA that free a stage,
+  // `producers` that of acquire() or fill() calls that announce one.
+  __device__ __forceinline__ void init(uint32_t consumers, uint32_t producers = 1) {
 #pragma unroll
     for (int s = 0; s < kNumStages; ++s) {
-      cuda::ptx::mbarrier_init(&full[s], 1);
+      cuda::ptx::mbarrier_init(&full[s], producers);
       cuda::ptx::mbarrier_init(&empty[s], consumers * kCluster);
     }
     cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
@@ -57,6 +58,17 @@ struct Ring {
     }
     cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
                                          cuda::ptx::space_shared, &full[at.stage], bytes);
+  }
+
+  // Producers that write a stage with their own stores: wait until it is free; afterwards, one of
+  // the `producers` arrivals that fill it.
+  __device__ __forceinline__ void await_free(const Position& at) {
+    static_assert(kCluster == 1);
+    wait(&empty[at.stage], at.phase ^ 1);
+  }
+  __device__ __forceinline__ void fill(const Position& at) {
+    cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cta,
+                               cuda::ptx::space_shared, &full[at.stage]);
   }
 
   // Consumer: wait for the stage's bytes.
