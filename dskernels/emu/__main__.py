@@ -28,6 +28,14 @@ _DTYPES = {
 }  # fmt: skip
 
 
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy at a multiple of 256 bytes, as memory of a GPU is: coalescing depends on it."""
+    memory = np.empty(array.nbytes + 256, np.uint8)
+    copy = memory[-memory.ctypes.data % 256 :][: array.nbytes].view(array.dtype)
+    copy[:] = array
+    return copy
+
+
 def _argument(text: str):
     if text == "null":
         return None
@@ -37,7 +45,7 @@ def _argument(text: str):
     if kind == "f":
         return float(value)
     if kind in _DTYPES and value:
-        return np.arange(int(value)).astype(_DTYPES[kind])
+        return _aligned(np.arange(int(value)).astype(_DTYPES[kind]))
     raise argparse.ArgumentTypeError(f"expected i:N, f:X, TYPE:COUNT or null, got {text!r}")
 
 
@@ -101,7 +109,7 @@ def _finding(error: Exception) -> dict:
 
 
 def _copy(args: list) -> list:
-    return [a.copy() if isinstance(a, np.ndarray) else a for a in args]
+    return [_aligned(a) if isinstance(a, np.ndarray) else a for a in args]
 
 
 def _profile(options: argparse.Namespace, module: emu.Module) -> None:
