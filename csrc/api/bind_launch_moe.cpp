@@ -115,6 +115,46 @@ void unpermute_backward(const On& on, Address grad, Address y, bool is_bf16, Add
   launch::moe_unpermute_backward(launch_on(on), p, rows);
 }
 
+void hidden_backward(const On& on, Address h, Address back, Address row_map, Address weights,
+                     Address dh, Address act, Address dweights, int64_t slots, int width,
+                     int64_t rows) {
+  const MoeHiddenBackwardParams p{pointer<void>(h),
+                                  pointer<void>(back),
+                                  pointer<int64_t>(row_map),
+                                  pointer<float>(weights),
+                                  pointer<void>(dh),
+                                  pointer<void>(act),
+                                  pointer<float>(dweights),
+                                  slots,
+                                  width};
+  launch::moe_hidden_backward(launch_on(on), p, rows);
+}
+
+void gate_backward(const On& on, Address grad_weights, Address grad_scores, Address scores,
+                   Address topk_idx, Address dlogits, int tokens, int experts, int topk,
+                   bool softmax, bool renormalize, float scale) {
+  const MoeGateBackwardParams p{pointer<float>(grad_weights),
+                                pointer<float>(grad_scores),
+                                pointer<float>(scores),
+                                pointer<int64_t>(topk_idx),
+                                pointer<float>(dlogits),
+                                tokens,
+                                experts,
+                                topk,
+                                softmax,
+                                renormalize,
+                                scale};
+  launch::moe_gate_backward(launch_on(on), p);
+}
+
+void gate_product(const On& on, Address a, bool a_transposed, Address b, bool b_is_bf16,
+                  Address out, bool out_is_bf16, int64_t ld_b, int m, int n, int k) {
+  const MoeGateProductParams p{
+      pointer<float>(a), pointer<void>(b), pointer<void>(out), ld_b, m, n, k,
+      a_transposed,      wide(b_is_bf16),  wide(out_is_bf16)};
+  launch::moe_gate_product(launch_on(on), p);
+}
+
 }  // namespace
 
 void bind_launch_moe(py::module_& launch) {
@@ -139,6 +179,15 @@ void bind_launch_moe(py::module_& launch) {
   launch.def("moe_unpermute_backward", &unpermute_backward, "on"_a, py::kw_only(), "grad"_a, "y"_a,
              "is_bf16"_a, "row_map"_a, "weights"_a, "dy"_a, "dweights"_a, "tokens"_a, "topk"_a,
              "depth"_a, "rows"_a, release);
+  launch.def("moe_hidden_backward", &hidden_backward, "on"_a, py::kw_only(), "h"_a, "back"_a,
+             "row_map"_a, "weights"_a, "dh"_a, "act"_a, "dweights"_a, "slots"_a, "width"_a,
+             "rows"_a, release);
+  launch.def("moe_gate_backward", &gate_backward, "on"_a, py::kw_only(), "grad_weights"_a,
+             "grad_scores"_a, "scores"_a, "topk_idx"_a, "dlogits"_a, "tokens"_a, "experts"_a,
+             "topk"_a, "softmax"_a, "renormalize"_a, "scale"_a, release);
+  launch.def("moe_gate_product", &gate_product, "on"_a, py::kw_only(), "a"_a, "a_transposed"_a,
+             "b"_a, "b_is_bf16"_a, "out"_a, "out_is_bf16"_a, "ld_b"_a, "m"_a, "n"_a, "k"_a,
+             release);
 }
 
 }  // namespace dsk::api

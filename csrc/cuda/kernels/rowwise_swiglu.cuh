@@ -51,7 +51,6 @@ __device__ __forceinline__ void swiglu_group(const SwigluParams& p, const Swiglu
   }
 }
 
-// d gate = grad up s (1 + gate (1 - s)), d up = grad gate s, with s = sigmoid(gate).
 template <typename T>
 __device__ __forceinline__ void swiglu_backward_group(const SwigluParams& p, const SwigluGroup& g) {
   const T* x = static_cast<const T*>(p.x) + g.row * p.ld_x + g.column;
@@ -62,10 +61,7 @@ __device__ __forceinline__ void swiglu_backward_group(const SwigluParams& p, con
   float dgate[kValuesPerLane], dup[kValuesPerLane];
 #pragma unroll
   for (int i = 0; i < kValuesPerLane; ++i) {
-    const float s = sigmoid(gate[i]);
-    const float slope = __fmul_rn(s, __fadd_rn(1.f, __fmul_rn(gate[i], __fsub_rn(1.f, s))));
-    dgate[i] = __fmul_rn(__fmul_rn(grad[i], up[i]), slope);
-    dup[i] = __fmul_rn(__fmul_rn(grad[i], gate[i]), s);
+    swiglu_gradient(gate[i], up[i], sigmoid(gate[i]), grad[i], dgate[i], dup[i]);
   }
   T* dx = static_cast<T*>(p.y) + g.row * 2 * p.cols + g.column;
   store_run(dx, g.left, dgate);

@@ -6,21 +6,30 @@ namespace dsk::launch {
 namespace {
 
 constexpr int kThreads = 256;  // as in instances/moe.def
-constexpr int kUnpermuteCtasPerSm = 8;
+constexpr int kWarps = kThreads / 32;
+constexpr int kCtasPerSm = 8;  // of the kernels that loop over tokens or slots
+constexpr int kProductRows = 64, kProductColumns = 128;  // as in kernels/moe_gate_backward.cuh
 
 size_t bytes_of(WideType type) { return type == WideType::kBfloat16 ? 2 : 4; }
 
 template <class Params>
 void launch(const MoeLaunch& on, const char* kernel, Params params, int ctas, int cluster = 1,
-            int shared_bytes = 0) {
+            int shared_bytes = 0, int ctas_y = 1) {
   device::LaunchShape shape;
   shape.grid.x = unsigned(ctas);
+  shape.grid.y = unsigned(ctas_y);
   shape.block.x = kThreads;
   shape.cluster.x = unsigned(cluster);
   shape.shared_bytes = unsigned(shared_bytes);
   void* arguments[] = {&params};
   on.context.device().launch(on.context.kernel(kernel), shape, arguments, on.stream);
   if (on.context.emulated()) on.context.device().synchronize(on.stream);
+}
+
+// CTAs of a kernel that loops over `count` pieces of work, `each` of them a CTA at a time.
+int looping_ctas(const MoeLaunch& on, size_t count, size_t each) {
+  const int sms = on.num_sms > 0 ? on.num_sms : on.context.device().num_sms();
+  return int(std::min((count + each - 1) / each, size_t(sms) * kCtasPerSm));
 }
 
 void check_experts(const char* op, int experts, int most) {
@@ -90,8 +99,7 @@ void moe_unpermute(const MoeLaunch& on, const MoeUnpermuteParams& p, int64_t row
   HostLoan row_map(c, p.row_map, slots * sizeof(int64_t), true);
   HostLoan weights(c, p.weights, p.weights ? slots * sizeof(float) : 0, true);
   HostLoan out(c, p.out, size_t(p.tokens) * p.depth * element, false);
-  const int sms = on.num_sms > 0 ? on.num_sms : c.device().num_sms();
-  launch(on, "moe_unpermute", p, std::min(p.tokens, sms * kUnpermuteCtasPerSm));
+  launch(on, "moe_unpermute", p, looping_ctas(on, size_t(p.tokens), 1));
 }
 
 void moe_unpermute_backward(const MoeLaunch& on, const MoeUnpermuteBackwardParams& p,
@@ -105,9 +113,46 @@ void moe_unpermute_backward(const MoeLaunch& on, const MoeUnpermuteBackwardParam
   HostLoan weights(c, p.weights, p.weights ? slots * sizeof(float) : 0, true);
   HostLoan dy(c, p.dy, size_t(rows) * p.depth * element, false);
   HostLoan dweights(c, p.dweights, slots * sizeof(float), false);
-  const int sms = on.num_sms > 0 ? on.num_sms : c.device().num_sms();
-  const size_t ctas = (slots + kThreads / 32 - 1) / (kThreads / 32);
-  launch(on, "moe_unpermute_backward", p, int(std::min(ctas, size_t(sms) * kUnpermuteCtasPerSm)));
+  launch(on, "moe_unpermute_backward", p, looping_ctas(on, slots, kWarps));
+}
+
+void moe_hidden_backward(const MoeLaunch& on, const MoeHiddenBackwardParams& p, int64_t rows) {
+  if (p.slots == 0 || p.width == 0) return;
+  const Context& c = on.context;
+  const size_t slots = size_t(p.slots), row = size_t(p.width) * 2;  // bytes
+  HostLoan h(c, p.h, size_t(rows) * 2 * row, true);
+  HostLoan back(c, p.back, size_t(rows) * row, true);
+  HostLoan row_map(c, p.row_map, slots * sizeof(int64_t), true);
+  HostLoan weights(c, p.weights, slots * sizeof(float), true);
+  HostLoan dh(c, p.dh, size_t(rows) * 2 * row, false);
+  HostLoan act(c, p.act, size_t(rows) * row, false);
+  HostLoan dweights(c, p.dweights, slots * sizeof(float), false);
+  launch(on, "moe_hidden_backward", p, looping_ctas(on, slots, kWarps));
+}
+
+void moe_gate_backward(const MoeLaunch& on, const MoeGateBackwardParams& p) {
+  check_experts("moe_gate_backward", p.experts, kMoeMaxExperts);
+  if (p.tokens == 0) return;
+  const Context& c = on.context;
+  const size_t tokens = size_t(p.tokens), chosen = tokens * p.topk;
+  const size_t all = tokens * p.experts * sizeof(float);
+  HostLoan grad_weights(c, p.grad_weights, chosen * sizeof(float), true);
+  HostLoan grad_scores(c, p.grad_scores, all, true);
+  HostLoan scores(c, p.scores, all, true);
+  HostLoan topk_idx(c, p.topk_idx, chosen * sizeof(int64_t), true);
+  HostLoan dlogits(c, p.dlogits, all, false);
+  launch(on, "moe_gate_backward", p, looping_ctas(on, tokens, kWarps));
+}
+
+void moe_gate_product(const MoeLaunch& on, const MoeGateProductParams& p) {
+  if (p.m == 0 || p.n == 0) return;
+  const Context& c = on.context;
+  HostLoan a(c, p.a, size_t(p.m) * p.k * sizeof(float), true);
+  const size_t elements = p.k ? size_t(p.k - 1) * p.ld_b + p.n : 0;
+  HostLoan b(c, p.b, elements * bytes_of(p.b_type), true);
+  HostLoan out(c, p.out, size_t(p.m) * p.n * bytes_of(p.out_type), false);
+  launch(on, "moe_gate_product", p, (p.n + kProductColumns - 1) / kProductColumns, 1, 0,
+         (p.m + kProductRows - 1) / kProductRows);
 }
 
 }  // namespace dsk::launch

@@ -21,6 +21,10 @@ void moe_permute(const MoeLaunch& on, const MoePermuteParams& params, int64_t ro
 void moe_unpermute(const MoeLaunch& on, const MoeUnpermuteParams& params, int64_t rows);
 void moe_unpermute_backward(const MoeLaunch& on, const MoeUnpermuteBackwardParams& params,
                             int64_t rows);
+// `rows` are those of h, back, dh and act.
+void moe_hidden_backward(const MoeLaunch& on, const MoeHiddenBackwardParams& params, int64_t rows);
+void moe_gate_backward(const MoeLaunch& on, const MoeGateBackwardParams& params);
+void moe_gate_product(const MoeLaunch& on, const MoeGateProductParams& params);
 
 // Chunks of slots that the layout and the permutation work by: rows of their table.
 constexpr int moe_chunks(int slots) { return (slots + kMoeChunk - 1) / kMoeChunk; }

@@ -91,4 +91,45 @@ struct MoeUnpermuteBackwardParams {
   WideType type;
 };
 
+// The middle of the experts' backward, all of bf16 but weights; a row is one copy of a token.
+struct MoeHiddenBackwardParams {
+  const void* h;           // [rows, 2 width] = [gate; up], contiguous
+  const void* back;        // [rows, width]: gradient of the output, times W2; without the weight
+  const int64_t* row_map;  // [slots], every row at most once; -1 where there is none
+  const float* weights;    // [slots]
+  void* dh;                // [rows, 2 width], rows without a name zeroed by the caller
+  void* act;               // [rows, width]: weight * SwiGLU, likewise
+  float* dweights;         // [slots], likewise
+  int64_t slots;
+  int32_t width;
+};
+
+struct MoeGateBackwardParams {
+  const float* grad_weights;  // [tokens, topk]
+  const float* grad_scores;   // [tokens, experts]
+  const float* scores;        // [tokens, experts]
+  const int64_t* topk_idx;    // [tokens, topk], values in [0, experts)
+  float* dlogits;             // [tokens, experts]
+  int32_t tokens;
+  int32_t experts;
+  int32_t topk;
+  int32_t softmax;      // else sigmoid
+  int32_t renormalize;  // as in the forward
+  float scale;
+};
+
+// out [m, n] = A [m, k] b [k, n], in fp32, rounded once.
+struct MoeGateProductParams {
+  const float* a;  // [m, k], or [k, m] if transposed; contiguous
+  const void* b;   // [k, n] of b_type, row stride ld_b
+  void* out;       // [m, n] of out_type, contiguous
+  int64_t ld_b;    // elements
+  int32_t m;
+  int32_t n;
+  int32_t k;
+  int32_t a_transposed;
+  WideType b_type;
+  WideType out_type;
+};
+
 }  // namespace dsk
