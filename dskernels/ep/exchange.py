@@ -19,8 +19,8 @@ Hook = Callable[[], None]
 
 
 class Received(NamedTuple):
-    """What a rank receives, rows in order of (source rank, source token). The tensors lie in the
-    group's receive buffer: it is free for later calls once none of them is alive."""
+    """What a rank receives, rows in order of (source rank, source token). x (with its scales) and
+    source lie in the group's receive buffer: it is free for later calls once neither is alive."""
 
     x: Tokens  # [n, h]
     topk_idx: torch.Tensor  # int64 [n, k]: local expert numbers, -1 for other ranks' experts
@@ -63,21 +63,26 @@ def dispatch(
         data, scale, _plain(topk_idx), _plain(topk_weights), group._seconds(timeout)
     )
     rows, slots = handle.rows, topk_idx.shape[1]
-    received: Tokens = view(region, fields[0], (rows, data.shape[1]), data.dtype)
+    data_at, records_at, record, scale_at, idx_at, weights_at, source_at = fields
+    received: Tokens = view(region, data_at, (rows, data.shape[1]), data.dtype)
+    records = view(region, records_at, (rows, record), torch.uint8)
+
+    def field(offset: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        return records[:, offset : offset + width * dtype.itemsize].view(dtype)
+
     if isinstance(x, ScaledTensor):
-        width = x.scale.shape[1]
-        scales = view(region, fields[1], (rows, width), torch.float32)
+        scales = field(scale_at, x.scale.shape[1], torch.float32)
         received = ScaledTensor(received, scales, x.block, x.dtype)
     weights = None
     if topk_weights is not None:
-        weights = view(region, fields[3], (rows, slots), torch.float32)
+        weights = field(weights_at, slots, torch.float32).contiguous()
     per_expert = [-(-n // expert_alignment) * expert_alignment for n in handle.mentions]
     return Received(
         received,
-        view(region, fields[2], (rows, slots), torch.int64),
+        field(idx_at, slots, torch.int64).contiguous(),
         weights,
         per_expert,
-        view(region, fields[4], (rows, 2), torch.int64),
+        field(source_at, 2, torch.int64),
         handle,
     )
 
