@@ -13,6 +13,7 @@ import torch
 
 from ..types import ScaledTensor, Support, Unsupported
 from . import gemm, launchers, rowwise
+from ._gemm_bf16 import K_BLOCK
 from ._tensor import device_of, stream_of
 
 GROUP = 128
@@ -35,6 +36,21 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def _need_bf16(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> None:
+    """Plain operands of products: bf16, rows of 16 bytes."""
+    for name, value in (("x", x), ("w13", w13), ("w2", w2)):
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.bfloat16:
+            given = getattr(value, "dtype", type(value).__name__)
+            raise Unsupported(f"{name}: expected bf16 with weights of bf16, got {given}")
+    for name, size in (("d", w2.shape[1]), ("i", w2.shape[2])):
+        if size % 8:
+            raise Unsupported(f"{name}: expected a multiple of 8 (rows of 16 bytes), got {size}")
+
+
+def _transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(-2, -1).contiguous()
+
+
 class _Layout(NamedTuple):
     """Where sorted slots go; see csrc/cuda/kernels/moe_layout.cuh."""
 
@@ -50,7 +66,8 @@ class Moe:
     def __init__(self, machine: str) -> None:
         self.machine = machine
         self.rowwise = rowwise.Rowwise(machine)
-        self.grouped_gemm = gemm.GemmKernels(machine).grouped_gemm
+        products = gemm.GemmKernels(machine)
+        self.grouped_gemm, self.grouped_gemm_k = products.grouped_gemm, products.grouped_gemm_k
 
     def _on(self, x: torch.Tensor) -> tuple[str, int, int, int]:
         return self.machine, device_of(x), stream_of(x), 0
@@ -68,7 +85,8 @@ class Moe:
         score: str = "sigmoid",
         group_score: str | None = None,
         renormalize: bool | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return_counts: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
         """As dskernels.ref.moe.moe_gate, at most 512 experts. Every token's result is the same
         whatever the batch around it."""
         x, weight = _rows(_float("x", x)), _float("weight", weight).contiguous()
@@ -77,19 +95,65 @@ class Moe:
         topk_idx = torch.empty(tokens, topk, dtype=torch.int64, device=x.device)
         weights = torch.empty(tokens, topk, dtype=torch.float32, device=x.device)
         scores = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+        counts = None
+        if return_counts:
+            counts = torch.zeros(experts, dtype=torch.int32, device=x.device)
         bias = None if bias is None else bias.float().contiguous()
         sigmoid = score == "sigmoid"
         launchers().moe_gate(
             self._on(x), x=x.data_ptr(), x_is_bf16=x.dtype == torch.bfloat16,
             weight=weight.data_ptr(), weight_is_bf16=weight.dtype == torch.bfloat16,
             bias=0 if bias is None else bias.data_ptr(), topk_idx=topk_idx.data_ptr(),
-            topk_weights=weights.data_ptr(), scores=scores.data_ptr(), counts=0,
+            topk_weights=weights.data_ptr(), scores=scores.data_ptr(),
+            counts=counts.data_ptr() if return_counts else 0,
             ld_x=x.stride(0), tokens=tokens, depth=depth, experts=experts,
             num_groups=n_group, topk_group=topk_group, topk=topk, softmax=not sigmoid,
             top2=(group_score or ("top2" if sigmoid else "max")) == "top2",
             renormalize=sigmoid if renormalize is None else renormalize, scale=scale,
         )  # fmt: skip
+        if return_counts:
+            return topk_idx, weights, scores, counts.to(torch.int64)
         return topk_idx, weights, scores
+
+    def _product(self, a, b, out, transpose: bool) -> None:
+        """out [m, n] = a [m, k] b [k, n], a fp32, or a^T for a [k, m]."""
+        (k, m) = a.shape if transpose else a.shape[::-1]
+        launchers().moe_gate_product(
+            self._on(a), a=a.data_ptr(), a_transposed=transpose, b=b.data_ptr(),
+            b_is_bf16=b.dtype == torch.bfloat16, out=out.data_ptr(),
+            out_is_bf16=out.dtype == torch.bfloat16, ld_b=b.stride(0), m=m, n=out.shape[1], k=k,
+        )  # fmt: skip
+
+    def moe_gate_backward(
+        self,
+        grad_weights: torch.Tensor,
+        grad_scores: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        topk_idx: torch.Tensor,
+        scores: torch.Tensor,
+        scale: float,
+        score: str,
+        renormalize: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As dskernels.ref.moe_backward.moe_gate_backward: gradient of the logits, then its
+        products with weight and x in fp32."""
+        x, weight = _rows(_float("x", x)), _rows(_float("weight", weight))
+        (tokens, topk), experts = topk_idx.shape, weight.shape[0]
+        _experts(experts, launchers().kMoeMaxExperts)
+        grads = [g.float().contiguous() for g in (grad_weights, grad_scores)]
+        topk_idx, scores = topk_idx.to(torch.int64).contiguous(), scores.contiguous()
+        dlogits = torch.empty_like(scores)
+        launchers().moe_gate_backward(
+            self._on(x), grad_weights=grads[0].data_ptr(), grad_scores=grads[1].data_ptr(),
+            scores=scores.data_ptr(), topk_idx=topk_idx.data_ptr(), dlogits=dlogits.data_ptr(),
+            tokens=tokens, experts=experts, topk=topk, softmax=score == "softmax",
+            renormalize=renormalize, scale=scale,
+        )  # fmt: skip
+        dx, dweight = (torch.empty(v.shape, dtype=v.dtype, device=x.device) for v in (x, weight))
+        self._product(dlogits, weight, dx, transpose=False)
+        self._product(dlogits, x, dweight, transpose=True)
+        return dx, dweight
 
     def _layout(self, topk_idx: torch.Tensor, experts: int, alignment: int) -> _Layout:
         _experts(experts, launchers().kMoeMaxGroups)
@@ -201,15 +265,17 @@ class Moe:
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """As dskernels.ref.moe.moe_experts with e4m3 weights in blocks of 128 x 128.
+        """As dskernels.ref.moe.moe_experts with e4m3 weights in blocks of 128 x 128, or bf16.
 
         Six launches, none of which waits for another one's result on the host: quantise, layout,
         permute, gate-up product with SwiGLU and quantisation, down product, weighted sum. A token
-        is quantised once, however many experts it goes to.
+        is quantised once, however many experts it goes to. With bf16 weights SwiGLU is a launch
+        of its own.
         """
-        for name, weight in (("w13", w13), ("w2", w2)):
-            if not isinstance(weight, ScaledTensor):
-                raise Unsupported(f"{name}: expected a ScaledTensor, got a plain tensor")
+        if not isinstance(w13, ScaledTensor):
+            return self._plain_experts(x, w13, w2, topk_idx, topk_weights)
+        if not isinstance(w2, ScaledTensor):
+            raise Unsupported("w2: expected a ScaledTensor, as w13, got a plain tensor")
         if x.shape[0] == 0 or topk_idx.shape[1] == 0:
             return torch.zeros_like(x)
         tokens = self.rowwise.quantize(_float("x", x))
@@ -217,6 +283,67 @@ class Moe:
         hidden = self.grouped_gemm(tokens, w13, group_sizes=sizes, epilogue="swiglu_quant")
         y = self.grouped_gemm(hidden, w2, group_sizes=sizes, out_dtype=x.dtype)
         return self.moe_unpermute(y, row_map, topk_weights)
+
+    def _permute_plain(self, layout: _Layout, rows: int, *tensors) -> tuple:
+        """Each x [t, d] with a row for each copy, [rows, d], and row_map; other rows are 0."""
+        out = [x.new_zeros(rows, x.shape[1]) for x in tensors]
+        for x, x_perm in zip(tensors, out):
+            row_map = self._copy(layout, x, x_perm)
+        return (*out, row_map)
+
+    def _plain_experts(self, x, w13, w2, topk_idx, topk_weights) -> torch.Tensor:
+        _need_bf16(x, w13, w2)
+        if x.shape[0] == 0 or topk_idx.shape[1] == 0:
+            return torch.zeros_like(x)
+        layout = self._layout(topk_idx, w13.shape[0], 1)
+        sizes = layout.group_sizes_i32
+        x_perm, row_map = self._permute_plain(layout, topk_idx.numel(), _rows(x))
+        hidden = self.rowwise.swiglu(self.grouped_gemm(x_perm, w13, group_sizes=sizes))
+        y = self.grouped_gemm(hidden, w2, group_sizes=sizes)
+        return self.moe_unpermute(y, row_map, topk_weights)
+
+    def moe_experts_backward(
+        self,
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As dskernels.ref.moe_backward.moe_experts_backward for bf16, without waiting for the
+        device: products on the tensor cores, gradients between them rounded to bf16.
+
+        Groups start at multiples of 64 rows, which is what the products along them ask for.
+        """
+        _need_bf16(x, w13, w2)
+        if x.shape[0] == 0 or topk_idx.shape[1] == 0:
+            return tuple(torch.zeros_like(v) for v in (x, w13, w2, topk_weights))
+        experts, slots, width = w13.shape[0], topk_idx.numel(), w2.shape[2]
+        layout = self._layout(topk_idx, experts, K_BLOCK)
+        sizes = layout.group_sizes_i32
+        rows = slots + min(experts, slots) * (K_BLOCK - 1)  # the most that alignment can need
+        rows = -(-rows // K_BLOCK) * K_BLOCK
+        x_perm, grad_perm, row_map = self._permute_plain(
+            layout, rows, _rows(x), _rows(grad.to(x.dtype))
+        )
+        h = self.grouped_gemm(x_perm, w13, group_sizes=sizes)
+        back = self.grouped_gemm(grad_perm, _transposed(w2), group_sizes=sizes)
+        dh, act = torch.zeros_like(h), torch.zeros_like(back)
+        dweights = torch.zeros(topk_idx.shape, dtype=torch.float32, device=x.device)
+        weights = topk_weights.float().contiguous()
+        launchers().moe_hidden_backward(
+            self._on(x), h=h.data_ptr(), back=back.data_ptr(), row_map=row_map.data_ptr(),
+            weights=weights.data_ptr(), dh=dh.data_ptr(), act=act.data_ptr(),
+            dweights=dweights.data_ptr(), slots=slots, width=width, rows=rows,
+        )  # fmt: skip
+        d13, d2 = (
+            self.grouped_gemm_k(_transposed(a), _transposed(b), sizes, out_dtype=torch.bfloat16)
+            for a, b in ((dh, x_perm), (grad_perm, act))
+        )
+        dx_perm = self.grouped_gemm(dh, _transposed(w13), group_sizes=sizes)
+        dx = self.moe_unpermute(dx_perm, row_map, None)
+        return dx, d13, d2, dweights.to(topk_weights.dtype)
 
     def supports(self, op: str, **shapes) -> Support:
         limits = launchers()
@@ -230,5 +357,7 @@ class Moe:
 
 _cuda = Moe("cuda")
 moe_gate, moe_permute, moe_unpermute = _cuda.moe_gate, _cuda.moe_permute, _cuda.moe_unpermute
+moe_gate_backward = _cuda.moe_gate_backward
 moe_unpermute_backward = _cuda.moe_unpermute_backward
-moe_experts, supports = _cuda.moe_experts, _cuda.supports
+moe_experts, moe_experts_backward = _cuda.moe_experts, _cuda.moe_experts_backward
+supports = _cuda.supports

@@ -4,5 +4,7 @@ from ..cuda.moe import Moe
 
 _emu = Moe("emu")
 moe_gate, moe_permute, moe_unpermute = _emu.moe_gate, _emu.moe_permute, _emu.moe_unpermute
+moe_gate_backward = _emu.moe_gate_backward
 moe_unpermute_backward = _emu.moe_unpermute_backward
-moe_experts, supports = _emu.moe_experts, _emu.supports
+moe_experts, moe_experts_backward = _emu.moe_experts, _emu.moe_experts_backward
+supports = _emu.supports
