@@ -20,7 +20,7 @@ from dskernels.emu.errors import (
     StuckWarp,
 )
 from dskernels.emu.module import Kernel, LaunchStats, Module
-from dskernels.emu.stat import PARTS, LaunchProfile, Profile, Timing, profiling
+from dskernels.emu.stat import PARTS, LaunchProfile, Profile, Timing, model_of, profiling
 from dskernels.emu.table import instruction_table, instruction_table_markdown
 from dskernels.emu.tensor_map import TensorMap, tensor_map
 from dskernels.types import Support
@@ -53,6 +53,7 @@ __all__ = [
     "compile",
     "instruction_table",
     "instruction_table_markdown",
+    "model_of",
     "profiling",
     "tensor_map",
 ]

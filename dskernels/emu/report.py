@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from dskernels.emu.stat import CALIBRATION
+
 if TYPE_CHECKING:
     from dskernels.emu.stat import LaunchProfile
 
@@ -51,6 +53,7 @@ def launch_report(launch: LaunchProfile) -> str:
         f"grid {launch.grid}, block {launch.block}; {ran} of {total} clusters ran, "
         f"{t.ctas_per_sm} CTAs fit an SM, {t.waves:g} waves",
         str(t),
+        f"  ({CALIBRATION})",
         "  floors: "
         + ", ".join(f"{k} {v:.1f} us" for k, v in t.floors_us.items())
         + f"; {_bytes(t.hbm_bytes)} HBM, {_bytes(t.l2_bytes)} L2 (modelled)",

@@ -96,8 +96,8 @@ def test_a_chain_pays_latency_and_many_warps_pay_issue_slots():
     chain = cycles(FLOATS + dependent(2000)) - cycles(FLOATS + dependent(1000))
     assert chain == pytest.approx(4000, rel=0.01)
     # Eight warps a sub-partition: 8 x 1000 instructions in 8000 cycles, however long the chain.
-    many = cycles(FLOATS + dependent(2000), threads=1024)
-    many -= cycles(FLOATS + dependent(1000), threads=1024)
+    many = cycles(FLOATS + dependent(2000), threads=1024, issue_scale=1)
+    many -= cycles(FLOATS + dependent(1000), threads=1024, issue_scale=1)
     assert many == pytest.approx(8000, rel=0.01)
 
 

@@ -335,6 +335,8 @@ CostTable::CostTable(const Program& program, const Model& m) {
     Cost& c = cost.back();
     const Kind kind = program.code[pc].kind;
     if (kind != Kind::Plain) c.ends_region = true;
+    // The last of several machine instructions has the result.
+    if (c.slots > 1) c.latency += c.slots - 1;
     const bool alu = c.group <= Class::Half && c.group != Class::Move;
     if (alu) c.slots *= m.issue_scale;
   }

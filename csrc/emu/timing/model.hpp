@@ -13,14 +13,14 @@ struct Model {
   double clock_ghz = 1.755;      // sustained, not the boost of the datasheet
   double hbm_gbytes = 3350;      // per second, datasheet
   double hbm_efficiency = 0.90;  // fitted: what streams reach of it
-  double l2_bytes = 4560;        // per cycle, all SMs
+  double l2_bytes = 5500;        // fitted: per cycle, all SMs
   double l2_port = 64;           // per cycle, one SM
   double l2_capacity = 50e6;
   u32 shared_per_sm = 233472;
   u32 registers_per_sm = 65536;
   u32 max_threads_per_sm = 2048;
   u32 max_blocks_per_sm = 32;
-  double launch_us = 1.5;  // fitted: launch, first instruction fetches, completion
+  double launch_us = 0.5;  // fitted: launch, first instruction fetches, completion
 
   // Latencies.
   double alu = 4, predicate = 6, convert = 6, special = 20, fp64 = 8, shuffle = 23;
@@ -34,8 +34,8 @@ struct Model {
   double cta_start = 600;  // from one CTA's end to the next one's first instruction
 
   // Instructions.
-  double issue_scale = 1.0;   // fitted: machine instructions for one of PTX's arithmetic
-  double tensor_scale = 1.0;  // fitted: tensor-core cycles against the documented rate
+  double issue_scale = 1.1;   // fitted: machine instructions for one of PTX's arithmetic
+  double tensor_scale = 1.0;  // tensor-core cycles against the documented rate
   u32 window = 32;            // how far the assembler reorders independent instructions
 };
 

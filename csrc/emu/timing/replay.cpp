@@ -113,7 +113,7 @@ void Replay::issue(WarpSim& w, double t) {
   w.issued = true;
   w.issue_time = start;
   w.time = t + std::max(slots, slots == 0 ? 0.0 : 1.0);
-  w.memory_ready = start + (c.slots > 1 ? c.slots - 1 : 0) + c.latency;
+  w.memory_ready = start + c.latency;
   w.order_tag = ++tags_;             // the others of the sub-partition come first next time
   if (c.group == Class::Exchange) {  // shuffles share the port of shared memory
     w.memory_ready = std::max(w.memory_ready, w.sm->shared.take(t, 1) + c.latency);
@@ -318,7 +318,6 @@ void Replay::wgmma(WarpSim& w, const Operation& op, u32 operation) {
       std::max(columns / 2 * m_.tensor_scale, static_cast<double>(op.shared_bytes) / 128);
   const double begin = std::max(o.ready, w.sm->tensor.free);
   const double over = w.sm->tensor.take(o.ready, cycles);
-  w.sm->shared.use(op.shared_bytes / 128.0);
   o.end = over + m_.wgmma_tail;
   if (w.in->traced) out_.tensor_spans.push_back({operation, begin, over, 0});
   for (auto it = g.waiters.begin(); it != g.waiters.end();) {

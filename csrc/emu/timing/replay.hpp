@@ -59,7 +59,7 @@ struct Timing {
   double waves = 1;
   double miss = 0;                     // of the bytes asked of L2, from HBM
   double hbm_bytes = 0, l2_bytes = 0;  // the whole launch
-  // Busy fractions over the simulated time.
+  // Busy fractions over the simulated time; shared memory without wgmma's own operand reads.
   double tensor = 0, issue = 0, shared = 0, l2 = 0, hbm = 0, special = 0;
   std::map<std::pair<State, u32>, WaitTotal> waits;  // by state and detail, all warps of the sample
   double warp_cycles = 0;                            // of all warps of the sample
