@@ -33,8 +33,9 @@ def fp8_linear(
     scale_format  of activations and gradients: "fp32", or "pow2", with which an activation loses
                   nothing when its 1x128 groups become 128x1 in the backward pass
 
-    Differentiable in x and a float weight. What is kept for the backward pass is FP8: one byte for
-    each element of x. Raises as `quantize` and `gemm`.
+    The CUDA kernels want n and k to be multiples of 16. Differentiable in x and a float weight.
+    What is kept for the backward pass is FP8: one byte for each element of x. Raises as `quantize`
+    and `gemm`.
     """
     lead, k = x.shape[:-1], x.shape[-1]
     rows = x.reshape(-1, k)

@@ -171,7 +171,7 @@ def test_groups_along_k(backend, psum):
     assert_bitwise_equal(on_cpu(by_name), on_cpu(d))
 
 
-BF16_BACKENDS = ("ref", "cpu")
+BF16_BACKENDS = ("ref", "cpu", "emu", "cuda")
 
 
 @pytest.fixture
