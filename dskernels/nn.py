@@ -31,7 +31,7 @@ def fp8_linear(
     weight        float, quantised in 128x128 blocks here; or a ScaledTensor in such blocks, taken
                   as it is, without a gradient
     scale_format  of activations and gradients: "fp32", or "pow2", with which an activation loses
-                  nothing when its 1x128 groups become 128x1 in the backward pass
+                  next to nothing when its 1x128 groups become 128x1 in the backward pass
 
     The CUDA kernels want n and k to be multiples of 16. Differentiable in x and a float weight.
     What is kept for the backward pass is FP8: one byte for each element of x. Raises as `quantize`
