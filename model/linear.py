@@ -117,7 +117,7 @@ class Linear(Weight):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_fp8:
-            return dsk.gemm(dsk.quantize(x, (1, FP8_BLOCK)), self.value(), out_dtype=x.dtype)
+            return dsk.nn.fp8_linear(x, self.value())
         return dsk.gemm(x, self.weight)
 
 
