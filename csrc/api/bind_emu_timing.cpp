@@ -169,6 +169,11 @@ py::dict operation_dict(const Recording& r, const UnitSpan& s) {
   d["bytes"] = op.shared_bytes;
   d["offset"] = op.shared_offset >= kSharedReserved ? op.shared_offset - kSharedReserved : 0;
   d["ranks"] = op.ranks;
+  d["barrier"] = -1;  // the mbarrier that its landing completes, in the CTA of lowest rank
+  if (!op.nodes.empty()) {
+    const Node& n = r.clusters.front().nodes[op.nodes.front()];
+    d["barrier"] = static_cast<i64>(n.place) - kSharedReserved;
+  }
   d["store"] = op.kind == AsyncKind::BulkStore || op.kind == AsyncKind::TensorStore ||
                op.kind == AsyncKind::BulkReduce || op.kind == AsyncKind::TensorReduce;
   return d;
@@ -189,6 +194,7 @@ py::dict trace_dict(const Recording& r, const Timing& t) {
   for (const UnitSpan& s : t.copy_spans) copies.append(operation_dict(r, s));
   d["spans"] = spans, d["tensor"] = tensor, d["copies"] = copies;
   d["cut"] = t.spans_cut;
+  d["cycles"] = t.sample_cycles;
   d["warps"] = warps_list(r.clusters.front());
   py::dict where;
   for (u32 pc = 0; pc < r.counts.size(); ++pc) {

@@ -13,10 +13,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dskernels._C import emu as _emu
 from dskernels._C import emu_timing as _timing
+
+if TYPE_CHECKING:
+    from dskernels.emu.trace import Timeline
 
 PARTS: dict[str, dict[str, float]] = {
     "h100": {"num_sms": 132, "hbm_gbytes": 3350, "l2_bytes": 5500},
@@ -234,6 +237,13 @@ class LaunchProfile:
         lost = [i for i in self.instructions if i["sectors"] > i["least_sectors"]]
         lost.sort(key=lambda i: i["least_sectors"] - i["sectors"])
         return lost[:at_most]
+
+    def timeline(self, cta: int = 0, **model: float) -> Timeline:
+        """What each warp of one CTA (of the first cluster that ran) did when, as modelled."""
+        from dskernels.emu.trace import Timeline
+
+        clock = model_of(self.part, **{**self.overrides, **model})["clock_ghz"]
+        return Timeline(self.replay(trace=True, **model)["trace"], self.kernel, clock, cta)
 
     def report(self) -> str:
         """The profile in words and figures."""

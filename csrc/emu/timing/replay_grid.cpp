@@ -78,7 +78,7 @@ void Replay::start(u32 slot, u32 wave, double time) {
     w.group = &in.groups[record.cta * most + record.index / 4];
     w.ready.assign(recording_.program->num_virtual, time);
     w.producer.assign(recording_.program->num_virtual, Producer::Arithmetic);
-    w.time = w.begin = time;
+    w.time = w.begin = w.drawn = time;
     w.order_tag = ++tags_;
     ++in.running;
   }
@@ -108,7 +108,10 @@ void Replay::note(WarpSim& w, State s, u32 detail, double begin, double end) {
   total.cycles += end - begin;
   if (!w.in->traced) return;
   const bool small = s == State::Result || s == State::Busy;
-  if (small && end - begin < kJoinGap) return;  // part of issuing
+  if (small && end - begin < kJoinGap) {  // part of issuing, unless many of them follow each other
+    w.small = s;
+    return;
+  }
   close_span(w);
   if (out_.spans.size() >= kMaxSpans) {
     out_.spans_cut = true;
@@ -116,6 +119,7 @@ void Replay::note(WarpSim& w, State s, u32 detail, double begin, double end) {
   }
   const u32 pc = w.at < w.order.size() ? w.record->events[w.order[w.at]] & kPcMask : 0;
   out_.spans.push_back({w.number, s, detail, pc, begin, end});
+  w.drawn = end;
 }
 
 void Replay::busy(WarpSim& w, double begin, double end) {
@@ -124,10 +128,14 @@ void Replay::busy(WarpSim& w, double begin, double end) {
   total.cycles += end - begin;
   if (!w.in->traced) return;
   if (w.has_open && begin - w.open.end < kJoinGap) {
-    w.open.end = end;
+    w.open.end = w.drawn = end;
     return;
   }
   close_span(w);
+  if (begin - w.drawn >= kJoinGap && out_.spans.size() < kMaxSpans) {
+    out_.spans.push_back({w.number, w.small, 0, w.open.pc, w.drawn, begin});
+  }
+  w.drawn = end;
   const u32 pc = w.record->events[w.order[w.at]] & kPcMask;
   w.open = {w.number, State::Issue, 0, pc, begin, end};
   w.has_open = true;

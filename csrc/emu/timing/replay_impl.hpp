@@ -82,6 +82,8 @@ struct WarpSim {
   // Trace.
   Span open;
   bool has_open = false;
+  double drawn = 0;             // up to where the warp's time is accounted for
+  State small = State::Result;  // of short stalls since
 };
 
 struct Instance {
