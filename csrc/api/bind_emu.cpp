@@ -101,7 +101,8 @@ u64 launch(u64 stream, std::shared_ptr<const Module> module, const std::string& 
   config.check = check;
   config.programmatic = programmatic;
   config.numerics = fast ? Numerics::Fast : Numerics::Exact;
-  const std::string_view bytes = params;
+  const std::string bytes = params;
+  const py::gil_scoped_release unlocked;  // with DSK_EMU_SEEDS the launch runs to its end
   return System::instance().launch(stream, std::move(module), kernel, config, bytes.data(),
                                    bytes.size());
 }
@@ -157,6 +158,7 @@ void bind_errors(py::module_& m) {
       .def_readonly("kind", &Hazard::kind)
       .def_readonly("kernel", &Hazard::kernel)
       .def_readonly("warp", &Hazard::warp)
+      .def_readonly("role", &Hazard::role)
       .def_readonly("lanes", &Hazard::lanes)
       .def_readonly("ptx_line", &Hazard::ptx_line)
       .def_readonly("source_file", &Hazard::source_file)
@@ -173,6 +175,7 @@ void bind_errors(py::module_& m) {
       .def_readonly("kernel", &StuckWarp::kernel)
       .def_readonly("device", &StuckWarp::device)
       .def_readonly("warp", &StuckWarp::warp)
+      .def_readonly("role", &StuckWarp::role)
       .def_readonly("lanes", &StuckWarp::lanes)
       .def_readonly("ptx_line", &StuckWarp::ptx_line)
       .def_readonly("source_file", &StuckWarp::source_file)

@@ -26,6 +26,14 @@ double now() {
   return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
 }
 
+// The first CTA of a grid that has not started.
+std::string first_block(const Grid& grid) {
+  const Dim3 size = grid.config.cluster, dim = grid.config.grid;
+  const u32 x = dim.x / size.x, y = dim.y / size.y, c = grid.clusters_started;
+  return "block (" + std::to_string(c % x * size.x) + "," + std::to_string(c / x % y * size.y) +
+         "," + std::to_string(c / x / y * size.z) + ")";
+}
+
 }  // namespace
 
 const std::vector<u64>& System::Impl::symbol_addresses(const std::shared_ptr<const Module>& m,
@@ -318,9 +326,10 @@ void System::Impl::check_livelock() {
   for (const auto& grid : active) {
     if (grid->clusters_started < grid->clusters_total) {
       headline += "; " + std::to_string(grid->clusters_total - grid->clusters_started) +
-                  " clusters of '" + grid->program->name +
-                  "' cannot start because the device is full (CTAs that are waited for must be "
-                  "co-resident)";
+                  " clusters of '" + grid->program->name + "', the first with " +
+                  first_block(*grid) + ", cannot start because the device is full: it holds " +
+                  std::to_string(resident_clusters(*grid, devices[grid->device])) +
+                  " at once, and CTAs that are waited for must be co-resident";
     }
   }
   const std::vector<std::shared_ptr<Grid>> all = active;

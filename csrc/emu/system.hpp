@@ -172,6 +172,9 @@ class System {
   // offsets). Returns the launch's number for stats(). Throws Error on an illegal configuration.
   u64 launch(StreamId s, std::shared_ptr<const Module> m, const std::string& kernel,
              const LaunchConfig& config, const void* params, std::size_t param_bytes);
+  // The same, whatever DSK_EMU_SEEDS says.
+  u64 launch_once(StreamId s, std::shared_ptr<const Module> m, const std::string& kernel,
+                  const LaunchConfig& config, const void* params, std::size_t param_bytes);
   void enqueue(StreamId s, std::function<void()> host_work);  // copies, fills, callbacks
   // The host wrote device memory: its bytes are no longer uninitialized.
   void written_by_host(u64 address, u64 bytes);
