@@ -41,10 +41,10 @@ class CheckedKernel:
         launcher = self._kernel[shape]
 
         def launch(*args: Any, **options: Any) -> Any:
-            arrays = [a for a in args if _is_writable(a)]
-            before = [a.copy() if isinstance(a, np.ndarray) else a.clone() for a in arrays]
+            arrays = [a for a in map(_behind, args) if _is_writable(a)]
+            before = _copies(arrays)
             stats = self._run(launcher, args, None, options)
-            first = [a.copy() if isinstance(a, np.ndarray) else a.clone() for a in arrays]
+            first = _copies(arrays)
             for seed in range(self._seeds):
                 _restore(arrays, before)
                 self._run(launcher, args, seed, options)
@@ -68,6 +68,16 @@ class CheckedKernel:
                 f"{int(differ.sum())} bytes differ under seed {seed}, the first at byte "
                 f"{int(differ.argmax())}"
             )
+
+
+def _behind(value: Any) -> Any:
+    """The array that a tensor map describes; anything else is itself."""
+    described = getattr(value, "array", value)
+    return getattr(described, "owner", value)
+
+
+def _copies(arrays: list) -> list:
+    return [a.copy() if isinstance(a, np.ndarray) else a.clone() for a in arrays]
 
 
 def _is_writable(value: Any) -> bool:
