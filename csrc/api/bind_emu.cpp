@@ -91,7 +91,8 @@ py::dict stats_dict(const LaunchStats& s) {
 
 u64 launch(u64 stream, std::shared_ptr<const Module> module, const std::string& kernel,
            const Triple& grid, const Triple& block, const Triple& cluster, u32 shared,
-           const py::bytes& params, u64 seed, bool check, bool fast, bool programmatic) {
+           const py::bytes& params, u64 seed, bool check, bool fast, bool programmatic,
+           u64 max_instructions) {
   LaunchConfig config;
   config.grid = dim(grid);
   config.block = dim(block);
@@ -100,6 +101,7 @@ u64 launch(u64 stream, std::shared_ptr<const Module> module, const std::string& 
   config.seed = seed;
   config.check = check;
   config.programmatic = programmatic;
+  config.max_instructions = max_instructions;
   config.numerics = fast ? Numerics::Fast : Numerics::Exact;
   const std::string bytes = params;
   const py::gil_scoped_release unlocked;  // with DSK_EMU_SEEDS the launch runs to its end
@@ -188,7 +190,10 @@ void bind_errors(py::module_& m) {
 
 void bind_system(py::module_& m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  m.def("launch", &launch);
+  m.def("launch", &launch, py::arg("stream"), py::arg("module"), py::arg("kernel"), py::arg("grid"),
+        py::arg("block"), py::arg("cluster"), py::arg("shared"), py::arg("params"), py::arg("seed"),
+        py::arg("check"), py::arg("fast"), py::arg("programmatic"),
+        py::arg("max_instructions") = 0);
   m.def("synchronize", [] { System::instance().synchronize(); }, Unlocked());
   m.def("synchronize", [](u64 s) { System::instance().synchronize(s); }, Unlocked());
   m.def("create_stream", [](u32 device) { return System::instance().create_stream(device); });

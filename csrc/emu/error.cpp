@@ -37,8 +37,8 @@ std::string join(const std::string& headline, const std::vector<StuckWarp>& warp
   for (std::size_t k = 0; k < warps.size() && k < kShown; ++k) {
     const StuckWarp& w = warps[k];
     s += "\n  " + w.kernel + " block " + block_text(w.block) + warp_text(w.warp, w.role) +
-         lanes_text(w.lanes) + " at " + place(w.ptx_line, w.source_file, w.source_line) +
-         ": " + w.state;
+         lanes_text(w.lanes) + " at " + place(w.ptx_line, w.source_file, w.source_line) + ": " +
+         w.state;
   }
   if (warps.size() > kShown) {
     s += "\n  ... and " + std::to_string(warps.size() - kShown) + " more";
@@ -50,7 +50,8 @@ std::string join(const std::string& headline, const std::vector<StuckWarp>& warp
 
 std::string Hazard::text() const {
   return std::string(severity == Severity::Error ? "error" : "formal") + " [" + kind + "] " +
-         kernel + " block " + block_text(block) + warp_text(warp, role) + lanes_text(lanes) + " at " + place(ptx_line, source_file, source_line) + ": " + message;
+         kernel + " block " + block_text(block) + warp_text(warp, role) + lanes_text(lanes) +
+         " at " + place(ptx_line, source_file, source_line) + ": " + message;
 }
 
 HazardError::HazardError(std::vector<Hazard> hazards)

@@ -53,8 +53,9 @@ void compare(const std::vector<Contents>& first, const std::string& kernel, u64 
     h.kernel = kernel;
     h.message = (c.range.name.empty() ? "an allocation" : "'" + c.range.name + "'") +
                 " depends on the schedule: " + std::to_string(differ) + " of its " +
-                std::to_string(c.bytes.size()) + " bytes differ between the fixed schedule and seed " +
-                std::to_string(seed) + ", the first at byte " + std::to_string(offset) + " (" +
+                std::to_string(c.bytes.size()) +
+                " bytes differ between the fixed schedule and seed " + std::to_string(seed) +
+                ", the first at byte " + std::to_string(offset) + " (" +
                 hex(c.bytes.data() + offset, rest) + " and " + hex(now + offset, rest) + ")";
     restore(first);
     throw HazardError({h});

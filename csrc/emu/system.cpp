@@ -26,6 +26,19 @@ double now() {
   return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
 }
 
+void check_limit(const Cluster& cluster) {
+  const u64 limit = cluster.grid->config.max_instructions;
+  if (limit == 0) return;
+  u64 executed = 0;
+  for (const auto& cta : cluster.ctas) {
+    for (const auto& w : cta->warps) executed += w->instructions;
+  }
+  if (executed <= limit) return;
+  throw DeadlockError("endless: a cluster executed " + std::to_string(executed) +
+                          " warp-instructions, the launch allows " + std::to_string(limit),
+                      describe(cluster));
+}
+
 // The first CTA of a grid that has not started.
 std::string first_block(const Grid& grid) {
   const Dim3 size = grid.config.cluster, dim = grid.config.grid;
@@ -282,6 +295,7 @@ void System::Impl::run(Task task, std::unique_lock<std::mutex>& lock) {
   std::exception_ptr error;
   try {
     slice = run_cluster(*task.cluster, budget);
+    if (slice != Slice::Done) check_limit(*task.cluster);
     if (slice == Slice::Done) {
       for (auto& o : task.cluster->observers) o->on_cluster_end();
       account(*task.grid, *task.cluster);

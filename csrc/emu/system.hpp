@@ -58,6 +58,8 @@ struct LaunchConfig {
   // over host threads. Any other: a random schedule that the seed reproduces, on one host thread.
   u64 seed = 0;
   bool check = true;  // hazard observers on
+  // Warp-instructions of one cluster after which it counts as endless; 0: no limit.
+  u64 max_instructions = 0;
   Numerics numerics = Numerics::Exact;
   std::vector<std::shared_ptr<Observer>> observers;
   std::vector<u32> only;  // clusters to run, by number; empty: all (profiling runs a sample)

@@ -133,6 +133,7 @@ class Launcher:
         numerics: str = "exact",
         device: int = 0,
         profile: bool = False,
+        max_instructions: int = 0,
     ) -> LaunchStats:
         """Runs the kernel to its end.
 
@@ -142,8 +143,9 @@ class Launcher:
         reproduces. check: look for hazards; "strict" also raises for reads of memory that nobody
         has written, which are formal findings otherwise. numerics: "exact" (tensor cores as on
         Hopper) or "fast". profile: record the launch in full, for LaunchStats.profile (use
-        `emu.profiling` for a sample, another part or launches made elsewhere). Raises HazardError,
-        DeadlockError, EmuError; ValueError for bad arguments.
+        `emu.profiling` for a sample, another part or launches made elsewhere). max_instructions:
+        warp-instructions of one cluster after which it counts as endless (DeadlockError); 0: no
+        limit. Raises HazardError, DeadlockError, EmuError; ValueError for bad arguments.
         """
         if numerics not in ("exact", "fast"):
             raise ValueError(f"numerics must be 'exact' or 'fast', got {numerics!r}")
@@ -170,6 +172,7 @@ class Launcher:
                 bool(check),
                 numerics == "fast",
                 False,
+                max_instructions,
             )
             _emu.synchronize(device)
         stats = LaunchStats(**_emu.stats(number))

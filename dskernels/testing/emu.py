@@ -7,9 +7,9 @@ In a conftest.py: `pytest_plugins = ["dskernels.testing.emu"]`. In a test:
         emu_kernel("saxpy.cu", "saxpy")[4, 256](2.0, x, y, 1000)
         assert np.all(y == 2)
 
-The launch runs under the fixed schedule and eight random ones, each from the same arrays, with every
-check on. A hazard or a deadlock fails the test with its report, and so does a result that differs in
-a bit between schedules. The arrays end as the fixed schedule left them.
+The launch runs under the fixed schedule and eight random ones, each from the same arrays, with
+every check on. A hazard or a deadlock fails the test with its report, and so does a result that
+differs in a bit between schedules. The arrays end as the fixed schedule left them.
 """
 
 from __future__ import annotations
