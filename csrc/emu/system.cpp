@@ -268,12 +268,15 @@ bool System::Impl::pick(Task* task) {
   ++picks;
   const bool seeded = !active.empty() && active.front()->config.seed != 0;
   if (seeded) {  // any resident cluster, or a new one
-    rng = rng * 6364136223846793005ull + active.front()->config.seed * 2 + 1;
-    const u64 r = rng >> 33;
-    if ((ready.size() + idle.size() < 2 || r % 4 == 0) && pick_new(task)) return true;
+    const auto draw = [&] {
+      rng = rng * 6364136223846793005ull + active.front()->config.seed * 2 + 1;
+      return rng >> 33;
+    };
+    // Clusters are there before they first run: short ones must not always run in their order.
+    for (Task fresh; draw() % 4 != 0 && pick_new(&fresh);) ready.push_back(std::move(fresh));
     const std::size_t n = ready.size() + idle.size();
     if (n != 0) {
-      const std::size_t at = r / 4 % n;
+      const std::size_t at = draw() % n;
       return at < ready.size() ? take(ready, at) : take(idle, at - ready.size());
     }
     return pick_new(task);

@@ -42,9 +42,8 @@ def run_main(capsys, *arguments):
 
 def test_json_of_a_hazard(tmp_path, capsys):
     path = saved(tmp_path, RACY, 1)
-    status, out = run_main(
-        capsys, "check", path, "--kernel", "k", "--grid", "2", "--json", "i32:4"
-    )  # fmt: skip
+    launch = ["--kernel", "k", "--grid", "2", "--json"]
+    status, out = run_main(capsys, "check", path, "i32:4", *launch)
     found = json.loads(out.out)
     assert status == 1 and not found["ok"] and found["error"] == "HazardError"
     hazard = found["hazards"][0]
