@@ -7,9 +7,10 @@ import torch
 from backend_axis import need, on_cpu, on_device
 
 import dskernels as dsk
+from dskernels.compat.eplb import rebalance_experts
 from dskernels.ref import moe as ref
 from dskernels.ref import rowwise
-from dskernels.ref.moe_backward import moe_unpermute_backward
+from dskernels.ref.moe_backward import moe_gate_backward, moe_unpermute_backward
 from dskernels.testing import assert_bitwise_equal, calc_diff
 
 # ---- gate ----------------------------------------------------------------------------------------
@@ -134,6 +135,35 @@ def test_gate_of_nothing(backend):
     assert shapes == [(0, 2), (0, 2), (0, 8)]
 
 
+@pytest.mark.parametrize("gate", GATES[:3] + GATES[5:6], ids=lambda g: f"e{g[0]}-{g[4]}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("t,d", [(1, 24), (70, 133)])
+def test_gate_gradients(backend, gate, dtype, t, d):
+    """The formulas in fp64 from the same scores, within twice the error of theirs in fp32."""
+    experts, n_group, topk_group, topk, score, _ = gate
+    need("moe_gate", backend, e=experts, dtype=dtype)
+    if backend == "triton":
+        pytest.skip("triton: the gate's backward has no kernel")
+    x, weight = torch.randn(t, d).to(dtype), (torch.randn(experts, d) / 8).to(dtype)
+    leaves = [on_device(v, backend).requires_grad_() for v in (x, weight)]
+    topk_idx, weights, scores = dsk.moe_gate(
+        *leaves, None, n_group=n_group, topk_group=topk_group, topk=topk, scale=2.5, score=score,
+        backend=backend,
+    )  # fmt: skip
+    grads = torch.randn(t, topk), torch.randn(t, experts) / 4
+    moved = [on_device(g, backend) for g in grads]
+    got = torch.autograd.grad((weights, scores), leaves, moved)
+    rest = (on_cpu(topk_idx), on_cpu(scores.detach()), 2.5, score, score == "sigmoid")
+    inputs = (*grads, x.detach().float(), weight.detach().float())
+    own = moe_gate_backward(*inputs, *rest)
+    scores64 = (rest[0], rest[1].double(), *rest[2:])
+    exact = moe_gate_backward(*(v.double() for v in inputs), *scores64)
+    for g, o, e in zip(got, own, exact):
+        assert g.dtype == dtype
+        bound = max(calc_diff(o.to(dtype), e) ** 0.5, 1e-7)
+        assert calc_diff(on_cpu(g), e) ** 0.5 <= 2 * bound
+
+
 # ---- permute, unpermute --------------------------------------------------------------------------
 
 
@@ -208,6 +238,20 @@ def test_unpermute_gradients(backend, dtype, weighted):
             torch.testing.assert_close(on_cpu(got), want_dweights, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("alignment", [1, 16])
+def test_permute_gradients(backend, alignment):
+    need("moe_permute", backend)
+    for kind in ROUTINGS:
+        topk_idx = routing(kind, 23, 4, 7)
+        x = on_device(torch.randn(23, 40), backend).requires_grad_()
+        out, _, row_map = dsk.moe_permute(
+            x, on_device(topk_idx, backend), 7, alignment=alignment, backend=backend
+        )
+        grad = torch.randn(out.shape)
+        (got,) = torch.autograd.grad(out, x, on_device(grad, backend))
+        assert_bitwise_equal(on_cpu(got), ref.moe_unpermute(grad, on_cpu(row_map), None))
+
+
 # ---- experts -------------------------------------------------------------------------------------
 
 
@@ -246,3 +290,106 @@ def test_experts(backend, kind, t):
 def test_experts_with_many_tokens(backend, kind):
     need("moe_experts", backend)
     check_experts(backend, kind, 4096, 2, 8, 128, 128)
+
+
+def check_plain_experts(backend, kind, t, k, e, d, i):
+    """bf16 weights, forward and backward, against fp64 and the reference's own error."""
+    x = torch.randn(t, d).bfloat16()
+    w13 = (torch.randn(e, 2 * i, d) / d**0.5).bfloat16()
+    w2 = (torch.randn(e, d, i) / i**0.5).bfloat16()
+    topk_idx, weights, grad = routing(kind, t, k, e), torch.rand(t, k), torch.randn(t, d).bfloat16()
+
+    def run(cast, name):
+        leaves = [on_device(cast(v), name).requires_grad_() for v in (x, w13, w2, weights)]
+        out = dsk.moe_experts(*leaves[:3], on_device(topk_idx, name), leaves[3], backend=name)
+        grads = torch.autograd.grad(out, leaves, on_device(cast(grad), name))
+        return [on_cpu(v.detach()) for v in (out, *grads)]
+
+    got, exact = run(lambda v: v, backend), run(lambda v: v.double(), "ref")
+    for what, g, e in zip(("out", "x", "w13", "w2", "topk_weights"), got, exact):
+        assert g.shape == e.shape
+        if not e.any():
+            assert not g.any(), what
+        else:
+            assert calc_diff(g, e) < 1e-4, what
+    for expert in range(w13.shape[0]):  # experts without tokens learn nothing
+        if not (topk_idx == expert).any():
+            assert not got[2][expert].any() and not got[3][expert].any(), expert
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize("t", [0, 1, 7, 65])
+def test_plain_experts_and_their_gradients(backend, kind, t):
+    need("moe_experts", backend)
+    if backend == "triton":
+        pytest.skip("triton: experts with e4m3 weights only")
+    check_plain_experts(backend, kind, t, 3, 6, 72, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_plain_experts_with_many_tokens(backend, kind):
+    need("moe_experts", backend)
+    if backend == "triton":
+        pytest.skip("triton: experts with e4m3 weights only")
+    check_plain_experts(backend, kind, 1024, 2, 8, 128, 64)
+
+
+class NotRead(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("weights_are", ["e4m3", "bf16"])
+def test_experts_never_wait_for_the_device(monkeypatch, weights_are):
+    """No value of a tensor is read on the host, so a CUDA graph can capture the call. (What the
+    kernels are given are addresses and shapes.)"""
+    if not dsk.supports("moe_experts", backend="emu"):
+        pytest.skip("the emulator is not there")
+    from dskernels.cuda import _gemm_bf16
+    from dskernels.emu import moe
+
+    # Sizes that lie on the CPU are checked there; those of a GPU are not looked at.
+    monkeypatch.setattr(_gemm_bf16, "check_k_groups", lambda sizes: None)
+    t, k, e, d, i = 5, 2, 4, 128, 128
+    if weights_are == "e4m3":
+        w13, w2 = scaled_experts(e, d, i)
+    else:
+        w13, w2 = torch.randn(e, 2 * i, d).bfloat16(), torch.randn(e, d, i).bfloat16()
+    x, topk_idx, weights = torch.randn(t, d).bfloat16(), routing("holes", t, k, e), torch.rand(t, k)
+
+    def refuse(self, *_, **__):
+        raise NotRead("a value was read on the host")
+
+    for name in ("item", "tolist", "numpy", "__int__", "__float__", "__bool__", "__index__", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    with pytest.raises(NotRead):  # the trap works: how many rows there are is a value
+        moe.moe_permute(x, topk_idx, e)
+    out = moe.moe_experts(x, w13, w2, topk_idx, weights)
+    if weights_are == "bf16":
+        grads = moe.moe_experts_backward(torch.ones_like(x), x, w13, w2, topk_idx, weights)
+    monkeypatch.undo()
+    assert calc_diff(out, ref.moe_experts(x, w13, w2, topk_idx, weights)) < 1e-3
+    if weights_are == "bf16":
+        assert all(g.isfinite().all() for g in grads)
+
+
+def test_experts_through_a_replica_map(backend):
+    """Replicated experts (EPLB): choices mapped to replicas, weights stacked by replica."""
+    need("moe_experts", backend)
+    t, k, e, d, i = 40, 3, 6, 128, 128
+    w13, w2 = scaled_experts(e, d, i)
+    x, topk_idx, weights = torch.randn(t, d).bfloat16(), routing("zipf", t, k, e), torch.rand(t, k)
+    load = torch.bincount(topk_idx.flatten(), minlength=e).float()[None]
+    phy2log, log2phy, copies = rebalance_experts(load, 8, 1, 1, 1)
+    spread = torch.arange(t * k).view(t, k) % copies[0][topk_idx]
+    replicas = log2phy[0][topk_idx, spread]
+    assert (copies > 1).any() and torch.equal(phy2log[0][replicas], topk_idx)
+    stacked = [
+        dsk.ScaledTensor(w.data.view(torch.uint8)[phy2log[0]].view(w.data.dtype),
+                         w.scale[phy2log[0]], w.block, "e4m3")
+        for w in (w13, w2)
+    ]  # fmt: skip
+    moved = [on_device(v, backend) for v in (x, *stacked, replicas, weights)]
+    got = on_cpu(dsk.moe_experts(*moved, backend=backend))
+    moved = [on_device(v, backend) for v in (x, w13, w2, topk_idx, weights)]
+    assert calc_diff(got, on_cpu(dsk.moe_experts(*moved, backend=backend))) < 1e-6

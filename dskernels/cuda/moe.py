@@ -85,8 +85,7 @@ class Moe:
         score: str = "sigmoid",
         group_score: str | None = None,
         renormalize: bool | None = None,
-        return_counts: bool = False,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As dskernels.ref.moe.moe_gate, at most 512 experts. Every token's result is the same
         whatever the batch around it."""
         x, weight = _rows(_float("x", x)), _float("weight", weight).contiguous()
@@ -95,24 +94,18 @@ class Moe:
         topk_idx = torch.empty(tokens, topk, dtype=torch.int64, device=x.device)
         weights = torch.empty(tokens, topk, dtype=torch.float32, device=x.device)
         scores = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
-        counts = None
-        if return_counts:
-            counts = torch.zeros(experts, dtype=torch.int32, device=x.device)
         bias = None if bias is None else bias.float().contiguous()
         sigmoid = score == "sigmoid"
         launchers().moe_gate(
             self._on(x), x=x.data_ptr(), x_is_bf16=x.dtype == torch.bfloat16,
             weight=weight.data_ptr(), weight_is_bf16=weight.dtype == torch.bfloat16,
             bias=0 if bias is None else bias.data_ptr(), topk_idx=topk_idx.data_ptr(),
-            topk_weights=weights.data_ptr(), scores=scores.data_ptr(),
-            counts=counts.data_ptr() if return_counts else 0,
+            topk_weights=weights.data_ptr(), scores=scores.data_ptr(), counts=0,
             ld_x=x.stride(0), tokens=tokens, depth=depth, experts=experts,
             num_groups=n_group, topk_group=topk_group, topk=topk, softmax=not sigmoid,
             top2=(group_score or ("top2" if sigmoid else "max")) == "top2",
             renormalize=sigmoid if renormalize is None else renormalize, scale=scale,
         )  # fmt: skip
-        if return_counts:
-            return topk_idx, weights, scores, counts.to(torch.int64)
         return topk_idx, weights, scores
 
     def _product(self, a, b, out, transpose: bool) -> None:
