@@ -9,6 +9,7 @@ from backend_axis import need, on_cpu, on_device
 import dskernels as dsk
 from dskernels.ref import moe as ref
 from dskernels.ref import rowwise
+from dskernels.ref.moe_backward import moe_unpermute_backward
 from dskernels.testing import assert_bitwise_equal, calc_diff
 
 # ---- gate ----------------------------------------------------------------------------------------
@@ -187,6 +188,24 @@ def test_unpermute(backend, dtype, weighted):
         moved = [on_device(v, backend) for v in (y, row_map, weights)]
         got = on_cpu(dsk.moe_unpermute(*moved, backend=backend))
         assert_bitwise_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_unpermute_gradients(backend, dtype, weighted):
+    need("moe_unpermute", backend, dtype=dtype)
+    for kind, (t, k, d) in itertools.product(ROUTINGS, [(5, 1, 3), (23, 6, 520)]):
+        topk_idx = routing(kind, t, k, 7)
+        y, _, row_map = ref.moe_permute(torch.randn(t, d).to(dtype), topk_idx, 7, alignment=3)
+        weights, grad = torch.rand(t, k) if weighted else None, torch.randn(t, d).to(dtype)
+        want_dy, want_dweights = moe_unpermute_backward(grad, y, row_map, weights)
+        y, weights = (on_device(v, backend) for v in (y, weights))
+        wanted = [v.requires_grad_() for v in (y, weights) if v is not None]
+        out = dsk.moe_unpermute(y, on_device(row_map, backend), weights, backend=backend)
+        dy, *dweights = torch.autograd.grad(out, wanted, on_device(grad, backend))
+        assert_bitwise_equal(on_cpu(dy), want_dy)
+        for got in dweights:
+            torch.testing.assert_close(on_cpu(got), want_dweights, rtol=1e-5, atol=1e-4)
 
 
 # ---- experts -------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ DEQUANTIZED = {
     "planes": ((2, 5, 130), {}),
     "blocks": ((2, 130, 200), {"block": (128, 128)}),
     "e5m6": ((3, 200), {"dtype": "e5m6"}),
-    "odd-block": ((5, 30), {"block": (2, 7)}),
+    "odd-block": ((5, 35), {"block": (2, 7)}),  # whole blocks, no whole run of 4
 }
 
 

@@ -99,6 +99,22 @@ void unpermute(const On& on, Address y, bool is_bf16, Address row_map, Address w
   launch::moe_unpermute(launch_on(on), p, rows);
 }
 
+void unpermute_backward(const On& on, Address grad, Address y, bool is_bf16, Address row_map,
+                        Address weights, Address dy, Address dweights, int tokens, int topk,
+                        int depth, int64_t rows) {
+  const MoeUnpermuteBackwardParams p{pointer<void>(grad),
+                                     pointer<void>(y),
+                                     pointer<int64_t>(row_map),
+                                     pointer<float>(weights),
+                                     pointer<void>(dy),
+                                     pointer<float>(dweights),
+                                     tokens,
+                                     topk,
+                                     depth,
+                                     wide(is_bf16)};
+  launch::moe_unpermute_backward(launch_on(on), p, rows);
+}
+
 }  // namespace
 
 void bind_launch_moe(py::module_& launch) {
@@ -120,6 +136,9 @@ void bind_launch_moe(py::module_& launch) {
              "rows"_a, release);
   launch.def("moe_unpermute", &unpermute, "on"_a, py::kw_only(), "y"_a, "is_bf16"_a, "row_map"_a,
              "weights"_a, "out"_a, "tokens"_a, "topk"_a, "depth"_a, "rows"_a, release);
+  launch.def("moe_unpermute_backward", &unpermute_backward, "on"_a, py::kw_only(), "grad"_a, "y"_a,
+             "is_bf16"_a, "row_map"_a, "weights"_a, "dy"_a, "dweights"_a, "tokens"_a, "topk"_a,
+             "depth"_a, "rows"_a, release);
 }
 
 }  // namespace dsk::api

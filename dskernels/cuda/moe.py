@@ -171,6 +171,28 @@ class Moe:
         )  # fmt: skip
         return out
 
+    def moe_unpermute_backward(
+        self,
+        grad: torch.Tensor,
+        y: torch.Tensor,
+        row_map: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As dskernels.ref.moe_backward.moe_unpermute_backward, for a row_map that names no row
+        twice, as moe_permute's; dy has the reference's bits."""
+        y, grad = _float("y", y).contiguous(), grad.to(y.dtype).contiguous()
+        row_map = row_map.to(torch.int64).contiguous()
+        (tokens, topk), depth = row_map.shape, y.shape[1]
+        weights = None if topk_weights is None else topk_weights.float().contiguous()
+        dy, dweights = torch.zeros_like(y), torch.zeros_like(row_map, dtype=torch.float32)
+        launchers().moe_unpermute_backward(
+            self._on(y), grad=grad.data_ptr(), y=y.data_ptr(), is_bf16=y.dtype == torch.bfloat16,
+            row_map=row_map.data_ptr(), weights=0 if weights is None else weights.data_ptr(),
+            dy=dy.data_ptr(), dweights=dweights.data_ptr(), tokens=tokens, topk=topk,
+            depth=depth, rows=y.shape[0],
+        )  # fmt: skip
+        return dy, dweights.to(y.dtype if topk_weights is None else topk_weights.dtype)
+
     def moe_experts(
         self,
         x: torch.Tensor,
@@ -208,4 +230,5 @@ class Moe:
 
 _cuda = Moe("cuda")
 moe_gate, moe_permute, moe_unpermute = _cuda.moe_gate, _cuda.moe_permute, _cuda.moe_unpermute
+moe_unpermute_backward = _cuda.moe_unpermute_backward
 moe_experts, supports = _cuda.moe_experts, _cuda.supports

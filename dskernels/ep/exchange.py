@@ -28,6 +28,7 @@ class Received(NamedTuple):
     tokens_per_expert: list[int]  # [l], each rounded up to a multiple of expert_alignment
     source: torch.Tensor  # int64 [n, 2]: (source rank, source token)
     handle: Any
+    sent_idx: torch.Tensor  # int64 [t, k]: what this rank sent, for backward passes
 
 
 class LowLatencyReceived(NamedTuple):
@@ -55,7 +56,14 @@ def dispatch(
 
     One copy of a token per rank that hosts any of its experts. Raises PeerSilent if a rank does not
     answer within `timeout` (default: the group's) seconds, ValueError on bad arguments.
+    Differentiable in a plain x and in topk_weights: the gradient of dispatch is a combine, and the
+    other way round, so backward passes are collective, too, and come in the same order everywhere.
     """
+    if torch.is_grad_enabled() and not isinstance(x, ScaledTensor):
+        if x.requires_grad or (topk_weights is not None and topk_weights.requires_grad):
+            return _differentiable_dispatch(
+                group, x, topk_idx, topk_weights, expert_alignment, timeout
+            )
     if expert_alignment < 1:
         raise ValueError(f"expert_alignment: expected a positive number, got {expert_alignment}")
     data, scale = _parts(x)
@@ -84,6 +92,7 @@ def dispatch(
         per_expert,
         field(source_at, 2, torch.int64),
         handle,
+        topk_idx.detach(),
     )
 
 
@@ -104,6 +113,14 @@ def combine(
     given, are brought back and summed alike. Returns (x [t, h], weights [t, k] or None). A y from
     `Group.result_buffer` is read in place. Errors as in `dispatch`.
     """
+    if torch.is_grad_enabled() and y.requires_grad:
+        if topk_weights is not None or out is not None:
+            raise ValueError(
+                "topk_weights, out: expected None for a y that requires a gradient, got tensors"
+            )
+        if bias is not None:
+            raise ValueError("bias: expected None for a y that requires a gradient, got a tensor")
+        return _Combine.apply(y, group, received, timeout), None
     handle = received.handle
     y = y.detach()
     if out is None:
@@ -115,6 +132,52 @@ def combine(
         handle, y, _plain(topk_weights), _plain(bias), out, weights, group._seconds(timeout)
     )
     return out, weights
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, topk_weights, group, topk_idx, alignment, timeout, keep):
+        received = dispatch(
+            group, x, topk_idx, topk_weights, expert_alignment=alignment, timeout=timeout
+        )
+        keep.append(received)
+        # Only what the way back needs: the receive buffer is free again after this call.
+        ctx.group, ctx.timeout = group, timeout
+        ctx.received = received._replace(x=None, source=None)
+        ctx.weighted = topk_weights is not None
+        weights = received.topk_weights if ctx.weighted else None
+        return received.x.clone(), weights
+
+    @staticmethod
+    def backward(ctx, grad_x, grad_weights):
+        if ctx.weighted and grad_weights is None:
+            grad_weights = torch.zeros_like(ctx.received.topk_weights)
+        back, weights = combine(
+            ctx.group, grad_x, ctx.received, topk_weights=grad_weights, timeout=ctx.timeout
+        )
+        return back, weights, None, None, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, group, received, timeout):
+        ctx.group, ctx.idx, ctx.timeout = group, received.sent_idx, timeout
+        return combine(group, y, received, timeout=timeout)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        # The same tokens to the same ranks: the same rows in the same order.
+        rows = dispatch(ctx.group, grad.contiguous(), ctx.idx, timeout=ctx.timeout)
+        return rows.x.clone(), None, None, None
+
+
+def _differentiable_dispatch(group, x, topk_idx, topk_weights, alignment, timeout) -> Received:
+    keep: list[Received] = []
+    rows, weights = _Dispatch.apply(x, topk_weights, group, topk_idx, alignment, timeout, keep)
+    plain = keep[0]
+    return plain._replace(
+        x=rows, topk_weights=weights, source=plain.source.clone(), sent_idx=topk_idx.detach()
+    )
 
 
 def low_latency_dispatch(

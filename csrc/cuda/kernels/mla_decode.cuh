@@ -148,6 +148,8 @@ __device__ __forceinline__ void mla_decode(const MlaDecodeParams& p) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& smem = *reinterpret_cast<MlaDecodeSmem*>(shared_memory);
   static_assert(sizeof(smem) == mla_decode_shared_bytes());
+  // 65536 registers, of which a launch of 384 threads gets 168 each.
+  static_assert(2 * Cache::kMathRegisters + Cache::kProducerRegisters <= 3 * 168);
   if (threadIdx.x == 0) {
     smem.kv_ring[0].init(kMlaWarpgroup / 32, Cache::kProducers);
     smem.kv_ring[1].init(kMlaWarpgroup / 32, Cache::kProducers);

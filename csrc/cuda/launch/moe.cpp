@@ -94,4 +94,20 @@ void moe_unpermute(const MoeLaunch& on, const MoeUnpermuteParams& p, int64_t row
   launch(on, "moe_unpermute", p, std::min(p.tokens, sms * kUnpermuteCtasPerSm));
 }
 
+void moe_unpermute_backward(const MoeLaunch& on, const MoeUnpermuteBackwardParams& p,
+                            int64_t rows) {
+  const size_t slots = size_t(p.tokens) * p.topk, element = bytes_of(p.type);
+  if (slots == 0 || p.depth == 0) return;
+  const Context& c = on.context;
+  HostLoan grad(c, p.grad, size_t(p.tokens) * p.depth * element, true);
+  HostLoan y(c, p.y, size_t(rows) * p.depth * element, true);
+  HostLoan row_map(c, p.row_map, slots * sizeof(int64_t), true);
+  HostLoan weights(c, p.weights, p.weights ? slots * sizeof(float) : 0, true);
+  HostLoan dy(c, p.dy, size_t(rows) * p.depth * element, false);
+  HostLoan dweights(c, p.dweights, slots * sizeof(float), false);
+  const int sms = on.num_sms > 0 ? on.num_sms : c.device().num_sms();
+  const size_t ctas = (slots + kThreads / 32 - 1) / (kThreads / 32);
+  launch(on, "moe_unpermute_backward", p, int(std::min(ctas, size_t(sms) * kUnpermuteCtasPerSm)));
+}
+
 }  // namespace dsk::launch

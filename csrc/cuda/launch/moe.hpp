@@ -19,6 +19,8 @@ void moe_layout(const MoeLaunch& on, const MoeLayoutParams& params);
 // `rows` are those that x_perm and scale_perm have room for.
 void moe_permute(const MoeLaunch& on, const MoePermuteParams& params, int64_t rows);
 void moe_unpermute(const MoeLaunch& on, const MoeUnpermuteParams& params, int64_t rows);
+void moe_unpermute_backward(const MoeLaunch& on, const MoeUnpermuteBackwardParams& params,
+                            int64_t rows);
 
 // Chunks of slots that the layout and the permutation work by: rows of their table.
 constexpr int moe_chunks(int slots) { return (slots + kMoeChunk - 1) / kMoeChunk; }

@@ -78,4 +78,17 @@ struct MoeUnpermuteParams {
   WideType type;
 };
 
+struct MoeUnpermuteBackwardParams {
+  const void* grad;        // [tokens, depth] of y's type, contiguous
+  const void* y;           // [rows, depth], contiguous
+  const int64_t* row_map;  // [tokens, topk], every row at most once; -1 where there is none
+  const float* weights;    // [tokens, topk], or null for plain sums
+  void* dy;                // [rows, depth], rows without a name zeroed by the caller
+  float* dweights;         // [tokens, topk], likewise
+  int32_t tokens;
+  int32_t topk;
+  int32_t depth;
+  WideType type;
+};
+
 }  // namespace dsk

@@ -9,6 +9,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 
 #include <cuda/ptx>
 
@@ -34,8 +35,8 @@ __device__ __forceinline__ uint2 dequantize4(uint32_t codes, float scale) {
 }
 
 struct MlaFp8Cache {
-  static constexpr int kMathRegisters = 216;
-  static constexpr int kProducerRegisters = 72;
+  static constexpr int kMathRegisters = 208;
+  static constexpr int kProducerRegisters = 88;
   static constexpr int kWarps = kMlaWarpgroup / 32;
   static constexpr int kProducers = kWarps;
   static constexpr int kTokens = kMlaBlock / kWarps;  // of a warp
@@ -43,6 +44,7 @@ struct MlaFp8Cache {
 
   __device__ static __forceinline__ void produce(const MlaDecodeParams& p, MlaDecodeSmem& smem) {
     const int warp = threadIdx.x % kMlaWarpgroup / 32;
+    const int ld_token = int(p.ld_token);
     MlaPieces pieces(p);
     MlaPiece piece;
     uint32_t phases = 0;  // bit i: of buffer i
@@ -54,15 +56,25 @@ struct MlaFp8Cache {
         const auto [from, count] = next;
         if (block + 1 < piece.end) {
           next = locate(p, piece, block + 1, warp);
-          prefetch(next, p.ld_token);
+          prefetch(next, ld_token);
         }
         auto& ring = smem.kv_ring[buffer];
-        load_rope(from, p.ld_token, count, ring, phase, smem.kv[buffer], warp * kTokens);
+        const int row = warp * kTokens;
+        uint4(*stage)[32] = smem.fp8_stage[warp];
+        float scale[kBatch];
+        fetch(from, ld_token, count, stage, scale);
+        ring.await_free({0, phase});
+        ring.await_free({1, phase});
+        copy_rope(from, ld_token, count, smem.kv[buffer][kMlaRopeTile], row);
 #pragma unroll 1
         for (int first = 0; first < kTokens; first += kBatch) {
-          load_latents(from + first * p.ld_token, p.ld_token, count - first, smem.kv[buffer],
-                       warp * kTokens + first);
+          uint4 codes[kBatch];
+          float factor[kBatch];
+          take(stage, scale, codes, factor);
+          fetch(from + (first + kBatch) * ld_token, ld_token, count - first - kBatch, stage, scale);
+          store(codes, factor, smem.kv[buffer], row + first, count - first);
         }
+        __pipeline_wait_prior(0);
         cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
         __syncwarp();
         if (threadIdx.x % 32 == 0) {
@@ -91,7 +103,7 @@ struct MlaFp8Cache {
   }
 
   // Two lanes a token, three lines each.
-  __device__ static __forceinline__ void prefetch(const Tokens& tokens, int64_t ld_token) {
+  __device__ static __forceinline__ void prefetch(const Tokens& tokens, int ld_token) {
     static_assert(kTokens == 16 && kMlaFp8Bytes > 5 * 128 && kMlaFp8Bytes <= 6 * 128);
     const int lane = threadIdx.x % 32;
     if (lane / 2 >= tokens.count) return;
@@ -100,47 +112,52 @@ struct MlaFp8Cache {
     for (int line = 0; line < 3; ++line) ptx::prefetch_l2(at + line * 128);
   }
 
-  // Eight lanes a token. Its loads are under way while the buffer is waited for.
-  __device__ static __forceinline__ void load_rope(const uint8_t* from, int64_t ld_token, int count,
-                                                   Ring<2>& ring, uint32_t phase,
-                                                   uint8_t (*tiles)[kMlaTileBytes], int row) {
+  // Starts the next kBatch tokens' way to this lane's place in the stage: 16 latents of each.
+  __device__ static __forceinline__ void fetch(const uint8_t* from, int ld_token, int count,
+                                               uint4 (*stage)[32], float (&scale)[kBatch]) {
     const int lane = threadIdx.x % 32;
-    const int chunk = lane % 8;
-    uint4 values[kTokens / 4];
-#pragma unroll
-    for (int i = 0; i < kTokens / 4; ++i) {
-      const int token = i * 4 + lane / 8;
-      if (token < count) {
-        const uint8_t* at = from + token * ld_token + kMlaLatent + kMlaScaleBytes + chunk * 16;
-        values[i] = __ldg(reinterpret_cast<const uint4*>(at));
-      }
-    }
-    ring.await_free({0, phase});
-    ring.await_free({1, phase});
-#pragma unroll
-    for (int i = 0; i < kTokens / 4; ++i) {
-      const int token = i * 4 + lane / 8;
-      if (token < count) {
-        *reinterpret_cast<uint4*>(tiles[kMlaRopeTile] + swizzle128(row + token, chunk)) = values[i];
-      }
-    }
-  }
-
-  // A lane has 16 latents of every token: two 16-byte chunks of one tile.
-  __device__ static __forceinline__ void load_latents(const uint8_t* from, int64_t ld_token,
-                                                      int count, uint8_t (*tiles)[kMlaTileBytes],
-                                                      int row) {
-    const int lane = threadIdx.x % 32;
-    uint4 codes[kBatch];
-    float scale[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (i < count) {
         const uint8_t* at = from + i * ld_token;
-        codes[i] = __ldg(reinterpret_cast<const uint4*>(at + lane * 16));
+        __pipeline_memcpy_async(&stage[i][lane], at + lane * 16, 16);
         scale[i] = __ldg(reinterpret_cast<const float*>(at + kMlaLatent) + lane / 8);
       }
     }
+    __pipeline_commit();
+  }
+
+  // Waits for them. A lane reads only what it fetched itself.
+  __device__ static __forceinline__ void take(uint4 (*stage)[32], const float (&scale)[kBatch],
+                                              uint4 (&codes)[kBatch], float (&factor)[kBatch]) {
+    __pipeline_wait_prior(0);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      codes[i] = stage[i][threadIdx.x % 32];
+      factor[i] = scale[i];
+    }
+  }
+
+  // Eight lanes a token.
+  __device__ static __forceinline__ void copy_rope(const uint8_t* from, int ld_token, int count,
+                                                   uint8_t* tile, int row) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kTokens; i += 4) {
+      const int token = i + lane / 8;
+      if (token < count) {
+        const uint8_t* at = from + token * ld_token + kMlaLatent + kMlaScaleBytes;
+        __pipeline_memcpy_async(tile + swizzle128(row + token, lane % 8), at + lane % 8 * 16, 16);
+      }
+    }
+  }
+
+  // A lane's 16 latents of a token are two 16-byte chunks of one tile.
+  __device__ static __forceinline__ void store(const uint4 (&codes)[kBatch],
+                                               const float (&scale)[kBatch],
+                                               uint8_t (*tiles)[kMlaTileBytes], int row,
+                                               int count) {
+    const int lane = threadIdx.x % 32;
     uint8_t* tile = tiles[lane / 4];
     const int chunk = lane % 4 * 2, first = lane / 4 % 2;
 #pragma unroll
