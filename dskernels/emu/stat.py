@@ -282,8 +282,8 @@ class profiling:
     With a sample the launch's RESULTS ARE INCOMPLETE, a later launch that depends on them goes
     astray, and a kernel whose CTAs wait for each other across clusters stops with DeadlockError.
     complete=True runs the whole grid and records only the sample. numerics: of the tensor cores,
-    "fast" or "exact". check: look for hazards, as slow as ever. overrides: parameters of the model, e.g.
-    clock_ghz. One profile at a time, process-wide.
+    "fast" or "exact". check: look for hazards, as slow as ever. overrides: parameters of the
+    model, e.g. clock_ghz. One profile at a time, process-wide.
     """
 
     def __init__(
