@@ -184,7 +184,7 @@ def test_rms_norm(backend, m, k, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m,k", [(1, 128), (3, 576), (17, 100), (2, 2304)])
+@pytest.mark.parametrize("m,k", [(1, 128), (3, 576), (17, 100), (2, 1024), (2, 2304)])
 def test_rms_norm_adds_the_residual_first(backend, m, k, dtype):
     need("rms_norm", backend)
     x, rest, weight = torch.randn(m, k).to(dtype), torch.randn(m, k).to(dtype), torch.randn(k)
