@@ -188,12 +188,19 @@ def routing(kind, t, k, e):
 ROUTINGS = ["balanced", "zipf", "one expert", "nobody", "holes"]
 
 
+def routings(backend):
+    """All of them, or, where Triton's interpreter takes seconds, the most irregular one."""
+    return ["holes"] if backend == "triton" and not torch.cuda.is_available() else ROUTINGS
+
+
 @pytest.mark.parametrize("kind", ROUTINGS)
 @pytest.mark.parametrize(
     "t,k,e,alignment", [(0, 2, 4, 1), (1, 1, 1, 1), (7, 3, 5, 4), (300, 2, 9, 1), (130, 8, 64, 16)]
 )
 def test_permute(backend, kind, t, k, e, alignment):
     need("moe_permute", backend)
+    if t > 100 and kind not in routings(backend):
+        pytest.skip("triton: seconds in the interpreter")
     topk_idx = routing(kind, t, k, e)
     for x in (torch.randn(t, 24), torch.randn(t, 37).bfloat16()):
         want = ref.moe_permute(x, topk_idx, e, alignment=alignment)
@@ -207,7 +214,7 @@ def test_permute(backend, kind, t, k, e, alignment):
 @pytest.mark.parametrize("weighted", [True, False])
 def test_unpermute(backend, dtype, weighted):
     need("moe_unpermute", backend, dtype=dtype)
-    for kind, (t, k, d) in itertools.product(ROUTINGS, [(0, 2, 8), (5, 1, 3), (23, 6, 1032)]):
+    for kind, (t, k, d) in itertools.product(routings(backend), [(0, 2, 8), (5, 1, 3), (23, 6, 1032)]):
         topk_idx = routing(kind, t, k, 7)
         y, _, row_map = ref.moe_permute(torch.randn(t, d).to(dtype), topk_idx, 7, alignment=3)
         named = torch.zeros(y.shape[0], dtype=torch.bool)
@@ -224,7 +231,7 @@ def test_unpermute(backend, dtype, weighted):
 @pytest.mark.parametrize("weighted", [True, False])
 def test_unpermute_gradients(backend, dtype, weighted):
     need("moe_unpermute", backend, dtype=dtype)
-    for kind, (t, k, d) in itertools.product(ROUTINGS, [(5, 1, 3), (23, 6, 520)]):
+    for kind, (t, k, d) in itertools.product(routings(backend), [(5, 1, 3), (23, 6, 520)]):
         topk_idx = routing(kind, t, k, 7)
         y, _, row_map = ref.moe_permute(torch.randn(t, d).to(dtype), topk_idx, 7, alignment=3)
         weights, grad = torch.rand(t, k) if weighted else None, torch.randn(t, d).to(dtype)
