@@ -214,7 +214,9 @@ def test_permute(backend, kind, t, k, e, alignment):
 @pytest.mark.parametrize("weighted", [True, False])
 def test_unpermute(backend, dtype, weighted):
     need("moe_unpermute", backend, dtype=dtype)
-    for kind, (t, k, d) in itertools.product(routings(backend), [(0, 2, 8), (5, 1, 3), (23, 6, 1032)]):
+    for kind, (t, k, d) in itertools.product(
+        routings(backend), [(0, 2, 8), (5, 1, 3), (23, 6, 1032)]
+    ):
         topk_idx = routing(kind, t, k, 7)
         y, _, row_map = ref.moe_permute(torch.randn(t, d).to(dtype), topk_idx, 7, alignment=3)
         named = torch.zeros(y.shape[0], dtype=torch.bool)
