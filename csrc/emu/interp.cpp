@@ -132,6 +132,15 @@ class WarpRunner {
         return leave(n);
       }
       const Inst& i = code[pc];
+      if (const u32 run = run_length(i); run > 1 && !watch) {
+        const u32 last = pc + static_cast<u32>(std::min<u64>({run, end - n, stop - pc}));
+        n += last - pc;
+        for (; pc < last; ++pc) {
+          w_.current_pc = pc;
+          code[pc].fn(w_, code[pc], mask);
+        }
+        continue;
+      }
       u32 m = mask;
       if (i.pred != kNoReg) m &= i.flags & kPredNegated ? ~w_.pred(i.pred) : w_.pred(i.pred);
       w_.current_pc = pc;
@@ -185,6 +194,12 @@ class WarpRunner {
       if (w_.done) return;
       ++pc;
     }
+  }
+
+  // How many instructions need nothing but their handlers.
+  u32 run_length(const Inst& i) const {
+    const bool quiet = !w_.cta->cluster->check || w_.wgmma.idle();
+    return quiet ? i.quiet_run : i.run;
   }
 
   void notify_instruction(u32 pc, u32 m) {

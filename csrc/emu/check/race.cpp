@@ -93,7 +93,7 @@ class RaceChecker : public ClusterObserver {
     const bool strong = access.atomic || access.semantics != Semantics::Weak;
     Touch touch{{agent, state.knowledge.happened.of(agent)}, pc, 0, false, strong};
     findings_.clear();
-    for_each_run(mask, access.size, place, rank, [&](u32 cta, u32 offset, u32 bytes) {
+    for_each_run(mask, access, place, rank, [&](u32 cta, u32 offset, u32 bytes) {
       if (strong) acquire_access(state, access, cta, offset);
       shadows_[cta].access(access.kind, touch, offset, bytes, state.knowledge, findings_);
       if (strong) release_access(agent, access, cta, offset);
@@ -331,7 +331,13 @@ class RaceChecker : public ClusterObserver {
 
   // Lanes at consecutive addresses, or at the same one, are one run.
   template <typename Visit>
-  void for_each_run(u32 mask, u32 size, const u64* place, const u32* rank, Visit visit) {
+  void for_each_run(u32 mask, const Access& access, const u64* place, const u32* rank,
+                    Visit visit) {
+    const u32 size = access.size;
+    if (access.pattern != Pattern::Scattered) {
+      return visit(rank[0], static_cast<u32>(place[0]),
+                   access.pattern == Pattern::Uniform ? size : size * kLanes);
+    }
     u32 run_cta = 0, run_begin = 0, run_end = 0;
     bool open = false;
     for (u32 lane = 0; lane < kLanes; ++lane) {

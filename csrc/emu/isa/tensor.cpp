@@ -1,4 +1,6 @@
 // Tensor copies through tensor maps, and edits of the maps.
+#include <algorithm>
+
 #include "emu/isa/async.hpp"
 #include "emu/isa/common.hpp"
 #include "emu/num/tensor_map.hpp"
@@ -30,6 +32,22 @@ struct Box {
   SharedSpot spot;
 };
 
+// All runs must lie in allocations; mostly the whole box lies in one.
+void check_global(Warp& w, const std::vector<num::TmaRun>& runs, int lane, bool write) {
+  u64 low = ~u64{0}, high = 0;
+  for (const num::TmaRun& r : runs) {
+    if (r.fill) continue;
+    low = std::min(low, r.global);
+    high = std::max(high, r.global + r.bytes);
+  }
+  Allocation range;
+  if (low >= high) return;
+  if (AddressSpace::instance().find(low, high - low, &range) && !(write && range.read_only)) return;
+  for (const num::TmaRun& r : runs) {
+    if (!r.fill) global_pointer(w, r.global, r.bytes, 1u << lane, write);
+  }
+}
+
 Box prepare(Warp& w, const Inst& i, int lane, bool write) {
   const Ext& x = *i.ext;
   Box box;
@@ -46,9 +64,7 @@ Box prepare(Warp& w, const Inst& i, int lane, bool write) {
   for (std::size_t k = 0; k < x.regs.size(); ++k) coords[k] = w.reg<i32>(x.regs[k])[lane];
   auto runs = std::make_shared<std::vector<num::TmaRun>>();
   num::walk_box(box.args, coords, box.spot.offset, *runs);
-  for (const num::TmaRun& r : *runs) {
-    if (!r.fill) global_pointer(w, r.global, r.bytes, 1u << lane, write);
-  }
+  check_global(w, *runs, lane, write);
   box.runs = std::move(runs);
   return box;
 }
