@@ -1,6 +1,6 @@
 """dskernels: the kernels and systems behind DeepSeek-V3."""
 
-from . import env, ops, ref
+from . import env, ep, eplb, ops, ref
 from .backend import (
     BackendError,
     Unsupported,
@@ -24,6 +24,8 @@ __all__ = [
     "build_info",
     "current_backend",
     "env",
+    "ep",
+    "eplb",
     "ops",
     "ref",
     "supports",

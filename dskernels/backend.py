@@ -59,6 +59,9 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda", "cpu"), "cpu": ("cpu",), "emu"
 # Public op -> stem, and the letters of the sizes that `supports` takes for a stem.
 OPS = {
     "quantize": "rowwise",
+    "dequantize": "rowwise",
+    "pack_e5m6": "rowwise",
+    "unpack_e5m6": "rowwise",
     "rms_norm": "rowwise",
     "rms_norm_quantize": "rowwise",
     "rope": "rowwise",
@@ -153,6 +156,11 @@ def _module(name: str) -> ModuleType | None:
         if error.name is None or not full.startswith(error.name):
             raise
         return None
+
+
+def compiled(part: str) -> ModuleType | None:
+    """The submodule `part` of the compiled library, or None where there is no such library."""
+    return getattr(_module("_C"), part, None)
 
 
 def _probe(backend: str) -> Support:

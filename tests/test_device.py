@@ -79,18 +79,18 @@ from dskernels.ref import rowwise
 x = torch.randn(5, 256)
 data, scale = torch.empty(5, 256, dtype=torch.float8_e4m3fn), torch.zeros(2, 8)
 launchers().rowwise_quantize(
-    machine="cuda", ordinal=0, stream=0, x=x.data_ptr(), is_bf16=False, data=data.data_ptr(),
-    scale=scale.data_ptr(), rows=5, cols=256, ld_x=256, ld_data=256, ld_scale=8, ue8m0=False,
-    num_sms=0,
+    ("cuda", 0, 0, 0), x=x.data_ptr(), type="float32", data=data.data_ptr(), data_type="e4m3",
+    scale=scale.data_ptr(), planes=1, rows=5, cols=256, ld_x=256, ld_scale=8, plane_scale=0,
+    ue8m0=False,
 )
 want = rowwise.quantize(x)
 assert torch.equal(data.view(torch.uint8), want.data.view(torch.uint8))
 assert torch.equal(scale.t()[:5], want.scale)
 try:  # what the emulator finds wrong comes back as the driver's error, with its text
     launchers().rowwise_quantize(
-        machine="cuda", ordinal=0, stream=0, x=0, is_bf16=False, data=data.data_ptr(),
-        scale=scale.data_ptr(), rows=5, cols=256, ld_x=256, ld_data=256, ld_scale=8, ue8m0=False,
-        num_sms=0,
+        ("cuda", 0, 0, 0), x=0, type="float32", data=data.data_ptr(), data_type="e4m3",
+        scale=scale.data_ptr(), planes=1, rows=5, cols=256, ld_x=256, ld_scale=8, plane_scale=0,
+        ue8m0=False,
     )
 except RuntimeError as error:
     print(error)

@@ -1,15 +1,25 @@
 """The GEMM stem on every backend, against the reference."""
 
+import math
+
 import pytest
 import torch
 from backend_axis import need, on_cpu, on_device
 
 import dskernels as dsk
+from dskernels.cuda import launchers
 from dskernels.ref import gemm as ref
 from dskernels.ref import rowwise
 from dskernels.testing import assert_bitwise_equal, calc_diff
 
-SHAPES = [(1, 128, 128), (5, 576, 512), (64, 136, 144), (70, 264, 1152), (130, 200, 256)]
+SHAPES = [
+    (1, 128, 128),
+    (5, 576, 512),
+    (27, 200, 1088),
+    (64, 136, 144),
+    (70, 264, 1152),
+    (130, 200, 256),
+]
 
 
 def scaled_operands(m, n, k, groups=()):
@@ -17,11 +27,32 @@ def scaled_operands(m, n, k, groups=()):
     return a, rowwise.quantize(torch.randn(*groups, n, k), (128, 128))
 
 
+def exact_gemm(a, b, split=None, **options):
+    """ref.gemm in the kernels' arithmetic and order: where the launcher splits k, by its shares."""
+    (m, k), n = a.shape, b.shape[0]
+    if split is None:
+        split = launchers().gemm_config("dense", m, n, k)["split"]
+    if split == 1:
+        return ref.gemm(a, b, accumulate="hopper", **options)
+    share = math.ceil(math.ceil(k / 128) / split) * 128
+    total = torch.zeros(m, n)
+    for start in range(0, k, share):
+        piece = (ref._take_columns(x, slice(start, min(start + share, k))) for x in (a, b))
+        product = ref.gemm(*piece, accumulate="hopper", out_dtype=torch.float32)
+        total = total + product if start else product
+    dtype = options.pop("out_dtype", torch.bfloat16)
+    return ref._epilogue(total, options.pop("c", None), options.pop("bias", None), None).to(dtype)
+
+
 def check(backend, got, a, b, reference=ref.gemm, **options):
     """DeepGEMM's own bar everywhere; bitwise where the kernel's PTX runs in exact arithmetic."""
     got = on_cpu(got)
     assert calc_diff(got, reference(a, b, accumulate="fp64", **options)) < 1e-3
-    if backend == "emu":
+    if backend != "emu":
+        return
+    if reference is ref.gemm:
+        assert_bitwise_equal(got, exact_gemm(a, b, **options))
+    else:
         assert_bitwise_equal(got, reference(a, b, accumulate="hopper", **options))
 
 
@@ -32,6 +63,64 @@ def test_dense(backend, m, n, k):
     got = dsk.gemm(on_device(a, backend), on_device(b, backend), backend=backend)
     assert got.dtype == torch.bfloat16
     check(backend, got, a, b)
+
+
+ADDENDS = [
+    {"out_dtype": torch.float32},
+    {"c": torch.float32, "bias": torch.bfloat16},
+    {"c": torch.bfloat16, "bias": torch.float32, "out_dtype": torch.float32},
+    {"c": torch.float16, "out_dtype": torch.float16},
+]
+
+
+def make_addends(options, c_shape, bias_shape):
+    shapes = {"c": c_shape, "bias": bias_shape}
+    return {k: torch.randn(shapes[k]).to(v) if k in shapes else v for k, v in options.items()}
+
+
+def moved(options, backend):
+    return {
+        k: on_device(v, backend) if isinstance(v, torch.Tensor) else v for k, v in options.items()
+    }
+
+
+@pytest.mark.parametrize("options", ADDENDS, ids=lambda o: ",".join(o))
+def test_dense_with_c_bias_and_other_results(backend, options):
+    need("gemm", backend, m=70, n=136, k=256)
+    a, b = scaled_operands(70, 136, 256)
+    options = make_addends(options, (70, 136), (136,))
+    got = dsk.gemm(
+        on_device(a, backend), on_device(b, backend), backend=backend, **moved(options, backend)
+    )
+    assert got.dtype == options.get("out_dtype", torch.bfloat16)
+    check(backend, got, a, b, **options)
+
+
+@pytest.mark.parametrize("options", ADDENDS, ids=lambda o: ",".join(o))
+@pytest.mark.parametrize("form", ["group_sizes", "masked_m"])
+def test_groups_with_c_bias_and_other_results(backend, options, form):
+    need("grouped_gemm", backend, n=136, k=256)
+    counts = torch.tensor([3, 0, 70], dtype=torch.int32)
+    lead = (75,) if form == "group_sizes" else (3, 70)
+    a = rowwise.quantize(torch.randn(*lead, 256))
+    b = rowwise.quantize(torch.randn(3, 136, 256), (128, 128))
+    options = {**make_addends(options, (*lead, 136), (3, 136)), form: counts}
+    got = dsk.grouped_gemm(
+        on_device(a, backend), on_device(b, backend), backend=backend, **moved(options, backend)
+    )
+    if form == "masked_m":  # rows behind masked_m may be anything
+        for group, rows in enumerate(counts.tolist()):
+            got[group, rows:] = 0
+    check(backend, got, a, b, ref.grouped_gemm, **options)
+
+
+def test_accumulating_in_place(backend):
+    need("gemm", backend, m=70, n=136, k=256)
+    a, b = scaled_operands(70, 136, 256)
+    c = torch.randn(70, 136)
+    out = on_device(c.clone(), backend)
+    dsk.gemm(on_device(a, backend), on_device(b, backend), c=out, out=out, backend=backend)
+    check(backend, out, a, b, c=c, out_dtype=torch.float32)
 
 
 def test_no_rows(backend):

@@ -264,6 +264,8 @@ BAD = [
         "grouped_gemm_k: b.block: expected (1, 128), got (128, 128)"),
     Bad(lambda: dsk.grouped_gemm_k(T(4, 9), T(5, 9), [9], out=T(1, 5, 4)), ValueError,
         "grouped_gemm_k: out: expected the result's shape = [1, 4, 5], got [1, 5, 4]"),
+    Bad(lambda: grouped(group_sizes=T(3, dtype=i64, device="meta")), ValueError,
+        "grouped_gemm: group_sizes: expected a's device cpu or cpu, got meta"),
     # mla
     Bad(lambda: decode(q=T(2, 3, 20)), ValueError,
         "mla_decode: q: expected shape [b, s, h, dl + r], got [2, 3, 20]"),
@@ -327,6 +329,8 @@ BAD = [
         "mla_prefill: cu_seqlens_k: expected cu_seqlens_q's shape = [2], got [3]"),
     Bad(lambda: prefill(cu_seqlens_q=T(0, dtype=i32), cu_seqlens_k=T(0, dtype=i32)), ValueError,
         "mla_prefill: cu_seqlens_q: expected [b + 1], at least one element, got [0]"),
+    Bad(lambda: prefill(cu_seqlens_k=T(2, dtype=i32, device="meta")), ValueError,
+        "mla_prefill: cu_seqlens_k: expected q's device cpu or cpu, got meta"),
     # moe
     Bad(lambda: gate(weight=T(8, 5)), ValueError,
         "moe_gate: weight: expected [e, d] = [8, 6], got [8, 5]"),
@@ -375,12 +379,21 @@ BAD = [
         "moe_bias_update: counts: expected dtype int64 or int32, got float32"),
     Bad(lambda: dsk.moe_bias_update(T(4), T(5, dtype=i64), 0.1), ValueError,
         "moe_bias_update: counts: expected [e] = [4], got [5]"),
+    # narrow formats
+    Bad(lambda: dsk.dequantize(T(3, 4)), TypeError,
+        "dequantize: x: expected ScaledTensor, got Tensor"),
+    Bad(lambda: dsk.dequantize(scaled(3, 4, (1, 128)), torch.int32), ValueError,
+        "dequantize: dtype: expected fp32, bf16, fp16 or fp64, got torch.int32"),
+    Bad(lambda: dsk.pack_e5m6(T(3, 4)), TypeError,
+        "pack_e5m6: data: expected dtype float16, got float32"),
+    Bad(lambda: dsk.unpack_e5m6(torch.zeros(3, 4, dtype=torch.uint8), 4), ValueError,
+        "unpack_e5m6: packed: expected [..., 3 * ceil(k / 2)] = [3, 6], got [3, 4]"),
     # backends
     Bad(lambda: dsk.swiglu(T(2, 8), backend="gpu"), ValueError,
         "backend: expected one of ('auto', 'cuda', 'triton', 'cpu', 'emu', 'ref'), got 'gpu'"),
     Bad(lambda: dsk.use_backend("CUDA"), ValueError,
         "backend: expected one of ('auto', 'cuda', 'triton', 'cpu', 'emu', 'ref'), got 'CUDA'"),
-    Bad(lambda: dsk.supports("relu"), ValueError, "op: expected one of ['gemm', 'grouped_gemm', "),
+    Bad(lambda: dsk.supports("relu"), ValueError, "op: expected one of ['dequantize', 'gemm', "),
     Bad(lambda: dsk.supports("gemm", rows=3), ValueError,
         "shapes of gemm: expected names among ('m', 'n', 'k', 'g', 'dtype'), got 'rows'"),
 ]  # fmt: skip

@@ -1,6 +1,8 @@
 // The CUDA kernels' launchers, for Python: one bind_launch_<stem>.cpp each.
 #include "api/bind_launch.hpp"
 
+#include <pybind11/stl.h>
+
 #include "api/bindings.hpp"
 
 namespace py = pybind11;
@@ -12,8 +14,15 @@ void bind_launch(py::module_& m) {
   py::module_ launch = m.def_submodule("launch", "Host launchers of the CUDA kernels.");
   py::register_exception<device::DeviceError>(launch, "DeviceError", PyExc_RuntimeError);
   launch.def("set_kernel_directory", &launch::set_kernel_directory, "path"_a);
+  launch.def(
+      "take_used_kernels",
+      [](const std::string& machine, int ordinal) {
+        return context_of(machine, ordinal).take_used_kernels();
+      },
+      "machine"_a, "ordinal"_a = 0, "Names of the instances launched since the last call.");
   bind_launch_rowwise(launch);
   bind_launch_gemm(launch);
+  bind_launch_mla(launch);
 }
 
 }  // namespace dsk::api

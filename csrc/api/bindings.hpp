@@ -5,7 +5,9 @@
 
 namespace dsk::api {
 
+void bind_ops(pybind11::module_& m);
 void bind_cpu(pybind11::module_& m);
+void bind_comm(pybind11::module_& m);
 void bind_device(pybind11::module_& m);
 void bind_launch(pybind11::module_& m);
 void bind_emu(pybind11::module_& m);

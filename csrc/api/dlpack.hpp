@@ -44,6 +44,47 @@ struct DLPackExchangeAPI {
 
 constexpr uint64_t kReadOnlyFlag = 1;
 
+// The exchange API of a type, null where it has none (another library, or torch before 2.10).
+inline const DLPackExchangeAPI* exchange_api(py::handle type) {
+  static PyObject* attribute = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+  // Two entries cover torch.Tensor and torch.nn.Parameter without an attribute look-up.
+  static PyObject* known_type[2] = {};
+  static const DLPackExchangeAPI* known_api[2] = {};
+  for (int i = 0; i < 2; ++i) {
+    if (known_type[i] == type.ptr()) return known_api[i];
+  }
+  PyObject* capsule = PyObject_GetAttr(type.ptr(), attribute);
+  if (capsule == nullptr) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  auto* api =
+      static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  if (api == nullptr) PyErr_Clear();
+  Py_DECREF(capsule);
+  while (api != nullptr && api->version.major != 1) api = api->previous;
+  if (api == nullptr || api->dltensor_from_py_object == nullptr) return nullptr;
+  for (int i = 0; i < 2; ++i) {
+    if (known_type[i] == nullptr) {
+      Py_INCREF(type.ptr());  // types are few and live as long as the process
+      known_type[i] = type.ptr();
+      known_api[i] = api;
+      break;
+    }
+  }
+  return api;
+}
+
+// Fills `out` by the exchange API; false where the object has none or refuses (a meta tensor, a
+// sparse one). What `out` points to belongs to the object.
+inline bool borrow(py::handle object, DLTensor* out) {
+  const DLPackExchangeAPI* api = exchange_api(py::type::handle_of(object));
+  if (api == nullptr) return false;
+  if (api->dltensor_from_py_object(object.ptr(), out) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
 // Borrows a tensor from a Python object for the duration of a call. Null when built from None.
 // Torch tensors that the exchange API would pass on silently although their memory is not what it
 // looks like (conjugate or negative views) are refused; gradients are the caller's business:
@@ -61,36 +102,6 @@ class TensorArg {
   const DLTensor* get() const { return present_ ? &tensor_ : nullptr; }
 
  private:
-  static const DLPackExchangeAPI* exchange_api(py::handle type) {
-    static PyObject* attribute = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
-    // Two entries cover torch.Tensor and torch.nn.Parameter without an attribute look-up.
-    static PyObject* known_type[2] = {};
-    static const DLPackExchangeAPI* known_api[2] = {};
-    for (int i = 0; i < 2; ++i) {
-      if (known_type[i] == type.ptr()) return known_api[i];
-    }
-    PyObject* capsule = PyObject_GetAttr(type.ptr(), attribute);
-    if (capsule == nullptr) {
-      PyErr_Clear();
-      return nullptr;
-    }
-    auto* api =
-        static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-    if (api == nullptr) PyErr_Clear();
-    Py_DECREF(capsule);
-    while (api != nullptr && api->version.major != 1) api = api->previous;
-    if (api == nullptr || api->dltensor_from_py_object == nullptr) return nullptr;
-    for (int i = 0; i < 2; ++i) {
-      if (known_type[i] == nullptr) {
-        Py_INCREF(type.ptr());  // types are few and live as long as the process
-        known_type[i] = type.ptr();
-        known_api[i] = api;
-        break;
-      }
-    }
-    return api;
-  }
-
   bool borrow_fast(const char* name, py::handle object) {
     const DLPackExchangeAPI* api = exchange_api(py::type::handle_of(object));
     if (api == nullptr) return false;

@@ -12,7 +12,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = DSK_COMPILER;
   m.attr("nvcc") = DSK_NVCC_VERSION;  // "" when the CUDA kernels were left out
 
+  dsk::api::bind_ops(m);
   dsk::api::bind_cpu(m);
+  dsk::api::bind_comm(m);
   dsk::api::bind_device(m);
   dsk::api::bind_launch(m);
   dsk::api::bind_emu(m);

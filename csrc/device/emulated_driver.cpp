@@ -278,7 +278,10 @@ cu::Result memcpy_to_device(cu::DevicePtr to, const void* from, size_t bytes, cu
   // Pageable host memory is staged at the call, as the driver does: the caller may reuse it.
   auto staged = std::make_shared<std::vector<uint8_t>>(static_cast<const uint8_t*>(from),
                                                        static_cast<const uint8_t*>(from) + bytes);
-  return enqueue(stream, [=] { std::memcpy(reinterpret_cast<void*>(to), staged->data(), bytes); });
+  return enqueue(stream, [=] {
+    std::memcpy(reinterpret_cast<void*>(to), staged->data(), bytes);
+    system().written_by_host(to, bytes);
+  });
 }
 
 cu::Result memcpy_to_host(void* to, cu::DevicePtr from, size_t bytes, cu::Stream stream) {
@@ -286,7 +289,10 @@ cu::Result memcpy_to_host(void* to, cu::DevicePtr from, size_t bytes, cu::Stream
 }
 
 cu::Result memset_d8(cu::DevicePtr to, uint8_t value, size_t count, cu::Stream stream) {
-  return enqueue(stream, [=] { std::memset(reinterpret_cast<void*>(to), value, count); });
+  return enqueue(stream, [=] {
+    std::memset(reinterpret_cast<void*>(to), value, count);
+    system().written_by_host(to, count);
+  });
 }
 
 cu::Result stream_create(cu::Stream* stream, unsigned) {

@@ -180,10 +180,10 @@ bool GroupQueue::reached(u32 mask, u64 pending, AsyncOp::Stage stage) {
 
 AsyncPtr issue_async(Warp& w, u32 lane, AsyncKind kind, u64 bytes,
                      const std::vector<Footprint>& footprint, std::function<void(AsyncOp&)> read,
-                     std::function<void(AsyncOp&)> write) {
+                     std::function<void(AsyncOp&)> write, u64 map) {
   Cluster& cluster = *w.cta->cluster;
   auto op = std::make_shared<AsyncOp>();
-  op->info = {cluster.next_async_id++, kind, &w, lane, w.current_pc, bytes};
+  op->info = {cluster.next_async_id++, kind, &w, lane, w.current_pc, bytes, map};
   op->born = cluster.rounds;
   op->read = std::move(read);
   op->write = std::move(write);

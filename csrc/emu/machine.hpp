@@ -203,7 +203,7 @@ void mbarrier_update(Warp& w, Cta& cta, Mbarrier& bar, i64 arrivals, i64 expect_
 // Issues an asynchronous operation; returns it so that groups can hold it.
 AsyncPtr issue_async(Warp& w, u32 lane, AsyncKind kind, u64 bytes,
                      const std::vector<Footprint>& footprint, std::function<void(AsyncOp&)> read,
-                     std::function<void(AsyncOp&)> write);
+                     std::function<void(AsyncOp&)> write, u64 map = 0);
 
 // Whether what a split waits for has come.
 bool wait_over(Warp& w, Split& s);

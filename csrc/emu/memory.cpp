@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "emu/check/global.hpp"
 #include "emu/machine.hpp"
 
 namespace dsk::emu {
@@ -60,6 +61,7 @@ void AddressSpace::lend(u64 base, u64 bytes, bool read_only, const std::string& 
 }
 
 void AddressSpace::take_back(u64 base, u64 bytes) {
+  check::GlobalMemory::instance().forget(base, bytes);  // it may come back as something else
   const std::unique_lock lock(mutex_);
   for (std::size_t k = 0; k < loans_.size(); ++k) {
     if (loans_[k].range.base != base || loans_[k].range.bytes != bytes) continue;

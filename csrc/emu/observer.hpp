@@ -73,12 +73,13 @@ struct AsyncInfo {
   u32 lane = 0;
   u32 pc = 0;
   u64 bytes = 0;
+  u64 map = 0;  // host address of the tensor map, where it lies in global memory
 };
 
 enum class SyncKind : u8 {
   BarArrive,      // named barrier: arrived (a = id, b = generation joined)
   BarPass,        // left the barrier (a = id, b = generation)
-  ClusterArrive,  // barrier.cluster.arrive (a = phase)
+  ClusterArrive,  // barrier.cluster.arrive (a = phase, b = 1 for .relaxed)
   ClusterPass,
   MbarInit,  // a = rank, b = offset, c = count
   MbarInval,
@@ -86,8 +87,8 @@ enum class SyncKind : u8 {
   MbarExpectTx,  // c = bytes
   MbarPass,      // a wait saw phase c completed
   FenceProxyAsync,
-  FenceProxyTensorMap,
-  Fence,  // a = Semantics, b = Scope
+  FenceProxyTensorMap,  // a = 1 for an acquire, of the map at host address c
+  Fence,                // a = Semantics, b = Scope
   FenceMbarInit,
   WarpSync,  // bar.warp.sync and the other convergent instructions (a = member mask)
   CpAsyncCommit,
@@ -120,6 +121,10 @@ class ClusterObserver {
   // rank[l] is the CTA of the cluster and place[l] the offset. `rank` is null for global and local.
   virtual void on_access(const Warp&, u32 pc, u32 mask, const Access&, const u64* place,
                          const u32* rank) {}
+  // The same access, once it has its value: strong loads and atomics only. on_access comes before
+  // the access takes effect, so that what a release publishes is there for whoever sees it.
+  virtual void on_value(const Warp&, u32 pc, u32 mask, const Access&, const u64* place,
+                        const u32* rank) {}
   virtual void on_sync(const Warp&, const SyncEvent&) {}
   // A warp's lanes stopped (reason as in the deadlock report), and went on again.
   virtual void on_wait(const Warp&, u32 pc, u32 mask) {}

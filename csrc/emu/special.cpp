@@ -143,7 +143,7 @@ u64 special_value(const Warp& w, Special which, u32 lane) {
     case Special::ClusterCtarank:
       return cta.rank;
     case Special::ClusterNctarank:
-      return cluster.ctas.size();
+      return size.count();  // registers are filled in while the cluster is being assembled
     case Special::IsExplicitCluster:
       return size.count() > 1;
     case Special::LanemaskEq:

@@ -10,6 +10,7 @@
 #include <thread>
 #include <utility>
 
+#include "emu/check/global.hpp"
 #include "emu/launch.hpp"
 #include "emu/memory.hpp"
 
@@ -57,7 +58,26 @@ const std::vector<u64>& System::Impl::symbol_addresses(const std::shared_ptr<con
   return entry.second;
 }
 
-void System::Impl::start(Item& item, bool predecessor_done) {
+void System::Impl::queue(Stream& s, Item item) {
+  item.host_knows = host_knows;
+  s.items.push_back(std::move(item));
+}
+
+// The order is what the API promises, not how early the emulator happens to start a grid.
+void System::Impl::start(Stream& s, Item& item, bool predecessor_done) {
+  GridOrder& order = item.grid->order;
+  s.known.join(item.host_knows);
+  order.after_wait = s.known;
+  if (item.grid->config.programmatic && s.after_kernel) {
+    order.before = s.last.before;
+    order.before.join(item.host_knows);
+    order.after_wait.join(s.last.after_wait);
+    order.after_wait.set(item.grid->stream, order.number - 1);
+  } else {
+    order.before = s.known;
+  }
+  s.after_kernel = true;
+  s.last = order;
   item.started = true;
   item.grid->predecessor_done = predecessor_done;
   item.grid->stats.seconds = -now();
@@ -75,7 +95,7 @@ void System::Impl::try_early_start(Stream& s) {
     return;
   }
   const std::lock_guard lock(first.grid->mutex);
-  if (first.grid->ctas_launched_dependents >= first.grid->ctas_total) start(second, false);
+  if (first.grid->ctas_launched_dependents >= first.grid->ctas_total) start(s, second, false);
 }
 
 bool System::Impl::advance(Stream& s, std::unique_lock<std::mutex>& lock) {
@@ -87,15 +107,19 @@ bool System::Impl::advance(Stream& s, std::unique_lock<std::mutex>& lock) {
         try_early_start(s);
         break;
       }
-      start(item, true);
+      start(s, item, true);
       moved = true;
       break;
     }
+    if (item.kind == Item::Kind::Wait && events[item.event].reached < item.ticket) break;
+    s.after_kernel = false;
+    s.known.join(item.host_knows);
     if (item.kind == Item::Kind::Wait) {
-      if (events[item.event].reached < item.ticket) break;
+      s.known.join(events[item.event].known);
     } else if (item.kind == Item::Kind::Record) {
       Event& e = events[item.event];
       e.reached = std::max(e.reached, item.ticket);
+      e.known.join(s.known);
     } else {
       const std::function<void()> work = std::move(item.work);
       s.busy = true;
@@ -142,7 +166,15 @@ void System::Impl::finish(const std::shared_ptr<Grid>& grid) {
   resident.erase(grid.get());
   failed.erase(grid.get());
   Stream& s = stream(grid->stream);
-  if (!s.items.empty() && s.items.front().grid == grid) s.items.pop_front();
+  grid->over = true;
+  // A dependent grid may be over before the one that it did not wait for.
+  while (!s.items.empty() && s.items.front().grid && s.items.front().grid->over) {
+    const Grid& over = *s.items.front().grid;
+    s.known.join(over.order.after_wait);
+    s.known.set(over.stream, over.order.number);
+    all_over.join(s.known);
+    s.items.pop_front();
+  }
   if (!s.items.empty() && s.items.front().kind == Item::Kind::Kernel && s.items.front().started) {
     s.items.front().grid->predecessor_done = true;
   }
@@ -162,6 +194,7 @@ void System::Impl::fail_grid(const std::shared_ptr<Grid>& grid, std::exception_p
   }
   s.items.clear();
   for (const auto& g : gone) {
+    s.known.set(g->stream, g->order.number);
     failed[g.get()] = true;
     std::erase(active, g);
     resident.erase(g.get());
@@ -169,6 +202,18 @@ void System::Impl::fail_grid(const std::shared_ptr<Grid>& grid, std::exception_p
       std::erase_if(*queue, [&](const Task& t) { return t.grid == g; });
     }
   }
+}
+
+// When nothing runs and the host has waited for all there was, whatever comes is ordered after it.
+void System::Impl::forget_the_past() {
+  if (!empty()) return;
+  AddressSpace::instance().collect();
+  if (!host_knows.covers(all_over)) return;
+  check::GlobalMemory::instance().forget_accesses();
+  host_knows.clear();
+  all_over.clear();
+  for (auto& [id, s] : streams) s.known.clear(), s.last = {}, s.after_kernel = false;
+  for (auto& [id, e] : events) e.known.clear();
 }
 
 bool System::Impl::empty() const {

@@ -72,9 +72,43 @@ struct LaunchStats {
   std::vector<Hazard> hazards;  // formal findings
 };
 
+// How far each stream is known to have come: the number of its last grid that is over.
+class StreamClock {
+ public:
+  u64 of(u64 stream) const {
+    const auto it = grids_.find(stream);
+    return it == grids_.end() ? 0 : it->second;
+  }
+  void set(u64 stream, u64 number) {
+    u64& known = grids_[stream];
+    known = known < number ? number : known;
+  }
+  void join(const StreamClock& other) {
+    for (const auto& [stream, number] : other.grids_) set(stream, number);
+  }
+  bool covers(const StreamClock& other) const {
+    for (const auto& [stream, number] : other.grids_) {
+      if (of(stream) < number) return false;
+    }
+    return true;
+  }
+  void clear() { grids_.clear(); }
+
+ private:
+  std::map<u64, u64> grids_;
+};
+
+// A grid's place in the order that streams, events and the host's waiting give. With programmatic
+// dependent launch only those who passed griddepcontrol.wait know that the predecessor is over.
+struct GridOrder {
+  u64 number = 0;  // in its stream, from 1
+  StreamClock before, after_wait;
+};
+
 // A grid under way.
 struct Grid {
   u64 id = 0;
+  GridOrder order;
   u32 device = 0;
   u64 stream = 0;
   std::shared_ptr<const Module> module;
@@ -87,6 +121,7 @@ struct Grid {
   u32 clusters_total = 0, clusters_started = 0, clusters_done = 0;
   u32 ctas_launched_dependents = 0, ctas_total = 0;
   std::atomic<bool> predecessor_done{true};  // griddepcontrol.wait passes
+  bool over = false;                         // every cluster is done
   std::mutex mutex;                          // stats, hazards
   LaunchStats stats;
   std::function<void(const std::string&)> print;  // device printf
@@ -134,6 +169,8 @@ class System {
   u64 launch(StreamId s, std::shared_ptr<const Module> m, const std::string& kernel,
              const LaunchConfig& config, const void* params, std::size_t param_bytes);
   void enqueue(StreamId s, std::function<void()> host_work);  // copies, fills, callbacks
+  // The host wrote device memory: its bytes are no longer uninitialized.
+  void written_by_host(u64 address, u64 bytes);
   EventId create_event();
   void record(StreamId s, EventId e);
   void wait(StreamId s, EventId e);

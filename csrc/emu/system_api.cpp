@@ -5,6 +5,7 @@
 #include <thread>
 #include <utility>
 
+#include "emu/check/global.hpp"
 #include "emu/check/race.hpp"
 #include "emu/launch.hpp"
 #include "emu/memory.hpp"
@@ -56,10 +57,13 @@ void System::set_printer(std::function<void(const std::string&)> print) {
 
 u64 System::allocate(u32 device, u64 bytes, const std::string& name) {
   properties(device);
-  return AddressSpace::instance().allocate(bytes, static_cast<i32>(device), name);
+  const u64 base = AddressSpace::instance().allocate(bytes, static_cast<i32>(device), name);
+  check::GlobalMemory::instance().allocated(base, bytes);
+  return base;
 }
 void System::release(u64 address) {
   AddressSpace::instance().release(address);
+  check::GlobalMemory::instance().forget(address, 1);
   const std::lock_guard lock(impl_->mutex);
   if (impl_->empty()) AddressSpace::instance().collect();
 }
@@ -103,7 +107,10 @@ u64 System::launch(StreamId s, std::shared_ptr<const Module> m, const std::strin
   grid->stream = s;
   grid->program = &program;
   grid->config = config;
-  if (config.check) grid->config.observers.push_back(check::make_race_checker());
+  if (config.check)
+    grid->config.observers.push_back(check::make_race_checker());
+  else
+    check::GlobalMemory::instance().trust_contents();
   grid->num_sms = device.num_sms;
   grid->param_storage.reset(new u8[program.param_bytes + 256]);
   const u64 raw = reinterpret_cast<u64>(grid->param_storage.get());
@@ -118,7 +125,8 @@ u64 System::launch(StreamId s, std::shared_ptr<const Module> m, const std::strin
   Item item;
   item.kind = Item::Kind::Kernel;
   item.grid = grid;
-  stream.items.push_back(std::move(item));
+  grid->order.number = ++stream.launched;
+  impl_->queue(stream, std::move(item));
   return grid->id;
 }
 
@@ -126,7 +134,10 @@ void System::enqueue(StreamId s, std::function<void()> host_work) {
   const std::lock_guard lock(impl_->mutex);
   Item item;
   item.work = std::move(host_work);
-  impl_->stream(s).items.push_back(std::move(item));
+  impl_->queue(impl_->stream(s), std::move(item));
+}
+void System::written_by_host(u64 address, u64 bytes) {
+  check::GlobalMemory::instance().written_by_host(address, bytes);
 }
 EventId System::create_event() {
   const std::lock_guard lock(impl_->mutex);
@@ -139,7 +150,7 @@ void System::record(StreamId s, EventId e) {
   item.kind = Item::Kind::Record;
   item.event = e;
   item.ticket = ++impl_->events[e].recorded;
-  impl_->stream(s).items.push_back(std::move(item));
+  impl_->queue(impl_->stream(s), std::move(item));
 }
 void System::wait(StreamId s, EventId e) {
   const std::lock_guard lock(impl_->mutex);
@@ -147,7 +158,7 @@ void System::wait(StreamId s, EventId e) {
   item.kind = Item::Kind::Wait;
   item.event = e;
   item.ticket = impl_->events[e].recorded;  // never recorded: nothing to wait for, as in CUDA
-  impl_->stream(s).items.push_back(std::move(item));
+  impl_->queue(impl_->stream(s), std::move(item));
 }
 bool System::query(EventId e) {
   u32 slices = 0;
@@ -156,7 +167,10 @@ bool System::query(EventId e) {
     return event.reached >= event.recorded || slices++ > 2 || impl_->empty();
   });
   const std::lock_guard lock(impl_->mutex);
-  return impl_->events[e].reached >= impl_->events[e].recorded;
+  const Event& event = impl_->events[e];
+  if (event.reached < event.recorded) return false;
+  impl_->host_knows.join(event.known);
+  return true;
 }
 
 void System::synchronize(StreamId s) {
@@ -166,14 +180,16 @@ void System::synchronize(StreamId s) {
   });
   const std::lock_guard lock(impl_->mutex);
   Stream& stream = impl_->stream(s);
-  if (impl_->empty()) AddressSpace::instance().collect();
+  impl_->host_knows.join(stream.known);
+  impl_->forget_the_past();
   if (stream.error) std::rethrow_exception(std::exchange(stream.error, nullptr));
 }
 
 void System::synchronize() {
   impl_->drive([&] { return impl_->empty(); });
   const std::lock_guard lock(impl_->mutex);
-  if (impl_->empty()) AddressSpace::instance().collect();
+  impl_->host_knows.join(impl_->all_over);
+  impl_->forget_the_past();
   for (auto& [id, stream] : impl_->streams) {
     if (stream.error) std::rethrow_exception(std::exchange(stream.error, nullptr));
   }
@@ -186,7 +202,9 @@ bool System::idle(StreamId s) {
     return stream.items.empty() || slices++ > 2;
   });
   const std::lock_guard lock(impl_->mutex);
-  return impl_->stream(s).items.empty();
+  const Stream& stream = impl_->stream(s);
+  if (stream.items.empty()) impl_->host_knows.join(stream.known);
+  return stream.items.empty();
 }
 
 LaunchStats System::stats(u64 launch) {

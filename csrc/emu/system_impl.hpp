@@ -18,7 +18,8 @@ struct Item {
   bool started = false;
   std::function<void()> work;
   EventId event = 0;
-  u64 ticket = 0;  // Wait: the record it waits for
+  u64 ticket = 0;          // Wait: the record it waits for
+  StreamClock host_knows;  // at the call that queued it
 };
 
 struct Stream {
@@ -27,11 +28,17 @@ struct Stream {
   std::exception_ptr error;
   bool busy = false;  // a host item is running
   bool destroyed = false;
+  u64 launched = 0;   // grids
+  StreamClock known;  // to what comes next in the stream
+  // The kernel that the next one may be programmatically dependent on; none after other work.
+  bool after_kernel = false;
+  GridOrder last;
 };
 
 struct Event {
   u64 recorded = 0;  // tickets given by record()
   u64 reached = 0;   // tickets that the streams have come past
+  StreamClock known;
 };
 
 struct Task {
@@ -63,6 +70,8 @@ struct System::Impl {
   u64 idle_streak = 0;
   u64 picks = 0;
   u64 rng = 1;
+  StreamClock host_knows;  // by waiting; all host threads count as one
+  StreamClock all_over;    // grids that are over, known to the host or not
 
   Stream& stream(StreamId id) {
     const auto it = streams.find(id);
@@ -80,7 +89,9 @@ struct System::Impl {
   // --- streams
   bool advance_streams(std::unique_lock<std::mutex>& lock);
   bool advance(Stream& s, std::unique_lock<std::mutex>& lock);
-  void start(Item& item, bool predecessor_done);
+  void queue(Stream& s, Item item);
+  void start(Stream& s, Item& item, bool predecessor_done);
+  void forget_the_past();
   void try_early_start(Stream& s);
   void finish(const std::shared_ptr<Grid>& grid);
   void fail_grid(const std::shared_ptr<Grid>& grid, std::exception_ptr error);

@@ -34,6 +34,7 @@ def mla_decode(
     head_dim_v: int = 512,
     softmax_scale: float | None = None,
     causal: bool = True,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [b, s, h, dl + r] over a paged cache -> out [b, s, h, head_dim_v], lse fp32 [b, h, s]."""
     native = q.dtype in _FLOATS and kv_cache.dtype in (*_FLOATS, torch.uint8)
@@ -52,7 +53,8 @@ def mla_decode(
     out = torch.empty(b, s, h, head_dim_v, dtype=q.dtype)
     lse = torch.empty(b, h, s)
     tables = [t.to(torch.int32).contiguous() for t in (block_table, seq_lens)]
-    threads = torch.get_num_threads()
+    # How several threads cut a request depends on how many requests there are.
+    threads = 1 if deterministic else torch.get_num_threads()
     query = q.detach().contiguous()
     _C.cpu.mla_decode(query, kv_cache.detach(), *tables, scale, causal, out, lse, threads)
     return out, lse

@@ -1,36 +1,61 @@
-"""FP8 GEMM on the sm_90a kernels: dense, grouped contiguous, masked.
+"""FP8 GEMM on the sm_90a kernels: dense, grouped contiguous, masked, grouped along k,
+and SwiGLU with quantisation in the epilogue.
 
 Dimension letters: m rows, n columns, k depth, g groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from ..types import ScaledTensor, Support, Unsupported
 from . import launchers
+from ._operands import (
+    addend,
+    address,
+    argument,
+    finish,
+    int32_counts,
+    mn_major,
+    quantised_result,
+    result_tensor,
+    tma_rows,
+)
 from ._tensor import device_of, stream_of
 
 N_ALIGN, K_ALIGN = 8, 16  # TMA: rows of D (bf16) and of A and B (e4m3) start at 16-byte boundaries
+BY_BLOCK, BY_ROW = (128, 128), (1, 128)  # blocks of b: "1d2d" and "1d1d"
 
 
-def _check(a, b, out_dtype, c, bias, epilogue) -> None:
+# What forced_kernel() set: the instance that every launch uses, and how many ways it splits k.
+_forced: tuple[str, int] = ("", 1)
+
+
+@contextmanager
+def forced_kernel(name: str, split: int = 1) -> Iterator[None]:
+    """For tests and benchmarks: launches inside use this instance of csrc/cuda/instances/gemm.def,
+    with k split over `split` SMs. One that does not fit the call raises ValueError."""
+    global _forced
+    outer, _forced = _forced, (name, split)
+    try:
+        yield
+    finally:
+        _forced = outer
+
+
+def _check(a: ScaledTensor, b: ScaledTensor, b_blocks: tuple) -> None:
     """Raise Unsupported, naming what is given, for a call the kernels do not cover."""
-    for name, operand, block in (("a", a, (1, 128)), ("b", b, (128, 128))):
+    for name, operand, blocks in (("a", a, (BY_ROW,)), ("b", b, b_blocks)):
         if not isinstance(operand, ScaledTensor):
             raise Unsupported(f"{name}: expected a ScaledTensor, got {type(operand).__name__}")
-        if tuple(operand.block) != block or operand.dtype != "e4m3":
+        if tuple(operand.block) not in blocks or operand.dtype != "e4m3":
             raise Unsupported(
-                f"{name}: expected e4m3 in blocks of {block}, "
+                f"{name}: expected e4m3 in blocks of {' or '.join(map(str, blocks))}, "
                 f"got {operand.dtype} in {operand.block}"
             )
-    if out_dtype not in (None, torch.bfloat16):
-        raise Unsupported(f"out_dtype: expected torch.bfloat16, got {out_dtype}")
-    for name, value in (("c", c), ("bias", bias), ("epilogue", epilogue)):
-        if value is not None:
-            raise Unsupported(f"{name}: expected None, got a value")
     n, k = b.shape[-2:]
     if n % N_ALIGN or k % K_ALIGN or k == 0:
         raise Unsupported(
@@ -39,56 +64,96 @@ def _check(a, b, out_dtype, c, bias, epilogue) -> None:
         )
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x with contiguous rows, 16-byte aligned as TMA asks."""
-    fits = x.stride(-1) == 1 and x.stride(-2) % 16 == 0 and x.data_ptr() % 16 == 0
-    if x.dim() == 3:  # planes must follow one another as rows do
-        fits = fits and x.stride(0) == x.shape[1] * x.stride(1)
-    return x if fits else x.contiguous()
+def _check_swiglu(b: ScaledTensor, epilogue: str, c, bias) -> None:
+    """Raise Unsupported for a call that the SwiGLU epilogue does not cover."""
+    align = 2 * (16 if epilogue == "swiglu_quant" else N_ALIGN)
+    if tuple(b.block) != BY_BLOCK or b.shape[-2] % align:
+        raise Unsupported(
+            f"b: expected blocks of {BY_BLOCK} and n a multiple of {align} with epilogue "
+            f"{epilogue!r}, got {b.block} and n = {b.shape[-2]}"
+        )
+    for name, value in (("c", c), ("bias", bias)):
+        if value is not None:
+            raise Unsupported(f"{name}: expected None with epilogue {epilogue!r}, got a tensor")
 
 
-def _mn_major(scale: torch.Tensor) -> torch.Tensor:
-    """scale [..., m, c] with strides (1, align(m, 4)), planes c * align(m, 4) apart."""
-    m, c = scale.shape[-2:]
-    ld = -(-m // 4) * 4
-    wanted = (1, ld) if scale.dim() == 2 else (c * ld, 1, ld)
-    if scale.stride() == wanted and scale.data_ptr() % 16 == 0:
-        return scale
-    storage = scale.new_zeros(*scale.shape[:-2], c, ld)
-    storage[..., :m] = scale.transpose(-2, -1)
-    return storage.transpose(-2, -1)[..., :m, :]
+class GemmKernels:
+    """The functions of this stem on one machine: "cuda", or "emu", the emulator."""
 
+    def __init__(self, machine: str) -> None:
+        self.machine = machine
 
-def on(machine: str):
-    """gemm(), grouped_gemm() and supports() for "cuda" or "emu"."""
-
-    def launch(kind, a, b, d, counts, expected_m, num_sms):
-        data, weight = _rows(a.data), _rows(b.data)
-        sfa, sfb = _mn_major(a.scale), b.scale.contiguous()
+    def _launch(
+        self, kind, a, b, d, *, c, bias=None, counts=None, runs=None, expected_m=None, num_groups=1,
+        swiglu=False, deterministic=False, num_sms=None,
+    ):  # fmt: skip
+        data, weight = tma_rows(a.data), tma_rows(b.data)
+        sfa = mn_major(a.scale)
+        sfb = mn_major(b.scale) if kind == "along_k" else b.scale.contiguous()
+        c, bias = addend(c), addend(bias)
         m, k = a.shape[-2:]
         launchers().gemm_fp8(
-            machine=machine,
-            ordinal=device_of(d),
-            stream=stream_of(d),
+            machine=self.machine,
+            ordinal=device_of(data),
+            stream=stream_of(data),
             kind=kind,
             a=data.data_ptr(),
             sfa=sfa.data_ptr(),
             b=weight.data_ptr(),
             sfb=sfb.data_ptr(),
-            d=d.data_ptr(),
-            group_rows=0 if counts is None else counts.data_ptr(),
+            d=argument(d),
+            c=argument(c),
+            bias=argument(bias),
+            group_rows=address(counts),
+            runs=address(runs),
             m=m,
             n=b.shape[-2],
             k=k,
             expected_m=expected_m or 0,
-            num_groups=1 if kind == "dense" else b.shape[0],
+            num_groups=num_groups,
             lda=data.stride(-2),
             ldb=weight.stride(-2),
             ld_sfa=sfa.stride(-1),
+            ld_sfb=sfb.stride(-1),
             num_sms=num_sms or 0,
+            swiglu=swiglu,
+            deterministic=deterministic,
+            forced_kernel=_forced[0],
+            forced_split=_forced[1],
         )
 
+    def _find_runs(self, m_indices: torch.Tensor) -> torch.Tensor:
+        """The runs of equal entries in m_indices [m], found on the device."""
+        indices = m_indices.to(torch.int32).contiguous()
+        runs = torch.zeros(1 + 3 * indices.shape[0], dtype=torch.int32, device=indices.device)
+        if indices.shape[0] == 0:
+            return runs
+        launchers().gemm_runs(
+            machine=self.machine,
+            ordinal=device_of(runs),
+            stream=stream_of(runs),
+            m_indices=indices.data_ptr(),
+            runs=runs.data_ptr(),
+            rows=indices.shape[0],
+        )
+        return runs
+
+    def _launch_swiglu(self, kind, a, b, epilogue, out, out_dtype, c, bias, **options):
+        """silu(gate) * up with b = [gate; up] along n, rounded or quantised."""
+        _check_swiglu(b, epilogue, c, bias)
+        shape = (*a.shape[:-1], b.shape[-2] // 2)
+        zero = kind == "contiguous" and options.get("num_groups") is not None
+        if epilogue == "swiglu_quant":
+            d = quantised_result(shape, a.device, zero)
+        else:
+            dtype = out.dtype if out is not None else out_dtype or torch.bfloat16
+            d = result_tensor(shape, out, dtype, a.device, zero=zero)
+        if d.data.numel() != 0:
+            self._launch(kind, a, b, d, c=None, swiglu=True, **options)
+        return d if epilogue == "swiglu_quant" else finish(d, out, dtype)
+
     def gemm(
+        self,
         a: ScaledTensor,
         b: ScaledTensor,
         *,
@@ -100,20 +165,35 @@ def on(machine: str):
         deterministic: bool = False,
         num_sms: int | None = None,
     ) -> torch.Tensor:
-        """As dskernels.ref.gemm.gemm for e4m3 in blocks (1, 128) x (128, 128), bf16 out.
+        """As dskernels.ref.gemm.gemm for e4m3 operands.
 
-        Always deterministic: every output is one ordered sum, whatever the batch around it.
+        Every run gives the same bits. With few tiles and b in blocks (128, 128), k is split over
+        several SMs whose sums are added in order, which the reference's order does not have and
+        which depends on m; deterministic=True never splits.
         """
-        _check(a, b, out_dtype if out is None else out.dtype, c, bias, epilogue)
-        m, n = a.shape[0], b.shape[0]
-        direct = out is not None and out.is_contiguous() and out.data_ptr() % 16 == 0
-        d = out if direct else torch.empty(m, n, dtype=torch.bfloat16, device=a.device)
-        launch("dense", a, b, d, None, None, num_sms)
-        if out is None or direct:
-            return d
-        return out.copy_(d)
+        _check(a, b, (BY_BLOCK, BY_ROW))
+        if epilogue is not None:  # one group of all rows
+            return self._launch_swiglu(
+                "contiguous", a, b, epilogue, out, out_dtype, c, bias, num_sms=num_sms
+            )
+        by_row = tuple(b.block) == BY_ROW
+        default = torch.float32 if by_row else torch.bfloat16
+        dtype = out.dtype if out is not None else out_dtype or default
+        d = result_tensor((a.shape[0], b.shape[0]), out, dtype, a.device)
+        self._launch(
+            "along_k" if by_row else "dense",
+            a,
+            b,
+            d,
+            c=c,
+            bias=bias,
+            deterministic=deterministic,
+            num_sms=num_sms,
+        )
+        return finish(d, out, dtype)
 
     def grouped_gemm(
+        self,
         a: ScaledTensor,
         b: ScaledTensor,
         *,
@@ -129,29 +209,68 @@ def on(machine: str):
         deterministic: bool = False,
         num_sms: int | None = None,
     ) -> torch.Tensor:
-        """As dskernels.ref.gemm.grouped_gemm, by group_sizes (no padding needed) or masked_m."""
-        _check(a, b, out_dtype if out is None else out.dtype, c, bias, epilogue)
-        if m_indices is not None:
-            raise Unsupported("m_indices: expected group_sizes or masked_m, got m_indices")
-        masked = masked_m is not None
-        counts = masked_m if masked else group_sizes
-        counts = torch.as_tensor(counts, dtype=torch.int32, device=a.device).contiguous()
-        shape = (*a.shape[:-1], b.shape[1])
-        d = torch.zeros(shape, dtype=torch.bfloat16, device=a.device)  # rows of no group stay 0
-        launch("masked" if masked else "contiguous", a, b, d, counts, expected_m, num_sms)
-        return d if out is None else out.copy_(d)
+        """As dskernels.ref.gemm.grouped_gemm for e4m3 operands, in any of the three forms.
 
-    def supports(op: str, **shapes) -> Support:
+        Group sizes may lie on the device and are never waited for; no alignment is asked of them
+        or of m_indices. Every output is one ordered sum, whatever the batch around it.
+        """
+        _check(a, b, (BY_BLOCK,))
+        kind = "contiguous" if masked_m is None else "masked"
+        groups = {"expected_m": expected_m, "num_groups": b.shape[0], "num_sms": num_sms}
+        if m_indices is not None:
+            groups["runs"] = self._find_runs(m_indices)
+        else:
+            sizes = group_sizes if masked_m is None else masked_m
+            groups["counts"] = int32_counts(sizes, a.device)
+        if epilogue is not None:
+            return self._launch_swiglu(kind, a, b, epilogue, out, out_dtype, c, bias, **groups)
+        dtype = out.dtype if out is not None else out_dtype or torch.bfloat16
+        # Rows behind masked_m may stay unwritten, other rows of no group may not.
+        d = result_tensor(
+            (*a.shape[:-1], b.shape[1]), out, dtype, a.device, c, zero=masked_m is None
+        )
+        if d.numel() != 0:
+            self._launch(kind, a, b, d, c=c, bias=bias, **groups)
+        return finish(d, out, dtype)
+
+    def grouped_gemm_k(
+        self,
+        a: ScaledTensor,
+        b: ScaledTensor,
+        group_sizes: torch.Tensor | Sequence[int],
+        *,
+        c: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+        deterministic: bool = False,
+        num_sms: int | None = None,
+    ) -> torch.Tensor:
+        """As dskernels.ref.gemm.grouped_gemm_k for e4m3 operands in blocks (1, 128).
+
+        Group sizes may lie on the device, where a size that is no multiple of 128 stops the kernel
+        with a trap. An empty group loads nothing, and with c = out it is not even visited.
+        """
+        _check(a, b, (BY_ROW,))
+        counts = int32_counts(group_sizes, a.device)
+        dtype = out.dtype if out is not None else out_dtype
+        d = result_tensor((counts.shape[0], a.shape[0], b.shape[0]), out, dtype, a.device)
+        self._launch(
+            "along_k", a, b, d, c=c, counts=counts, num_groups=counts.shape[0], num_sms=num_sms
+        )
+        return finish(d, out, dtype)
+
+    def supports(self, op: str, **shapes) -> Support:
         n, k = shapes.get("n", N_ALIGN), shapes.get("k", K_ALIGN)
-        if op == "grouped_gemm_k":
-            return Support(False, f"the {machine} backend has no implementation of {op}")
         if n % N_ALIGN or k % K_ALIGN:
             return Support(
                 False, f"expected n % {N_ALIGN} == 0 and k % {K_ALIGN} == 0, got n={n}, k={k}"
             )
-        return Support(True, f"{machine}: gemm_fp8_1d2d (e4m3 operands, bf16 out)")
+        blocks = "a (1, 128), b (128, 128)" + (" or (1, 128)" if op == "gemm" else "")
+        if op == "grouped_gemm_k":
+            blocks = "both (1, 128)"
+        return Support(True, f"{self.machine}: e4m3 operands in blocks {blocks}")
 
-    return gemm, grouped_gemm, supports
 
-
-gemm, grouped_gemm, supports = on("cuda")
+_kernels = GemmKernels("cuda")
+gemm, grouped_gemm = _kernels.gemm, _kernels.grouped_gemm
+grouped_gemm_k, supports = _kernels.grouped_gemm_k, _kernels.supports

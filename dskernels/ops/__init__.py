@@ -10,6 +10,7 @@ Results are contiguous and never alias an argument (scales have the layout `quan
 only `out=` and `mla_cache_append` write to one. Non-contiguous arguments are welcome.
 """
 
+from .dequantize import dequantize, pack_e5m6, unpack_e5m6
 from .gemm import gemm
 from .grouped import grouped_gemm, grouped_gemm_k
 from .mla import mla_cache_append, mla_decode, mla_prefill
@@ -24,6 +25,7 @@ from .rowwise import (
 )
 
 __all__ = [
+    "dequantize",
     "gemm",
     "grouped_gemm",
     "grouped_gemm_k",
@@ -35,10 +37,12 @@ __all__ = [
     "moe_gate",
     "moe_permute",
     "moe_unpermute",
+    "pack_e5m6",
     "quantize",
     "rms_norm",
     "rms_norm_quantize",
     "rope",
     "swiglu",
     "swiglu_quantize",
+    "unpack_e5m6",
 ]

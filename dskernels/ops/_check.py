@@ -1,8 +1,9 @@
 """Validation of arguments: every error names op, argument, what was expected and what came.
 
-These run on each call, also on fake tensors under torch.compile, so they read metadata only and
-build no message unless they raise. Wrong kinds of value are TypeErrors, wrong sizes ValueErrors.
-What depends on the VALUES of index tensors is checked by `index`, on real CPU tensors only.
+They run on fake tensors under torch.compile too, and what passes once is remembered by its
+signature (see `_registry`): they read nothing of a tensor but sizes, strides, dtype and device.
+Wrong kinds of value are TypeErrors, wrong sizes ValueErrors. What depends on the VALUES of index
+tensors is in `_values`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ def same_device(op: str, name: str, tensor: Tensor, like: str, other: Tensor) ->
         bad_value(op, name, f"{like}'s device {other.device}", tensor.device)
 
 
+def readable(op: str, name: str, tensor: Tensor, like: str, other: Tensor) -> None:
+    """An index tensor that an implementation may also take from the host."""
+    if not tensor.is_cpu and tensor.device != other.device:
+        bad_value(op, name, f"{like}'s device {other.device} or cpu", tensor.device)
+
+
 def shape(op: str, name: str, tensor: Tensor, letters: str, sizes: tuple) -> None:
     """The tensor has exactly these sizes; letters is how the docstring writes them, "[m, k]"."""
     if tensor.shape != sizes:
@@ -77,18 +84,3 @@ def positive(op: str, name: str, value: int) -> None:
 def block(op: str, name: str, value: Sequence[int]) -> None:
     if len(value) != 2 or min(value) < 1:
         bad_value(op, name, "(rows, columns), both positive", tuple(value))
-
-
-def index(op: str, name: str, tensor: Tensor, low: int, high: int) -> Tensor:
-    """The tensor as int64, the one index type of implementations, its elements in [low, high).
-
-    Reads the values, so it is called from kernels, never from fake ones. A tensor on an
-    accelerator is not read: that would stall the stream; there the caller answers for its indices.
-    """
-    if tensor.is_cpu and tensor.numel():
-        values = tensor.numpy()  # NumPy: torch.aminmax costs four times as much on a small tensor
-        smallest, largest = int(values.min()), int(values.max())
-        if smallest < low or largest >= high:
-            actual = smallest if smallest < low else largest
-            bad_value(op, name, f"indices in [{low}, {high})", actual)
-    return tensor if tensor.dtype is torch.int64 else tensor.long()

@@ -1,13 +1,19 @@
 """Registration with torch.library, and the way a public function calls its op.
 
-An op is four functions: the kernel (validate, choose an implementation, run it), the fake kernel
-(validate, make empty outputs), and for a differentiable op how to save and how to go back. They
-are registered through Library.define/impl: torch.library.custom_op wraps each call in checks that
-cost ten times as much.
+An op is five functions: the check of its arguments, the kernel (choose an implementation, run it),
+the fake kernel (make empty outputs), and for a differentiable op how to save and how to go back.
+They are registered through Library.define/impl: torch.library.custom_op wraps each call in checks
+that cost ten times as much.
+
+A check reads nothing but the call's signature: types, sizes, strides, dtypes, devices, and the
+values of arguments that are no tensors. So what passed once passes again, and a call from Python
+whose signature is remembered (`_C.ops.Signatures`) goes straight to the kernel. Values of index
+tensors are the kernel's to check, every time (`_values`).
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +23,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from .. import backend as _backend
+
 LIBRARY = torch.library.Library("dskernels", "DEF")
 SCHEMAS: dict[str, str] = {}
+SIGNATURES: dict[str, Any] = {}
 
 _is_grad_enabled = torch.is_grad_enabled
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
@@ -33,6 +42,7 @@ _DISPATCHER_TYPE_ERROR = re.compile(
 
 def define(
     schema: str,
+    check: Callable,
     kernel: Callable,
     fake: Callable,
     backward: Callable | None = None,
@@ -40,8 +50,10 @@ def define(
 ) -> Callable:
     """Register `schema` under dskernels:: and return the function that calls it.
 
-    kernel, fake  take the schema's arguments in order; both validate, so that a bad call fails the
-                  same way in eager mode, under torch.compile and through torch.ops
+    check         raises for a bad call; takes those of the schema's arguments that its parameters
+                  name. It runs before kernel and fake, so that a bad call fails the same way in
+                  eager mode, under torch.compile and through torch.ops
+    kernel, fake  take the schema's arguments in order
     backward      (ctx, *grads) -> one gradient per argument, calling dskernels:: ops; without it
                   the backward raises: an op never detaches in silence
     save          (ctx, inputs, output), as torch.library.register_autograd's setup_context
@@ -49,15 +61,41 @@ def define(
     name = schema[: schema.index("(")]
     SCHEMAS[name] = schema
     LIBRARY.define(schema)
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dskernels::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.dskernels, name).default
+    validate = _validator(op, check)
+    LIBRARY.impl(name, _after(validate, kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dskernels::{name}", _after(validate, fake), lib=LIBRARY)
     if "!" not in schema:  # an op that writes its arguments has no gradient to offer
         if backward is None:
             backward, save = _no_backward(name), None
         torch.library.register_autograd(
             f"dskernels::{name}", backward, setup_context=save, lib=LIBRARY
         )
-    return _caller(getattr(torch.ops.dskernels, name).default, kernel)
+    return _caller(op, validate, kernel)
+
+
+def _validator(op: Any, check: Callable) -> Callable:
+    """The check as a function of all of the op's arguments, in order."""
+    positions = {argument.name: i for i, argument in enumerate(op._schema.arguments)}
+    picked = {}
+    for name, parameter in inspect.signature(check).parameters.items():
+        if name in positions:
+            picked[name] = positions[name]
+        elif parameter.default is parameter.empty:
+            raise TypeError(f"{op._schema.name}: its check takes {name}, which is no argument")
+
+    def validate(*args: Any) -> None:
+        check(**{name: args[i] for name, i in picked.items()})
+
+    return validate
+
+
+def _after(validate: Callable, function: Callable) -> Callable:
+    def checked(*args: Any) -> Any:
+        validate(*args)
+        return function(*args)
+
+    return checked
 
 
 def _no_backward(name: str) -> Callable:
@@ -67,21 +105,30 @@ def _no_backward(name: str) -> Callable:
     return backward
 
 
-def _caller(op: Any, kernel: Callable) -> Callable:
+def _caller(op: Any, validate: Callable, kernel: Callable) -> Callable:
     """The call from Python. Where nothing but the kernel could run, the kernel is called directly:
     converting fifteen arguments for the dispatcher costs more than all of our checks."""
     schema = op._schema
     name = schema.name.removeprefix("dskernels::")
     arguments = [(a.name, _plain_types(a.real_type)) for a in schema.arguments]
+    signatures = SIGNATURES[name] = _new_signatures()
 
     def call(*args: Any) -> Any:
         if is_compiling():
             return op(*args)
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, args)
-        if _is_plain(args, arguments):
-            with _BelowAutograd():
-                return kernel(*args)
+        if not (_dispatch_modes() or _transforms() is not None or _profiler_enabled()):
+            grad = _is_grad_enabled()
+            if signatures is not None and signatures.known(args, grad):
+                with _BelowAutograd():
+                    return kernel(*args)
+            if _is_plain(args, arguments, grad):
+                validate(*args)
+                if signatures is not None:
+                    signatures.remember(args)
+                with _BelowAutograd():
+                    return kernel(*args)
         for value, (argument, types) in zip(args, arguments):
             if value is None and NoneType not in types:  # the dispatcher lets None pass
                 raise TypeError(f"{name}: {argument}: expected Tensor, got NoneType")
@@ -118,17 +165,19 @@ _PLAIN_TYPES = {
 _TENSORS = (Tensor, torch.nn.Parameter)
 
 
-def _is_plain(args: tuple, arguments: list) -> bool:
-    """Whether the dispatcher would do nothing but call the kernel: real, ordinary tensors, exact
-    argument types, no gradient to record, no mode, transform or profiler that wants to see ops."""
-    if (
-        _dispatch_modes()
-        or _transforms() is not None
-        or _profiler_enabled()
-        or len(args) != len(arguments)
-    ):
+def _new_signatures() -> Any:
+    """An op's memory of validated signatures; None without the compiled library: a signature in
+    Python costs as much as the checks that it would save."""
+    native = _backend.compiled("ops")
+    return None if native is None else native.Signatures(_TENSORS, torch.dtype)
+
+
+def _is_plain(args: tuple, arguments: list, grad: bool) -> bool:
+    """Whether the dispatcher would do nothing but call the kernel, where no mode, transform or
+    profiler wants to see ops: real, ordinary tensors, exact argument types, no gradient to record.
+    """
+    if len(args) != len(arguments):
         return False
-    grad = _is_grad_enabled()
     for value, (_, types) in zip(args, arguments):
         kind = type(value)
         if kind not in types:

@@ -10,6 +10,7 @@ a in blocks (1, 128), b in (128, 128) ("1d2d") or (1, 128) ("1d1d", weight gradi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -182,10 +183,10 @@ def gemm(
     return out
 
 
-def _check_gemm(a, b, sa, sb, blocks, c, bias, out_dtype, epilogue, num_sms):
+def _check_gemm(a, b, a_scale, b_scale, blocks, c, bias, num_sms, out_dtype=None, epilogue=None):
     check.rank("gemm", "a", a, "[m, k]", 2, 2)
     check.rank("gemm", "b", b, "[n, k]", 2, 2)
-    _check_operands("gemm", a, b, sa, sb, blocks)
+    _check_operands("gemm", a, b, a_scale, b_scale, blocks)
     m, n = a.shape[0], b.shape[0]
     if c is not None:
         _check_addend("gemm", "c", c, "[m, n]", (m, n), a)
@@ -195,10 +196,13 @@ def _check_gemm(a, b, sa, sb, blocks, c, bias, out_dtype, epilogue, num_sms):
         _check_modes("gemm", n, out_dtype, epilogue, num_sms)
 
 
+def _gemm_shape(a: Tensor, b: Tensor, epilogue: str | None) -> tuple:
+    return a.shape[0], b.shape[0] // 2 if epilogue else b.shape[0]
+
+
 def _gemm_kernel(
     a, b, sa, sb, blocks, c, bias, out_dtype, epilogue, deterministic, num_sms, backend
 ):
-    _check_gemm(a, b, sa, sb, blocks, c, bias, out_dtype, epilogue, num_sms)
     left, right = _join(a, b, sa, sb, blocks)
     y = _run(
         "gemm",
@@ -217,9 +221,7 @@ def _gemm_kernel(
 
 
 def _gemm_fake(a, b, sa, sb, blocks, c, bias, out_dtype, epilogue, deterministic, num_sms, backend):
-    _check_gemm(a, b, sa, sb, blocks, c, bias, out_dtype, epilogue, num_sms)
-    width = b.shape[0] // 2 if epilogue else b.shape[0]
-    return a.new_empty((a.shape[0], width), dtype=_result_dtype(a, sa, blocks, out_dtype))
+    return a.new_empty(_gemm_shape(a, b, epilogue), dtype=_result_dtype(a, sa, blocks, out_dtype))
 
 
 def _gemm_save(ctx, inputs, output):
@@ -258,6 +260,7 @@ _gemm = define(
     "gemm(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, SymInt[] blocks, Tensor? c,"
     " Tensor? bias, ScalarType? out_dtype, str? epilogue, bool deterministic, int? num_sms,"
     " str backend) -> Tensor",
+    _check_gemm,
     _gemm_kernel,
     _gemm_fake,
     _gemm_grad,
@@ -265,10 +268,12 @@ _gemm = define(
 )
 
 
+def _check_gemm_out(out, a, b, a_scale, b_scale, blocks, c, bias, epilogue, num_sms):
+    _check_gemm(a, b, a_scale, b_scale, blocks, c, bias, num_sms, None, epilogue)
+    _check_result("gemm", out, _gemm_shape(a, b, epilogue), a)
+
+
 def _gemm_out_kernel(out, a, b, sa, sb, blocks, c, bias, epilogue, deterministic, num_sms, backend):
-    _check_gemm(a, b, sa, sb, blocks, c, bias, None, epilogue, num_sms)
-    width = b.shape[0] // 2 if epilogue else b.shape[0]
-    _check_result("gemm", out, (a.shape[0], width), a)
     left, right = _join(a, b, sa, sb, blocks)
     _run(
         "gemm",
@@ -285,21 +290,21 @@ def _gemm_out_kernel(out, a, b, sa, sb, blocks, c, bias, epilogue, deterministic
     )
 
 
-def _gemm_out_fake(out, a, b, sa, sb, blocks, c, bias, epilogue, deterministic, num_sms, backend):
-    _check_gemm(a, b, sa, sb, blocks, c, bias, None, epilogue, num_sms)
+def _gemm_out_fake(*args):
+    return None
 
 
 _gemm_out = define(
     "gemm_out(Tensor(a!) out, Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale,"
     " SymInt[] blocks, Tensor? c, Tensor? bias, str? epilogue, bool deterministic, int? num_sms,"
     " str backend) -> ()",
+    _check_gemm_out,
     _gemm_out_kernel,
     _gemm_out_fake,
 )
 
 
 def _gemm_quant_kernel(a, b, sa, sb, blocks, c, bias, deterministic, num_sms, backend):
-    _check_gemm(a, b, sa, sb, blocks, c, bias, None, "swiglu_quant", num_sms)
     left, right = _join(a, b, sa, sb, blocks)
     q = _run(
         "gemm",
@@ -317,14 +322,14 @@ def _gemm_quant_kernel(a, b, sa, sb, blocks, c, bias, deterministic, num_sms, ba
 
 
 def _gemm_quant_fake(a, b, sa, sb, blocks, c, bias, deterministic, num_sms, backend):
-    _check_gemm(a, b, sa, sb, blocks, c, bias, None, "swiglu_quant", num_sms)
-    return empty_scaled(a, (a.shape[0], b.shape[0] // 2), _QUANT_BLOCK, "e4m3")
+    return empty_scaled(a, _gemm_shape(a, b, "swiglu_quant"), _QUANT_BLOCK, "e4m3")
 
 
 _gemm_quant = define(
     "gemm_swiglu_quant(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, SymInt[] blocks,"
     " Tensor? c, Tensor? bias, bool deterministic, int? num_sms, str backend)"
     " -> (Tensor, Tensor)",
+    partial(_check_gemm, epilogue="swiglu_quant"),
     _gemm_quant_kernel,
     _gemm_quant_fake,
 )

@@ -6,13 +6,17 @@ Dimension letters and operands as in `gemm`; g groups.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import backend as _backend
 from ..types import ScaledTensor
 from . import _check as check
+from . import _values as values
 from ._registry import define
 from ._scaled import empty_scaled, parts, scaled
 from .gemm import (
@@ -90,29 +94,35 @@ def _one_form(
     group_sizes: Tensor | Sequence[int] | None, m_indices: Tensor | None, masked_m: Tensor | None
 ) -> tuple[Tensor, str]:
     """The one grouping tensor that was given, and which it is."""
-    given = [form is not None for form in (group_sizes, m_indices, masked_m)]
-    if sum(given) != 1:
-        names = [name for name, here in zip(FORMS, given) if here]
-        check.bad_value("grouped_gemm", "grouping", f"exactly one of {list(FORMS)}", names)
-    if m_indices is not None:
+    if group_sizes is not None and m_indices is None and masked_m is None:
+        return _sizes_tensor("grouped_gemm", group_sizes), "group_sizes"
+    if m_indices is not None and group_sizes is None and masked_m is None:
         return m_indices, "m_indices"
-    if masked_m is not None:
+    if masked_m is not None and group_sizes is None and m_indices is None:
         return masked_m, "masked_m"
-    return _sizes_tensor("grouped_gemm", group_sizes), "group_sizes"
+    forms = zip(FORMS, (group_sizes, m_indices, masked_m))
+    given = [name for name, form in forms if form is not None]
+    check.bad_value("grouped_gemm", "grouping", f"exactly one of {list(FORMS)}", given)
 
 
 def _sizes_tensor(op: str, sizes: Tensor | Sequence[int]) -> Tensor:
     if isinstance(sizes, Tensor):
         return sizes
     try:
-        return torch.tensor(sizes, dtype=torch.int64)
+        if is_compiling():  # the compiler traces torch, not NumPy
+            return torch.tensor(sizes, dtype=torch.int64)
+        array = np.array(sizes) if len(sizes) else np.empty(0, np.int64)
     except (TypeError, ValueError, RuntimeError):
+        array = None
+    if array is None or array.dtype.kind != "i":
         check.bad_type(op, "group_sizes", "integers", repr(sizes))
+    return torch.from_numpy(array)  # a third of torch.tensor's time
 
 
 def _check_grouped(
-    a, b, sa, sb, blocks, groups, form, expected_m, c, bias, out_dtype, epilogue, num_sms
-):
+    a, b, a_scale, b_scale, blocks, groups, form, expected_m, c, bias, num_sms, out_dtype=None,
+    epilogue=None
+):  # fmt: skip
     op = "grouped_gemm"
     check.rank(op, "b", b, "[g, n, k]", 3, 3)
     check.one_of(op, "form", form, FORMS)
@@ -123,8 +133,9 @@ def _check_grouped(
             check.bad_value(op, "a", f"[g = {g}, max_m, k]", check.show(a.shape))
     else:
         check.rank(op, "a", a, "[m, k]", 2, 2)
-    _check_operands(op, a, b, sa, sb, blocks)
+    _check_operands(op, a, b, a_scale, b_scale, blocks)
     check.dtype(op, form, groups, check.INDEX)
+    check.readable(op, form, groups, "a", a)
     if form == "m_indices":
         check.shape(op, form, groups, "[m]", (a.shape[0],))
     else:
@@ -139,29 +150,25 @@ def _check_grouped(
         _check_modes(op, n, out_dtype, epilogue, num_sms)
 
 
-def _checked_groups(op: str, form: str, groups: Tensor, num_groups: int, limit: int) -> Tensor:
-    """The grouping tensor in the dtype implementations take: group_sizes int64, the others int32.
+def _checked_groups(form: str, groups: Tensor, num_groups: int, rows: int) -> Tensor:
+    """The grouping tensor in the dtype implementations take, its values checked. rows: of a, which
+    the groups share (group_sizes), or that each may have (masked_m)."""
+    if form == "group_sizes":
+        return values.sizes_of_parts("grouped_gemm", groups, rows)
+    if form == "masked_m":
+        return values.sizes_within("grouped_gemm", groups, rows)
+    return values.row_groups("grouped_gemm", groups, num_groups)
 
-    Its values are checked where they can be read without waiting for a device. limit: rows of a
-    that the groups share (group_sizes), or that each may have (masked_m).
-    """
-    if form == "m_indices":
-        return check.index(op, form, groups, -1, num_groups).int()
-    if groups.is_cpu:
-        sizes = groups.tolist()
-        total = sum(sizes) if form == "group_sizes" else max(sizes, default=0)
-        if total > limit or min(sizes, default=0) < 0:
-            what = "a sum" if form == "group_sizes" else "each"
-            check.bad_value(op, form, f"sizes >= 0 with {what} of at most {limit}", sizes)
-    wanted = torch.int64 if form == "group_sizes" else torch.int32
-    return groups if groups.dtype is wanted else groups.to(wanted)
+
+def _grouped_shape(a: Tensor, b: Tensor, epilogue: str | None) -> tuple:
+    return *a.shape[:-1], b.shape[1] // 2 if epilogue else b.shape[1]
 
 
 def _run_grouped(
     a, b, sa, sb, blocks, groups, form, expected_m, c, bias, epilogue, deterministic, num_sms,
     backend, **result
 ):  # fmt: skip
-    groups = _checked_groups("grouped_gemm", form, groups, b.shape[0], a.shape[-2])
+    groups = _checked_groups(form, groups, b.shape[0], a.shape[-2])
     left, right = _join(a, b, sa, sb, blocks)
     return _run(
         "grouped_gemm",
@@ -185,7 +192,6 @@ def _grouped_kernel(
     num_sms, backend
 ):  # fmt: skip
     lead = (a, b, sa, sb, blocks, groups, form, expected_m, c, bias)
-    _check_grouped(*lead, out_dtype, epilogue, num_sms)
     y = _run_grouped(*lead, epilogue, deterministic, num_sms, backend, out_dtype=out_dtype)
     return y.contiguous()
 
@@ -194,10 +200,8 @@ def _grouped_fake(
     a, b, sa, sb, blocks, groups, form, expected_m, c, bias, out_dtype, epilogue, deterministic,
     num_sms, backend
 ):  # fmt: skip
-    lead = (a, b, sa, sb, blocks, groups, form, expected_m, c, bias)
-    _check_grouped(*lead, out_dtype, epilogue, num_sms)
-    width = b.shape[1] // 2 if epilogue else b.shape[1]
-    return a.new_empty((*a.shape[:-1], width), dtype=_result_dtype(a, sa, blocks, out_dtype))
+    dtype = _result_dtype(a, sa, blocks, out_dtype)
+    return a.new_empty(_grouped_shape(a, b, epilogue), dtype=dtype)
 
 
 def _grouped_save(ctx, inputs, output):
@@ -244,6 +248,7 @@ _grouped = define(
     "grouped_gemm(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, SymInt[] blocks,"
     " Tensor groups, str form, int? expected_m, Tensor? c, Tensor? bias, ScalarType? out_dtype,"
     " str? epilogue, bool deterministic, int? num_sms, str backend) -> Tensor",
+    _check_grouped,
     _grouped_kernel,
     _grouped_fake,
     _grouped_grad,
@@ -251,29 +256,31 @@ _grouped = define(
 )
 
 
+def _check_grouped_out(
+    out, a, b, a_scale, b_scale, blocks, groups, form, expected_m, c, bias, epilogue, num_sms
+):
+    lead = (a, b, a_scale, b_scale, blocks, groups, form, expected_m, c, bias)
+    _check_grouped(*lead, num_sms, None, epilogue)
+    _check_result("grouped_gemm", out, _grouped_shape(a, b, epilogue), a)
+
+
 def _grouped_out_kernel(
     out, a, b, sa, sb, blocks, groups, form, expected_m, c, bias, epilogue, deterministic, num_sms,
     backend
 ):  # fmt: skip
     lead = (a, b, sa, sb, blocks, groups, form, expected_m, c, bias)
-    _check_grouped(*lead, None, epilogue, num_sms)
-    width = b.shape[1] // 2 if epilogue else b.shape[1]
-    _check_result("grouped_gemm", out, (*a.shape[:-1], width), a)
     _run_grouped(*lead, epilogue, deterministic, num_sms, backend, out=out)
 
 
-def _grouped_out_fake(
-    out, a, b, sa, sb, blocks, groups, form, expected_m, c, bias, epilogue, deterministic, num_sms,
-    backend
-):  # fmt: skip
-    lead = (a, b, sa, sb, blocks, groups, form, expected_m, c, bias)
-    _check_grouped(*lead, None, epilogue, num_sms)
+def _grouped_out_fake(*args):
+    return None
 
 
 _grouped_out = define(
     "grouped_gemm_out(Tensor(a!) out, Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale,"
     " SymInt[] blocks, Tensor groups, str form, int? expected_m, Tensor? c, Tensor? bias,"
     " str? epilogue, bool deterministic, int? num_sms, str backend) -> ()",
+    _check_grouped_out,
     _grouped_out_kernel,
     _grouped_out_fake,
 )
@@ -283,22 +290,20 @@ def _grouped_quant_kernel(
     a, b, sa, sb, blocks, groups, form, expected_m, c, bias, deterministic, num_sms, backend
 ):
     lead = (a, b, sa, sb, blocks, groups, form, expected_m, c, bias)
-    _check_grouped(*lead, None, "swiglu_quant", num_sms)
     return parts(_run_grouped(*lead, "swiglu_quant", deterministic, num_sms, backend))
 
 
 def _grouped_quant_fake(
     a, b, sa, sb, blocks, groups, form, expected_m, c, bias, deterministic, num_sms, backend
 ):
-    lead = (a, b, sa, sb, blocks, groups, form, expected_m, c, bias)
-    _check_grouped(*lead, None, "swiglu_quant", num_sms)
-    return empty_scaled(a, (*a.shape[:-1], b.shape[1] // 2), _QUANT_BLOCK, "e4m3")
+    return empty_scaled(a, _grouped_shape(a, b, "swiglu_quant"), _QUANT_BLOCK, "e4m3")
 
 
 _grouped_quant = define(
     "grouped_gemm_swiglu_quant(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale,"
     " SymInt[] blocks, Tensor groups, str form, int? expected_m, Tensor? c, Tensor? bias,"
     " bool deterministic, int? num_sms, str backend) -> (Tensor, Tensor)",
+    partial(_check_grouped, epilogue="swiglu_quant"),
     _grouped_quant_kernel,
     _grouped_quant_fake,
 )
@@ -341,26 +346,32 @@ def grouped_gemm_k(
     return out
 
 
-def _check_grouped_k(a, b, sa, sb, blocks, groups, c, out_dtype, num_sms):
+def _check_grouped_k(
+    a, b, a_scale, b_scale, blocks, group_sizes, c, num_sms, out_dtype=torch.float32
+):
     op = "grouped_gemm_k"
     check.rank(op, "a", a, "[m, sum k]", 2, 2)
     check.rank(op, "b", b, "[n, sum k]", 2, 2)
-    _check_operands(op, a, b, sa, sb, blocks)
-    if sa is not None and blocks[2] != 1:
+    _check_operands(op, a, b, a_scale, b_scale, blocks)
+    if a_scale is not None and blocks[2] != 1:
         check.bad_value(op, "b.block", f"(1, {blocks[1]})", tuple(blocks[2:]))
-    check.dtype(op, "group_sizes", groups, check.INDEX)
-    check.rank(op, "group_sizes", groups, "[g]", 1, 1)
+    check.dtype(op, "group_sizes", group_sizes, check.INDEX)
+    check.readable(op, "group_sizes", group_sizes, "a", a)
+    check.rank(op, "group_sizes", group_sizes, "[g]", 1, 1)
     if c is not None:
-        _check_addend(op, "c", c, "[g, m, n]", (groups.shape[0], a.shape[0], b.shape[0]), a)
+        _check_addend(op, "c", c, "[g, m, n]", _grouped_k_shape(a, b, group_sizes), a)
     if out_dtype is not torch.float32 or num_sms is not None:
         _check_modes(op, 0, out_dtype, None, num_sms)
 
 
+def _grouped_k_shape(a: Tensor, b: Tensor, groups: Tensor) -> tuple:
+    return groups.shape[0], a.shape[0], b.shape[0]
+
+
 def _run_grouped_k(a, b, sa, sb, blocks, groups, c, deterministic, num_sms, backend, **result):
     op = "grouped_gemm_k"
-    groups = _checked_groups(op, "group_sizes", groups, groups.shape[0], a.shape[1])
-    if sa is not None and groups.is_cpu and any(size % blocks[1] for size in groups.tolist()):
-        check.bad_value(op, "group_sizes", f"multiples of {blocks[1]}", groups.tolist())
+    multiple = 1 if sa is None else blocks[1]
+    groups = values.sizes_of_parts(op, groups, a.shape[1], multiple)
     left, right = _join(a, b, sa, sb, blocks)
     return _run(
         op,
@@ -378,13 +389,11 @@ def _run_grouped_k(a, b, sa, sb, blocks, groups, c, deterministic, num_sms, back
 
 def _grouped_k_kernel(a, b, sa, sb, blocks, groups, c, out_dtype, deterministic, num_sms, backend):
     lead = (a, b, sa, sb, blocks, groups, c)
-    _check_grouped_k(*lead, out_dtype, num_sms)
     return _run_grouped_k(*lead, deterministic, num_sms, backend, out_dtype=out_dtype).contiguous()
 
 
 def _grouped_k_fake(a, b, sa, sb, blocks, groups, c, out_dtype, deterministic, num_sms, backend):
-    _check_grouped_k(a, b, sa, sb, blocks, groups, c, out_dtype, num_sms)
-    return a.new_empty((groups.shape[0], a.shape[0], b.shape[0]), dtype=out_dtype)
+    return a.new_empty(_grouped_k_shape(a, b, groups), dtype=out_dtype)
 
 
 def _grouped_k_save(ctx, inputs, output):
@@ -414,6 +423,7 @@ _grouped_k = define(
     "grouped_gemm_k(Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale, SymInt[] blocks,"
     " Tensor group_sizes, Tensor? c, ScalarType out_dtype, bool deterministic, int? num_sms,"
     " str backend) -> Tensor",
+    _check_grouped_k,
     _grouped_k_kernel,
     _grouped_k_fake,
     _grouped_k_grad,
@@ -421,21 +431,25 @@ _grouped_k = define(
 )
 
 
+def _check_grouped_k_out(out, a, b, a_scale, b_scale, blocks, group_sizes, c, num_sms):
+    _check_grouped_k(a, b, a_scale, b_scale, blocks, group_sizes, c, num_sms)
+    _check_result("grouped_gemm_k", out, _grouped_k_shape(a, b, group_sizes), a)
+
+
 def _grouped_k_out_kernel(out, a, b, sa, sb, blocks, groups, c, deterministic, num_sms, backend):
     lead = (a, b, sa, sb, blocks, groups, c)
-    _check_grouped_k(*lead, torch.float32, num_sms)
-    _check_result("grouped_gemm_k", out, (groups.shape[0], a.shape[0], b.shape[0]), a)
     _run_grouped_k(*lead, deterministic, num_sms, backend, out=out, out_dtype=out.dtype)
 
 
-def _grouped_k_out_fake(out, a, b, sa, sb, blocks, groups, c, deterministic, num_sms, backend):
-    _check_grouped_k(a, b, sa, sb, blocks, groups, c, torch.float32, num_sms)
+def _grouped_k_out_fake(*args):
+    return None
 
 
 _grouped_k_out = define(
     "grouped_gemm_k_out(Tensor(a!) out, Tensor a, Tensor b, Tensor? a_scale, Tensor? b_scale,"
     " SymInt[] blocks, Tensor group_sizes, Tensor? c, bool deterministic, int? num_sms,"
     " str backend) -> ()",
+    _check_grouped_k_out,
     _grouped_k_out_kernel,
     _grouped_k_out_fake,
 )

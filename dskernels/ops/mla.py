@@ -10,13 +10,12 @@ ceil(dl / 128) fp32 scales, then r bf16 RoPE values: 656 bytes for DeepSeek-V3.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from .. import backend as _backend
 from . import _check as check
+from . import _values as values
 from ._registry import define
 
 CACHE_DTYPES = (*check.FLOATS, torch.uint8)
@@ -45,6 +44,7 @@ def mla_decode(
     head_dim_v: int = 512,
     softmax_scale: float | None = None,
     causal: bool = True,
+    deterministic: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q [b, s, h, dl + r] over a paged latent cache -> (out, lse).
@@ -56,13 +56,15 @@ def mla_decode(
     head_dim_v     dl: out is the attention-weighted mean of each row's first head_dim_v values
     softmax_scale  default (dl + r)^-0.5, which is NOT DeepSeek's: the model passes its own
     causal         query j attends keys < seq_len - s + j + 1; else all seq_len keys
+    deterministic  the same bits for a request whatever the batch around it: its keys are split at
+                   fixed places ("cuda"), or summed by one thread ("cpu")
 
     Returns out [b, s, h, head_dim_v] in q's dtype and lse fp32 [b, h, s], the natural logarithm;
     a query that attends nothing has out 0 and lse +inf. Not differentiable.
     Source: V2 paper 2.1.2, absorbed form; layouts of FlashMLA.
     """
-    name = _chosen(backend)
-    return _decode(q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale, causal, name)
+    modes = (head_dim_v, softmax_scale, causal, deterministic, _chosen(backend))
+    return _decode(q, kv_cache, block_table, seq_lens, *modes)
 
 
 def _check_decode(q, kv_cache, block_table, seq_lens, head_dim_v):
@@ -89,54 +91,29 @@ def _check_decode(q, kv_cache, block_table, seq_lens, head_dim_v):
     check.same_device(op, "seq_lens", seq_lens, "q", q)
 
 
-def _check_pages(kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor) -> None:
-    """Lengths fit the table and every page that will be read exists. NumPy: five torch calls on
-    tensors this small would cost more than the op's whole budget."""
-    pages, page, _ = kv_cache.shape
-    lengths, table = seq_lens.numpy(), block_table.numpy()
-    if lengths.size == 0:
-        return
-    longest = table.shape[1] * page
-    if lengths.min() < 0 or lengths.max() > longest:
-        expected = f"0 .. {longest} (max_pages * page)"
-        check.bad_value("mla_decode", "seq_lens", expected, lengths.tolist())
-    if page == 0 or table.shape[1] == 0:
-        return
-    if table.min() >= 0 and table.max() < pages:  # no poison: nothing to tell apart
-        return
-    used = table[_columns(table.shape[1]) < -(-lengths // page)[:, None]]
-    if used.size and (used.min() < 0 or used.max() >= pages):
-        bad = used.min() if used.min() < 0 else used.max()
-        check.bad_value("mla_decode", "block_table", f"pages in [0, {pages})", int(bad))
-
-
-@functools.cache
-def _columns(count: int):
-    return torch.arange(count).numpy()
-
-
-def _decode_kernel(q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale, causal, backend):
-    _check_decode(q, kv_cache, block_table, seq_lens, head_dim_v)
-    device = q.device.type
-    if device == "cpu":
-        _check_pages(kv_cache, block_table, seq_lens)
+def _decode_kernel(
+    q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale, causal, deterministic, backend
+):
+    table, lens = values.pages("mla_decode", kv_cache, block_table, seq_lens)
     out, lse = _run(
         "mla_decode",
         backend,
-        device,
+        q.device.type,
         q,
         kv_cache,
-        block_table.int(),
-        seq_lens.int(),
+        table,
+        lens,
         head_dim_v=head_dim_v,
         softmax_scale=softmax_scale,
         causal=causal,
+        deterministic=deterministic,
     )
     return out.contiguous(), lse.contiguous()
 
 
-def _decode_fake(q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale, causal, backend):
-    _check_decode(q, kv_cache, block_table, seq_lens, head_dim_v)
+def _decode_fake(
+    q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale, causal, deterministic, backend
+):
     batch, s, heads, _ = q.shape
     out = q.new_empty((batch, s, heads, head_dim_v))
     return out, q.new_empty((batch, heads, s), dtype=torch.float32)
@@ -144,7 +121,8 @@ def _decode_fake(q, kv_cache, block_table, seq_lens, head_dim_v, softmax_scale, 
 
 _decode = define(
     "mla_decode(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, int head_dim_v,"
-    " float? softmax_scale, bool causal, str backend) -> (Tensor, Tensor)",
+    " float? softmax_scale, bool causal, bool deterministic, str backend) -> (Tensor, Tensor)",
+    _check_decode,
     _decode_kernel,
     _decode_fake,
 )
@@ -200,19 +178,19 @@ def _check_append(kv_cache, latent, k_rope, slots):
 
 
 def _append_kernel(kv_cache, latent, k_rope, slots, backend):
-    _check_append(kv_cache, latent, k_rope, slots)
     limit = kv_cache.shape[0] * kv_cache.shape[1]
-    slots = check.index("mla_cache_append", "slots", slots, -1, limit)
+    slots = values.index("mla_cache_append", "slots", slots, -1, limit)
     _run("mla_cache_append", backend, kv_cache.device.type, kv_cache, latent, k_rope, slots)
 
 
 def _append_fake(kv_cache, latent, k_rope, slots, backend):
-    _check_append(kv_cache, latent, k_rope, slots)
+    return None
 
 
 _append = define(
     "mla_cache_append(Tensor(a!) kv_cache, Tensor latent, Tensor k_rope, Tensor slots,"
     " str backend) -> ()",
+    _check_append,
     _append_kernel,
     _append_fake,
 )
@@ -247,7 +225,7 @@ def mla_prefill(
     return _prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale, name)
 
 
-def _check_prefill(q, k, v, cu_q, cu_k):
+def _check_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k):
     op = "mla_prefill"
     check.rank(op, "q", q, "[t, h, dqk]", 3, 3)
     check.dtype(op, "q", q, check.FLOATS)
@@ -259,27 +237,16 @@ def _check_prefill(q, k, v, cu_q, cu_k):
     for name, tensor in (("k", k), ("v", v)):
         check.same_dtype(op, name, tensor, "q", q)
         check.same_device(op, name, tensor, "q", q)
-    for name, ends in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
+    for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check.dtype(op, name, ends, check.INDEX)
+        check.readable(op, name, ends, "q", q)
         check.rank(op, name, ends, "[b + 1]", 1, 1)
-    check.shape(op, "cu_seqlens_k", cu_k, "cu_seqlens_q's shape", cu_q.shape)
-    if cu_q.shape[0] < 1:
+    check.shape(op, "cu_seqlens_k", cu_seqlens_k, "cu_seqlens_q's shape", cu_seqlens_q.shape)
+    if cu_seqlens_q.shape[0] < 1:
         check.bad_value(op, "cu_seqlens_q", "[b + 1], at least one element", "[0]")
 
 
-def _check_ends(name: str, ends: Tensor, limit: int) -> None:
-    if ends.device.type != "cpu":
-        return
-    values = ends.tolist()
-    if values[0] != 0 or values[-1] > limit or values != sorted(values):
-        expected = f"non-decreasing values from 0 to at most {limit}"
-        check.bad_value("mla_prefill", name, expected, values)
-
-
 def _prefill_kernel(q, k, v, cu_q, cu_k, causal, softmax_scale, backend):
-    _check_prefill(q, k, v, cu_q, cu_k)
-    _check_ends("cu_seqlens_q", cu_q, q.shape[0])
-    _check_ends("cu_seqlens_k", cu_k, k.shape[0])
     out, lse = _run(
         "mla_prefill",
         backend,
@@ -287,8 +254,8 @@ def _prefill_kernel(q, k, v, cu_q, cu_k, causal, softmax_scale, backend):
         q,
         k,
         v,
-        cu_q.int(),
-        cu_k.int(),
+        values.ends("mla_prefill", "cu_seqlens_q", cu_q, q.shape[0]),
+        values.ends("mla_prefill", "cu_seqlens_k", cu_k, k.shape[0]),
         causal=causal,
         softmax_scale=softmax_scale,
     )
@@ -296,7 +263,6 @@ def _prefill_kernel(q, k, v, cu_q, cu_k, causal, softmax_scale, backend):
 
 
 def _prefill_fake(q, k, v, cu_q, cu_k, causal, softmax_scale, backend):
-    _check_prefill(q, k, v, cu_q, cu_k)
     tokens, heads, _ = q.shape
     out = q.new_empty((tokens, heads, v.shape[2]))
     return out, q.new_empty((heads, tokens), dtype=torch.float32)
@@ -315,6 +281,7 @@ def _prefill_grad(ctx, grad, grad_lse):
 _prefill = define(
     "mla_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
     " bool causal, float? softmax_scale, str backend) -> (Tensor, Tensor)",
+    _check_prefill,
     _prefill_kernel,
     _prefill_fake,
     _prefill_grad,
@@ -322,13 +289,19 @@ _prefill = define(
 )
 
 
+def _check_prefill_backward(grad, grad_lse, out, lse):
+    op = "mla_prefill_backward"
+    check.shape(op, "grad", grad, "out's shape", out.shape)
+    check.shape(op, "grad_lse", grad_lse, "lse's shape", lse.shape)
+
+
 def _prefill_backward_kernel(
     grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, causal, softmax_scale, backend
 ):
     op = "mla_prefill_backward"
-    check.shape(op, "grad", grad, "out's shape", out.shape)
-    check.shape(op, "grad_lse", grad_lse, "lse's shape", lse.shape)
-    args = (grad, grad_lse, q, k, v, out, lse, cu_q.int(), cu_k.int())
+    ends_q = values.ends(op, "cu_seqlens_q", cu_q, q.shape[0])
+    ends_k = values.ends(op, "cu_seqlens_k", cu_k, k.shape[0])
+    args = (grad, grad_lse, q, k, v, out, lse, ends_q, ends_k)
     grads = _run(op, backend, q.device.type, *args, causal=causal, softmax_scale=softmax_scale)
     return tuple(g.contiguous() for g in grads)
 
@@ -343,6 +316,7 @@ _prefill_backward = define(
     "mla_prefill_backward(Tensor grad, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
     " Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool causal, float? softmax_scale,"
     " str backend) -> (Tensor, Tensor, Tensor)",
+    _check_prefill_backward,
     _prefill_backward_kernel,
     _prefill_backward_fake,
 )

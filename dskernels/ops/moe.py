@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import backend as _backend
 from ..types import ScaledTensor
 from . import _check as check
+from . import _values as values
 from ._registry import define
 from ._scaled import scaled
 from .gemm import Operand, _split, check_scaled
@@ -91,8 +92,7 @@ def _check_gate(x, weight, bias, n_group, topk_group, topk, score, group_score):
 def _gate_kernel(
     x, weight, bias, n_group, topk_group, topk, scale, score, group_score, renormalize, backend
 ):
-    _check_gate(x, weight, bias, n_group, topk_group, topk, score, group_score)
-    results = _run(
+    topk_idx, weights, scores = _run(
         "moe_gate",
         backend,
         x.device.type,
@@ -107,13 +107,12 @@ def _gate_kernel(
         group_score=group_score,
         renormalize=renormalize,
     )
-    return tuple(result.contiguous() for result in results)
+    return topk_idx.contiguous(), weights.contiguous(), scores.contiguous()
 
 
 def _gate_fake(
     x, weight, bias, n_group, topk_group, topk, scale, score, group_score, renormalize, backend
 ):
-    _check_gate(x, weight, bias, n_group, topk_group, topk, score, group_score)
     tokens = x.shape[0]
     return (
         x.new_empty((tokens, topk), dtype=torch.int64),
@@ -140,6 +139,7 @@ _gate = define(
     "moe_gate(Tensor x, Tensor weight, Tensor? bias, int n_group, int topk_group, int topk,"
     " float scale, str score, str group_score, bool renormalize, str backend)"
     " -> (Tensor, Tensor, Tensor)",
+    _check_gate,
     _gate_kernel,
     _gate_fake,
     _gate_grad,
@@ -147,13 +147,17 @@ _gate = define(
 )
 
 
+def _check_gate_backward(grad_weights, grad_scores, topk_idx, scores):
+    op = "moe_gate_backward"
+    check.shape(op, "grad_weights", grad_weights, "[t, k]", topk_idx.shape)
+    check.shape(op, "grad_scores", grad_scores, "[t, e]", scores.shape)
+
+
 def _gate_backward_kernel(
     grad_weights, grad_scores, x, weight, topk_idx, scores, scale, score, renormalize, backend
 ):
     op = "moe_gate_backward"
-    check.shape(op, "grad_weights", grad_weights, "[t, k]", topk_idx.shape)
-    check.shape(op, "grad_scores", grad_scores, "[t, e]", scores.shape)
-    topk_idx = check.index(op, "topk_idx", topk_idx, 0, scores.shape[1])
+    topk_idx = values.index(op, "topk_idx", topk_idx, 0, scores.shape[1])
     args = (grad_weights, grad_scores, x, weight, topk_idx, scores, scale, score, renormalize)
     dx, dweight = _run(op, backend, x.device.type, *args)
     return dx.contiguous(), dweight.contiguous()
@@ -169,6 +173,7 @@ _gate_backward = define(
     "moe_gate_backward(Tensor grad_weights, Tensor grad_scores, Tensor x, Tensor weight,"
     " Tensor topk_idx, Tensor scores, float scale, str score, bool renormalize, str backend)"
     " -> (Tensor, Tensor)",
+    _check_gate_backward,
     _gate_backward_kernel,
     _gate_backward_fake,
 )
@@ -211,15 +216,13 @@ def _check_permute(x, topk_idx, num_experts, alignment, op="moe_permute"):
 
 
 def _permute_kernel(x, topk_idx, num_experts, alignment, backend):
-    _check_permute(x, topk_idx, num_experts, alignment)
-    topk_idx = check.index("moe_permute", "topk_idx", topk_idx, -1, num_experts)
+    topk_idx = values.index("moe_permute", "topk_idx", topk_idx, -1, num_experts)
     device = x.device.type
     results = _run("moe_permute", backend, device, x, topk_idx, num_experts, alignment=alignment)
     return tuple(result.contiguous() for result in results)
 
 
 def _permute_fake(x, topk_idx, num_experts, alignment, backend):
-    _check_permute(x, topk_idx, num_experts, alignment)
     rows = torch.library.get_ctx().new_dynamic_size()
     return (
         x.new_empty((rows, x.shape[1])),
@@ -242,6 +245,7 @@ def _permute_grad(ctx, grad, *_):
 _permute = define(
     "moe_permute(Tensor x, Tensor topk_idx, SymInt num_experts, SymInt alignment, str backend)"
     " -> (Tensor, Tensor, Tensor)",
+    _check_permute,
     _permute_kernel,
     _permute_fake,
     _permute_grad,
@@ -276,13 +280,11 @@ def _check_unpermute(y, row_map, topk_weights, op="moe_unpermute"):
 
 
 def _unpermute_kernel(y, row_map, topk_weights, backend):
-    _check_unpermute(y, row_map, topk_weights)
-    row_map = check.index("moe_unpermute", "row_map", row_map, -1, y.shape[0])
+    row_map = values.index("moe_unpermute", "row_map", row_map, -1, y.shape[0])
     return _run("moe_unpermute", backend, y.device.type, y, row_map, topk_weights).contiguous()
 
 
 def _unpermute_fake(y, row_map, topk_weights, backend):
-    _check_unpermute(y, row_map, topk_weights)
     return y.new_empty((row_map.shape[0], y.shape[1]))
 
 
@@ -299,6 +301,7 @@ def _unpermute_grad(ctx, grad):
 
 _unpermute = define(
     "moe_unpermute(Tensor y, Tensor row_map, Tensor? topk_weights, str backend) -> Tensor",
+    _check_unpermute,
     _unpermute_kernel,
     _unpermute_fake,
     _unpermute_grad,
@@ -306,11 +309,15 @@ _unpermute = define(
 )
 
 
-def _unpermute_backward_kernel(grad, y, row_map, topk_weights, backend):
+def _check_unpermute_backward(grad, y, row_map, topk_weights):
     op = "moe_unpermute_backward"
     _check_unpermute(y, row_map, topk_weights, op)
     check.shape(op, "grad", grad, "[t, d]", (row_map.shape[0], y.shape[1]))
-    row_map = check.index(op, "row_map", row_map, -1, y.shape[0])
+
+
+def _unpermute_backward_kernel(grad, y, row_map, topk_weights, backend):
+    op = "moe_unpermute_backward"
+    row_map = values.index(op, "row_map", row_map, -1, y.shape[0])
     dy, dweights = _run(op, backend, y.device.type, grad, y, row_map, topk_weights)
     return dy.contiguous(), dweights.contiguous()
 
@@ -323,6 +330,7 @@ def _unpermute_backward_fake(grad, y, row_map, topk_weights, backend):
 _unpermute_backward = define(
     "moe_unpermute_backward(Tensor grad, Tensor y, Tensor row_map, Tensor? topk_weights,"
     " str backend) -> (Tensor, Tensor)",
+    _check_unpermute_backward,
     _unpermute_backward_kernel,
     _unpermute_backward_fake,
 )
@@ -364,7 +372,7 @@ def _split_weights(w13: Operand, w2: Operand) -> tuple:
     return _split("moe_experts", w13, w2)
 
 
-def _check_experts(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights):
+def _check_experts(x, w13, w2, w13_scale, w2_scale, blocks, topk_idx, topk_weights):
     op = "moe_experts"
     check.rank(op, "w13", w13, "[e, 2i, d]", 3, 3)
     experts, double, width = w13.shape
@@ -374,11 +382,11 @@ def _check_experts(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights):
         check.bad_value(op, "w13", expected, check.show(w13.shape))
     check.rank(op, "w2", w2, "[e, d, i]", 3, 3)
     check.shape(op, "w2", w2, "[e, d, i]", (experts, width, double // 2))
-    if s13 is None:
+    if w13_scale is None and w2_scale is None:
         check.same_dtype(op, "w13", w13, "x", x)
         check.same_dtype(op, "w2", w2, "x", x)
     else:
-        _check_expert_scales(w13, w2, s13, s2, blocks)
+        _check_expert_scales(w13, w2, w13_scale, w2_scale, blocks)
     check.same_device(op, "w13", w13, "x", x)
     check.same_device(op, "w2", w2, "x", x)
     check.shape(op, "topk_weights", topk_weights, "[t, k]", topk_idx.shape)
@@ -387,6 +395,8 @@ def _check_experts(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights):
 
 
 def _check_expert_scales(w13, w2, s13, s2, blocks):
+    if s13 is None or s2 is None or len(blocks) != 4:
+        check.bad_value("moe_experts", "blocks", "two scales and 4 block sizes", list(blocks))
     # Activations are quantised in blocks (1, 128), so the weights' blocks must be 128 deep.
     for name, data, scale, block in (("w13", w13, s13, blocks[:2]), ("w2", w2, s2, blocks[2:])):
         if block[1] != 128:
@@ -401,8 +411,7 @@ def _weights(w13, w2, s13, s2, blocks):
 
 
 def _experts_kernel(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights, backend):
-    _check_experts(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights)
-    topk_idx = check.index("moe_experts", "topk_idx", topk_idx, -1, w13.shape[0])
+    topk_idx = values.index("moe_experts", "topk_idx", topk_idx, -1, w13.shape[0])
     first, second = _weights(w13, w2, s13, s2, blocks)
     device = x.device.type
     return _run(
@@ -411,7 +420,6 @@ def _experts_kernel(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights, backend
 
 
 def _experts_fake(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights, backend):
-    _check_experts(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights)
     return x.new_empty(x.shape)
 
 
@@ -430,6 +438,7 @@ def _experts_grad(ctx, grad):
 _experts = define(
     "moe_experts(Tensor x, Tensor w13, Tensor w2, Tensor? w13_scale, Tensor? w2_scale,"
     " SymInt[] blocks, Tensor topk_idx, Tensor topk_weights, str backend) -> Tensor",
+    _check_experts,
     _experts_kernel,
     _experts_fake,
     _experts_grad,
@@ -437,10 +446,13 @@ _experts = define(
 )
 
 
+def _check_experts_backward(grad, x):
+    check.shape("moe_experts_backward", "grad", grad, "x's shape", x.shape)
+
+
 def _experts_backward_kernel(grad, x, w13, w2, topk_idx, topk_weights, backend):
     op = "moe_experts_backward"
-    check.shape(op, "grad", grad, "x's shape", x.shape)
-    topk_idx = check.index(op, "topk_idx", topk_idx, -1, w13.shape[0])
+    topk_idx = values.index(op, "topk_idx", topk_idx, -1, w13.shape[0])
     grads = _run(op, backend, x.device.type, grad, x, w13, w2, topk_idx, topk_weights)
     return tuple(g.contiguous() for g in grads)
 
@@ -452,6 +464,7 @@ def _experts_backward_fake(grad, x, w13, w2, topk_idx, topk_weights, backend):
 _experts_backward = define(
     "moe_experts_backward(Tensor grad, Tensor x, Tensor w13, Tensor w2, Tensor topk_idx,"
     " Tensor topk_weights, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _check_experts_backward,
     _experts_backward_kernel,
     _experts_backward_fake,
 )
@@ -482,17 +495,16 @@ def _check_bias_update(bias, counts):
 
 
 def _bias_update_kernel(bias, counts, gamma, backend):
-    _check_bias_update(bias, counts)
     return _run("moe_bias_update", backend, bias.device.type, bias, counts, gamma).contiguous()
 
 
 def _bias_update_fake(bias, counts, gamma, backend):
-    _check_bias_update(bias, counts)
     return bias.new_empty(bias.shape)
 
 
 _bias_update = define(
     "moe_bias_update(Tensor bias, Tensor counts, float gamma, str backend) -> Tensor",
+    _check_bias_update,
     _bias_update_kernel,
     _bias_update_fake,
 )

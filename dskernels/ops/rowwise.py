@@ -69,13 +69,11 @@ def _check_quantize(
 
 
 def _quantize_kernel(x, block, scale_format, dtype, transpose, backend):
-    _check_quantize(x, block, scale_format, dtype)
     q = _run("quantize", backend, x.device.type, x, tuple(block), scale_format, dtype, transpose)
     return parts(q)
 
 
 def _quantize_fake(x, block, scale_format, dtype, transpose, backend):
-    _check_quantize(x, block, scale_format, dtype)
     return empty_scaled(x, _transposed(x.shape, transpose), block, dtype)
 
 
@@ -86,25 +84,27 @@ def _transposed(shape: tuple, transpose: bool) -> tuple:
 _quantize = define(
     "quantize(Tensor x, SymInt[] block, str scale_format, str dtype, bool transpose, str backend)"
     " -> (Tensor, Tensor)",
+    _check_quantize,
     _quantize_kernel,
     _quantize_fake,
 )
 
 
-def _check_requantize(data, data_dtype, block, scale_format, dtype):
+def _check_requantize(data, scale, data_block, data_dtype, block, scale_format, dtype):
     check.rank("quantize", "x", data, "[..., m, k]", 2)
     check.one_of("quantize", "x.dtype", data_dtype, tuple(FORMAT_STORAGE))
     check.dtype("quantize", "x.data", data, (FORMAT_STORAGE[data_dtype],))
     check.block("quantize", "block", block)
     check.one_of("quantize", "scale_format", scale_format, SCALE_FORMATS)
     check.one_of("quantize", "dtype", dtype, tuple(FORMAT_MAX))
+    ScaledTensor(data, scale, tuple(data_block), data_dtype)  # says what does not fit
+    check.same_device("quantize", "x.scale", scale, "x.data", data)
 
 
 def _requantize_kernel(
     data, scale, data_block, data_dtype, block, scale_format, dtype, transpose, backend
 ):
-    _check_requantize(data, data_dtype, block, scale_format, dtype)
-    x = ScaledTensor(data, scale, tuple(data_block), data_dtype)
+    x = scaled(data, scale, data_block, data_dtype)
     device = data.device.type
     return parts(_run("quantize", backend, device, x, tuple(block), scale_format, dtype, transpose))
 
@@ -112,13 +112,13 @@ def _requantize_kernel(
 def _requantize_fake(
     data, scale, data_block, data_dtype, block, scale_format, dtype, transpose, backend
 ):
-    _check_requantize(data, data_dtype, block, scale_format, dtype)
     return empty_scaled(data, _transposed(data.shape, transpose), block, dtype)
 
 
 _requantize = define(
     "requantize(Tensor data, Tensor scale, SymInt[] data_block, str data_dtype, SymInt[] block,"
     " str scale_format, str dtype, bool transpose, str backend) -> (Tensor, Tensor)",
+    _check_requantize,
     _requantize_kernel,
     _requantize_fake,
 )
@@ -156,19 +156,22 @@ def _check_rms_norm(x: Tensor, weight: Tensor, name: str = "rms_norm") -> None:
     check.same_device(name, "weight", weight, "x", x)
 
 
-def _check_residual(x: Tensor, residual: Tensor, name: str = "rms_norm") -> None:
+def _check_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> None:
+    _check_rms_norm(x, weight)
+    _check_residual(x, residual, "rms_norm")
+
+
+def _check_residual(x: Tensor, residual: Tensor, name: str) -> None:
     check.shape(name, "residual", residual, "x's shape", x.shape)
     check.same_dtype(name, "residual", residual, "x", x)
     check.same_device(name, "residual", residual, "x", x)
 
 
 def _rms_norm_kernel(x, weight, eps, backend):
-    _check_rms_norm(x, weight)
     return _run("rms_norm", backend, x.device.type, x, weight, eps).contiguous()
 
 
 def _rms_norm_fake(x, weight, eps, backend):
-    _check_rms_norm(x, weight)
     return x.new_empty(x.shape)
 
 
@@ -184,6 +187,7 @@ def _rms_norm_grad(ctx, grad):
 
 _rms_norm = define(
     "rms_norm(Tensor x, Tensor weight, float eps, str backend) -> Tensor",
+    _check_rms_norm,
     _rms_norm_kernel,
     _rms_norm_fake,
     _rms_norm_grad,
@@ -192,15 +196,11 @@ _rms_norm = define(
 
 
 def _add_rms_norm_kernel(x, residual, weight, eps, backend):
-    _check_rms_norm(x, weight)
-    _check_residual(x, residual)
     y, total = _run("rms_norm", backend, x.device.type, x, weight, eps, residual)
     return y.contiguous(), total.contiguous()
 
 
 def _add_rms_norm_fake(x, residual, weight, eps, backend):
-    _check_rms_norm(x, weight)
-    _check_residual(x, residual)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -219,6 +219,7 @@ def _add_rms_norm_grad(ctx, grad, grad_total):
 _add_rms_norm = define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str backend)"
     " -> (Tensor, Tensor)",
+    _check_add_rms_norm,
     _add_rms_norm_kernel,
     _add_rms_norm_fake,
     _add_rms_norm_grad,
@@ -226,9 +227,12 @@ _add_rms_norm = define(
 )
 
 
-def _rms_norm_backward_kernel(grad, x, weight, eps, backend):
+def _check_rms_norm_backward(grad, x, weight):
     _check_rms_norm(x, weight, "rms_norm_backward")
     check.shape("rms_norm_backward", "grad", grad, "x's shape", x.shape)
+
+
+def _rms_norm_backward_kernel(grad, x, weight, eps, backend):
     dx, dweight = _run("rms_norm_backward", backend, x.device.type, grad, x, weight, eps)
     return dx.contiguous(), dweight.contiguous()
 
@@ -240,6 +244,7 @@ def _rms_norm_backward_fake(grad, x, weight, eps, backend):
 _rms_norm_backward = define(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, str backend)"
     " -> (Tensor, Tensor)",
+    _check_rms_norm_backward,
     _rms_norm_backward_kernel,
     _rms_norm_backward_fake,
 )
@@ -296,14 +301,12 @@ def _broadcasts(given: tuple, lead: tuple, half: int) -> bool:
 
 
 def _rope_kernel(x, cos, sin, interleaved, inverse, backend):
-    _check_rope(x, cos, sin)
     device = x.device.type
     y = _run("rope", backend, device, x, cos, sin, interleaved=interleaved, inverse=inverse)
     return y.contiguous()
 
 
 def _rope_fake(x, cos, sin, interleaved, inverse, backend):
-    _check_rope(x, cos, sin)
     return x.new_empty(x.shape)
 
 
@@ -322,6 +325,7 @@ def _rope_grad(ctx, grad):
 
 _rope = define(
     "rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, bool inverse, str backend) -> Tensor",
+    _check_rope,
     _rope_kernel,
     _rope_fake,
     _rope_grad,
@@ -348,12 +352,10 @@ def _check_swiglu(x: Tensor, name: str = "swiglu") -> None:
 
 
 def _swiglu_kernel(x, backend):
-    _check_swiglu(x)
     return _run("swiglu", backend, x.device.type, x).contiguous()
 
 
 def _swiglu_fake(x, backend):
-    _check_swiglu(x)
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
@@ -369,6 +371,7 @@ def _swiglu_grad(ctx, grad):
 
 _swiglu = define(
     "swiglu(Tensor x, str backend) -> Tensor",
+    _check_swiglu,
     _swiglu_kernel,
     _swiglu_fake,
     _swiglu_grad,
@@ -376,10 +379,13 @@ _swiglu = define(
 )
 
 
-def _swiglu_backward_kernel(grad, x, backend):
+def _check_swiglu_backward(grad, x):
     _check_swiglu(x, "swiglu_backward")
     expected = (*x.shape[:-1], x.shape[-1] // 2)
     check.shape("swiglu_backward", "grad", grad, "[..., i]", expected)
+
+
+def _swiglu_backward_kernel(grad, x, backend):
     return _run("swiglu_backward", backend, x.device.type, grad, x).contiguous()
 
 
@@ -389,6 +395,7 @@ def _swiglu_backward_fake(grad, x, backend):
 
 _swiglu_backward = define(
     "swiglu_backward(Tensor grad, Tensor x, str backend) -> Tensor",
+    _check_swiglu_backward,
     _swiglu_backward_kernel,
     _swiglu_backward_fake,
 )
@@ -427,7 +434,6 @@ def _check_rms_norm_quantize(x, weight, block, scale_format):
 
 
 def _rms_norm_quantize_kernel(x, weight, eps, block, scale_format, backend):
-    _check_rms_norm_quantize(x, weight, block, scale_format)
     q = _run(
         "rms_norm_quantize",
         backend,
@@ -442,21 +448,24 @@ def _rms_norm_quantize_kernel(x, weight, eps, block, scale_format, backend):
 
 
 def _rms_norm_quantize_fake(x, weight, eps, block, scale_format, backend):
-    _check_rms_norm_quantize(x, weight, block, scale_format)
     return empty_scaled(x, x.shape, block, "e4m3")
 
 
 _rms_norm_quantize = define(
     "rms_norm_quantize(Tensor x, Tensor weight, float eps, SymInt[] block, str scale_format,"
     " str backend) -> (Tensor, Tensor)",
+    _check_rms_norm_quantize,
     _rms_norm_quantize_kernel,
     _rms_norm_quantize_fake,
 )
 
 
-def _add_rms_norm_quantize_kernel(x, residual, weight, eps, block, scale_format, backend):
+def _check_add_rms_norm_quantize(x, residual, weight, block, scale_format):
     _check_rms_norm_quantize(x, weight, block, scale_format)
     _check_residual(x, residual, "rms_norm_quantize")
+
+
+def _add_rms_norm_quantize_kernel(x, residual, weight, eps, block, scale_format, backend):
     q, total = _run(
         "rms_norm_quantize",
         backend,
@@ -472,14 +481,13 @@ def _add_rms_norm_quantize_kernel(x, residual, weight, eps, block, scale_format,
 
 
 def _add_rms_norm_quantize_fake(x, residual, weight, eps, block, scale_format, backend):
-    _check_rms_norm_quantize(x, weight, block, scale_format)
-    _check_residual(x, residual, "rms_norm_quantize")
     return *empty_scaled(x, x.shape, block, "e4m3"), x.new_empty(x.shape)
 
 
 _add_rms_norm_quantize = define(
     "add_rms_norm_quantize(Tensor x, Tensor residual, Tensor weight, float eps, SymInt[] block,"
     " str scale_format, str backend) -> (Tensor, Tensor, Tensor)",
+    _check_add_rms_norm_quantize,
     _add_rms_norm_quantize_kernel,
     _add_rms_norm_quantize_fake,
 )
@@ -500,9 +508,12 @@ def swiglu_quantize(
     return scaled(data, scale, block, "e4m3")
 
 
-def _swiglu_quantize_kernel(x, block, scale_format, backend):
+def _check_swiglu_quantize(x, block, scale_format):
     _check_quantize(x, block, scale_format, "e4m3", "swiglu_quantize")
     _check_swiglu(x, "swiglu_quantize")
+
+
+def _swiglu_quantize_kernel(x, block, scale_format, backend):
     device = x.device.type
     return parts(
         _run("swiglu_quantize", backend, device, x, block=tuple(block), scale_format=scale_format)
@@ -510,13 +521,12 @@ def _swiglu_quantize_kernel(x, block, scale_format, backend):
 
 
 def _swiglu_quantize_fake(x, block, scale_format, backend):
-    _check_quantize(x, block, scale_format, "e4m3", "swiglu_quantize")
-    _check_swiglu(x, "swiglu_quantize")
     return empty_scaled(x, (*x.shape[:-1], x.shape[-1] // 2), block, "e4m3")
 
 
 _swiglu_quantize = define(
     "swiglu_quantize(Tensor x, SymInt[] block, str scale_format, str backend) -> (Tensor, Tensor)",
+    _check_swiglu_quantize,
     _swiglu_quantize_kernel,
     _swiglu_quantize_fake,
 )

@@ -40,6 +40,7 @@ def mla_decode(
     head_dim_v: int = 512,
     softmax_scale: float | None = None,
     causal: bool = True,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q [b, s, h, dl + r] over a paged cache -> out [b, s, h, head_dim_v], lse.
 
@@ -49,6 +50,7 @@ def mla_decode(
     seq_lens     int32 [b]: cached tokens, the s query tokens included; 0 is a request with none
     causal       query j attends keys < seq_len - s + j + 1; without it, all seq_len keys
 
+    deterministic changes nothing here: requests are computed one by one.
     lse is fp32 [b, h, s]; out has q's dtype. softmax_scale defaults to (dl + r)^-0.5, which is NOT
     DeepSeek's: the model passes its own. Rows of the cache behind seq_len are never read.
     Source: V2 paper 2.1 (absorbed form); layouts of FlashMLA.

@@ -59,6 +59,24 @@ def quantize(
     return ScaledTensor(data, mn_major(scale) if block[0] == 1 else scale, tuple(block), dtype)
 
 
+def dequantize(x: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """data * scale [..., m, k], the product in fp32 (fp64 for dtype float64), rounded to dtype.
+
+    Source: DeepSeek-V3's fp8_cast_bf16.
+    """
+    return x.dequantize(dtype)
+
+
+def pack_e5m6(data: torch.Tensor) -> torch.Tensor:
+    """E5M6 in float16 [..., k] -> uint8 [..., 3 * ceil(k / 2)]; see `fp8.pack_e5m6`."""
+    return fp8.pack_e5m6(data)
+
+
+def unpack_e5m6(packed: torch.Tensor, k: int) -> torch.Tensor:
+    """uint8 [..., 3 * ceil(k / 2)] -> E5M6 in float16 [..., k]; see `fp8.unpack_e5m6`."""
+    return fp8.unpack_e5m6(packed, k)
+
+
 def _tiles(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """[..., m, k] -> [..., m / rows, rows, k / columns, columns], zeros after the ragged end."""
     rows, columns = block

@@ -29,6 +29,21 @@ def encode_e4m3(x):
 
 
 @triton.jit
+def encode_e5m6(x):
+    """fp32 -> E5M6 as float16 bits (int16): to nearest even, saturate at 65024, NaN to 0x7e00."""
+    bits = x.to(tl.uint32, bitcast=True)
+    sign = (bits >> 31) << 15
+    magnitude = tl.where(x != x, 0.0, tl.minimum(tl.abs(x), 65024.0))
+    wide = magnitude.to(tl.uint32, bitcast=True)
+    # As in encode_e4m3: 17 mantissa bits are dropped, the bias moves from 127 to 15; subnormal
+    # numbers are multiples of 2^-20.
+    normal = ((wide + 0xFFFF + ((wide >> 17) & 1)) >> 17) - (112 << 6)
+    subnormal = (magnitude * 1048576.0 + 12582912.0).to(tl.uint32, bitcast=True) & 0x7F
+    code = tl.where(magnitude < 6.103515625e-05, subnormal, normal) << 4
+    return tl.where(x != x, 0x7E00, code | sign).to(tl.int16)
+
+
+@triton.jit
 def decode_e4m3(code):
     """e4m3 bits (uint8) -> fp16, exact.
 
@@ -50,9 +65,9 @@ def ceil_power_of_two(scale):
 
 
 @triton.jit
-def scale_of(amax, POWER_OF_TWO: tl.constexpr):
+def scale_of(amax, POWER_OF_TWO: tl.constexpr, FORMAT_MAX: tl.constexpr = 448.0):
     """Scale of a block from its largest magnitude: max(amax, 1e-4) / 448, IEEE division."""
-    scale = tl.math.div_rn(tl.maximum(amax, 1e-4), 448.0)
+    scale = tl.math.div_rn(tl.maximum(amax, 1e-4), FORMAT_MAX)
     if POWER_OF_TWO:
         scale = ceil_power_of_two(scale)
     return scale

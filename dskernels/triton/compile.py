@@ -37,35 +37,87 @@ def gemm_variant(kind: int, native_fp8: bool, block_m: int) -> Variant:
     return Variant(gemm.gemm_kernel, pointers | sizes | {"plane_sfa": "i32"}, constants)
 
 
+def _integers(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
 def variants(target: str) -> dict[str, Variant]:
     """Every kernel, as it would be launched on `target`, by a name for files and reports."""
     from . import rowwise
+    from . import rowwise_kernels as kernels
 
     native = target in ("sm_89", "sm_90")
-    quantize = {"x_ptr": "*bf16", "data_ptr": "*u8", "scale_ptr": "*fp32"}
-    quantize |= dict.fromkeys(("m", "k", "ld_x", "ld_scale"), "i32")
-    blocks = {"ROWS": rowwise.ROWS, "GROUP": rowwise.GROUP}
-    norm = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "sum_ptr"), "*bf16")
-    rope = {"x_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "y_ptr": "*bf16"}
+    bf16, u8, fp32 = "*bf16", "*u8", "*fp32"
+    quantize = {"x_ptr": bf16, "data_ptr": u8, "scale_ptr": fp32}
+    strides = ("m", "k", "ld_x", "ld_scale", "plane_rows", "plane_scale")
+    blocks = {"E5M6": False, "ROWS": rowwise.ROWS, "GROUP": rowwise.GROUP}
+    norm = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "sum_ptr"), bf16)
+    norm |= {"scale_ptr": fp32, "d": "i32", "eps": fp32.removeprefix("*")}
+    norm |= _integers("plane_rows", "ld_scale", "plane_scale")
+    norm_constants = {"HAS_RESIDUAL": True, "POWER_OF_TWO": False, "BLOCK": 8192, "GROUP": 128}
+    transpose = {"x_ptr": bf16, "x_scale_ptr": fp32, "data_ptr": u8, "scale_ptr": fp32}
+    transpose |= _integers("m", "k", "ld_scale", "block_rows", "block_columns")
+    transpose |= _integers("x_scale_row", "x_scale_column")
+    transpose_constants = {"POWER_OF_TWO": False, "COLUMNS": rowwise.TRANSPOSE_COLUMNS}
+    transpose_constants |= {"GROUP": rowwise.GROUP}
+    rope = {"x_ptr": bf16, "cos_ptr": fp32, "sin_ptr": fp32, "y_ptr": bf16}
+    dequantize = {"data_ptr": u8, "scale_ptr": fp32, "y_ptr": bf16}
+    dequantize |= _integers("m", "k", "block_rows", "block_columns", "scale_rows", "scale_columns")
+    pack = _integers("num_words", "k", "words_per_row")
     found = {
         "quantize": Variant(
-            rowwise.quantize_kernel, quantize, {"SWIGLU": False, "POWER_OF_TWO": False} | blocks
+            kernels.quantize_kernel,
+            quantize | _integers(*strides),
+            {"SWIGLU": False, "POWER_OF_TWO": False} | blocks,
+        ),
+        "quantize_e5m6": Variant(
+            kernels.quantize_kernel,
+            quantize | {"data_ptr": "*i16"} | _integers(*strides),
+            {"SWIGLU": False, "POWER_OF_TWO": True} | blocks | {"E5M6": True},
         ),
         "swiglu_quantize": Variant(
-            rowwise.quantize_kernel, quantize, {"SWIGLU": True, "POWER_OF_TWO": True} | blocks
+            kernels.quantize_kernel,
+            quantize | _integers(*strides),
+            {"SWIGLU": True, "POWER_OF_TWO": True} | blocks,
         ),
-        "rms_norm": Variant(
-            rowwise.rms_norm_kernel,
-            norm | {"d": "i32", "eps": "fp32"},
-            {"HAS_RESIDUAL": True, "BLOCK": 8192},
+        "quantize_block": Variant(
+            kernels.quantize_block_kernel,
+            quantize | _integers("m", "k"),
+            {"POWER_OF_TWO": False, "GROUP": rowwise.GROUP},
+        ),
+        "quantize_transpose": Variant(
+            kernels.quantize_transpose_kernel, transpose, {"SCALED": False} | transpose_constants
+        ),
+        "requantize_transpose": Variant(
+            kernels.quantize_transpose_kernel,
+            transpose | {"x_ptr": u8},
+            {"SCALED": True} | transpose_constants,
+        ),
+        "rms_norm": Variant(kernels.rms_norm_kernel, norm, {"QUANTIZE": False} | norm_constants),
+        "rms_norm_quantize": Variant(
+            kernels.rms_norm_kernel, norm | {"y_ptr": u8}, {"QUANTIZE": True} | norm_constants
         ),
         "swiglu": Variant(
-            rowwise.swiglu_kernel, {"x_ptr": "*bf16", "y_ptr": "*bf16", "k": "i32"}, {"BLOCK": 1024}
+            kernels.swiglu_kernel, {"x_ptr": bf16, "y_ptr": bf16, "k": "i32"}, {"BLOCK": 1024}
+        ),
+        "swiglu_backward": Variant(
+            kernels.swiglu_backward_kernel,
+            {"grad_ptr": bf16, "x_ptr": bf16, "dx_ptr": bf16, "k": "i32"},
+            {"BLOCK": 1024},
         ),
         "rope": Variant(
-            rowwise.rope_kernel,
+            kernels.rope_kernel,
             rope | {"heads": "i32", "half": "i32"},
             {"INTERLEAVED": True, "INVERSE": False, "BLOCK": 32},
+        ),
+        "dequantize": Variant(kernels.dequantize_kernel, dequantize, {"E4M3": True, "BLOCK": 1024}),
+        "pack_e5m6": Variant(
+            kernels.pack_e5m6_kernel, {"wide_ptr": "*i16", "packed_ptr": u8} | pack, {"BLOCK": 1024}
+        ),
+        "unpack_e5m6": Variant(
+            kernels.unpack_e5m6_kernel,
+            {"packed_ptr": u8, "wide_ptr": "*i16"} | pack,
+            {"BLOCK": 1024},
         ),
     }
     for kind, name in enumerate(("dense", "contiguous", "masked")):

@@ -2,104 +2,35 @@
 
 Dimension letters: m rows, k columns, t tokens, h heads, r RoPE width. Each function has the names
 and arguments of dskernels.ref.rowwise and raises Unsupported for what the kernel does not cover.
+The kernels are in rowwise_kernels.py.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
-import triton.language as tl
 
-from ..types import ScaledTensor, Unsupported
-from .cast import cast_to, encode_e4m3, scale_of
+from ..types import FORMAT_STORAGE, ScaledTensor, Support, Unsupported, scale_shape
+from .rowwise_kernels import (
+    dequantize_kernel,
+    pack_e5m6_kernel,
+    quantize_block_kernel,
+    quantize_kernel,
+    quantize_transpose_kernel,
+    rms_norm_kernel,
+    rope_kernel,
+    swiglu_backward_kernel,
+    swiglu_kernel,
+    unpack_e5m6_kernel,
+)
 
 GROUP = 128  # values that share a scale
 ROWS = 4  # rows a quantising program takes
+TRANSPOSE_COLUMNS = 32
+RUN = 1024  # elements an element-wise program takes
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@triton.jit
-def quantize_kernel(
-    x_ptr, data_ptr, scale_ptr, m, k, ld_x, ld_scale,
-    SWIGLU: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """x [m, k] (SWIGLU: [m, 2k] = [gate; up]) -> e4m3 data [m, k], scale [ceil(k / 128), m]."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
-    inside = (rows[:, None] < m) & (columns[None, :] < k)
-    at = rows[:, None].to(tl.int64) * ld_x + columns[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if SWIGLU:
-        up = tl.load(x_ptr + at + k, mask=inside, other=0.0).to(tl.float32)
-        x = x / (1.0 + tl.exp(-x)) * up
-    # NaN stays out of the block's amax (it becomes a NaN element); maximum drops it here.
-    magnitude = tl.where(x != x, 0.0, tl.abs(x))
-    scale = scale_of(tl.max(magnitude, axis=1), POWER_OF_TWO)
-    code = encode_e4m3(tl.math.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)))
-    out = rows[:, None].to(tl.int64) * k + columns[None, :]
-    tl.store(data_ptr + out, code, mask=inside)
-    tl.store(scale_ptr + tl.program_id(1).to(tl.int64) * ld_scale + rows, scale, mask=rows < m)
-
-
-@triton.jit
-def rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, d, eps,
-    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """y = x / rms(x) * weight, one program a row; with a residual, x + residual takes x's place."""
-    row = tl.program_id(0).to(tl.int64) * d
-    columns = tl.arange(0, BLOCK)
-    inside = columns < d
-    x = tl.load(x_ptr + row + columns, mask=inside, other=0.0)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + row + columns, mask=inside, other=0.0)
-        x = cast_to(x.to(tl.float32) + residual.to(tl.float32), x.dtype)
-        tl.store(sum_ptr + row + columns, x, mask=inside)
-    wide = x.to(tl.float32)
-    inverse = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / d + eps)
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row + columns, cast_to(wide * inverse * weight, x.dtype), mask=inside)
-
-
-@triton.jit
-def swiglu_kernel(x_ptr, y_ptr, k, BLOCK: tl.constexpr):
-    """x [m, 2k] = [gate; up] -> silu(gate) * up, a program takes BLOCK columns of a row."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < k
-    gate = tl.load(x_ptr + row * 2 * k + columns, mask=inside, other=0.0)
-    up = tl.load(x_ptr + row * 2 * k + k + columns, mask=inside, other=0.0).to(tl.float32)
-    wide = gate.to(tl.float32)
-    y = wide / (1.0 + tl.exp(-wide)) * up
-    tl.store(y_ptr + row * k + columns, cast_to(y, gate.dtype), mask=inside)
-
-
-@triton.jit
-def rope_kernel(
-    x_ptr, cos_ptr, sin_ptr, y_ptr, heads, half,
-    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rotate the pairs of one head of one token by the token's angles."""
-    row = tl.program_id(0).to(tl.int64)  # token * heads + head
-    pair = tl.arange(0, BLOCK)
-    inside = pair < half
-    first = pair * 2 if INTERLEAVED else pair
-    second = first + (1 if INTERLEAVED else half)
-    token = row // heads
-    cos = tl.load(cos_ptr + token * half + pair, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + token * half + pair, mask=inside, other=0.0)
-    if INVERSE:
-        sin = -sin
-    x = x_ptr + row * 2 * half
-    y = y_ptr + row * 2 * half
-    a = tl.load(x + first, mask=inside, other=0.0)
-    b = tl.load(x + second, mask=inside, other=0.0).to(tl.float32)
-    wide = a.to(tl.float32)
-    tl.store(y + first, cast_to(wide * cos - b * sin, a.dtype), mask=inside)
-    tl.store(y + second, cast_to(wide * sin + b * cos, a.dtype), mask=inside)
-
-
-# ---- launchers ---------------------------------------------------------------------------------
 
 
 def _need_plain(name: str, x) -> None:
@@ -107,47 +38,126 @@ def _need_plain(name: str, x) -> None:
         raise Unsupported(f"{name}: expected one of {DTYPES}, got {getattr(x, 'dtype', type(x))}")
 
 
-def _quantize(x: torch.Tensor, k: int, scale_format: str, swiglu: bool) -> ScaledTensor:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    m = rows.shape[0]
-    groups = -(-k // GROUP)
-    data = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.zeros(groups, -(-m // 4) * 4, dtype=torch.float32, device=x.device)
+def _need_groups(block: tuple[int, int]) -> None:
+    if tuple(block) != (1, GROUP):
+        raise Unsupported(f"block: expected (1, {GROUP}), got {tuple(block)}")
+
+
+def _group_scales(shape: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, int]:
+    """Zeroed MN-major scales of [..., m, k] in groups of 1 x 128, and floats between two groups."""
+    *lead, m, k = shape
+    ld = -(-m // 4) * 4
+    storage = torch.zeros(*lead, -(-k // GROUP), ld, dtype=torch.float32, device=device)
+    return storage.transpose(-2, -1)[..., :m, :], ld
+
+
+def _bits(data: torch.Tensor) -> torch.Tensor:
+    """Narrow data as the integers that kernels read and write."""
+    return data.view(torch.uint8 if data.dtype.itemsize == 1 else torch.int16)
+
+
+def _quantize(
+    x: torch.Tensor, k: int, scale_format: str, swiglu: bool, dtype: str = "e4m3"
+) -> ScaledTensor:
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    shape = (*x.shape[:-1], k)
+    data = torch.empty(shape, dtype=FORMAT_STORAGE[dtype], device=x.device)
+    scale, ld_scale = _group_scales(shape, x.device)
     if data.numel():
-        quantize_kernel[(triton.cdiv(m, ROWS), groups)](
-            rows, data.view(torch.uint8), scale, m, k, rows.stride(0), scale.stride(0),
-            SWIGLU=swiglu, POWER_OF_TWO=scale_format != "fp32", ROWS=ROWS, GROUP=GROUP,
+        groups = -(-k // GROUP)
+        quantize_kernel[(triton.cdiv(rows.shape[0], ROWS), groups)](
+            rows, _bits(data), scale, rows.shape[0], k, rows.stride(0), ld_scale, shape[-2],
+            groups * ld_scale, SWIGLU=swiglu, POWER_OF_TWO=scale_format != "fp32",
+            E5M6=dtype == "e5m6", ROWS=ROWS, GROUP=GROUP,
         )  # fmt: skip
-    return ScaledTensor(data, scale.t()[:m], (1, GROUP), "e4m3")
+    return ScaledTensor(data, scale, (1, GROUP), dtype)
+
+
+def _quantize_blocks(x: torch.Tensor, scale_format: str) -> ScaledTensor:
+    x = x.contiguous()
+    m, k = x.shape[-2:]
+    data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(
+        scale_shape(x.shape, (GROUP, GROUP)), dtype=torch.float32, device=x.device
+    )  # fmt: skip
+    if data.numel():
+        grid = (triton.cdiv(m, GROUP), triton.cdiv(k, GROUP), math.prod(x.shape[:-2]))
+        quantize_block_kernel[grid](
+            x, _bits(data), scale, m, k, POWER_OF_TWO=scale_format != "fp32", GROUP=GROUP
+        )
+    return ScaledTensor(data, scale, (GROUP, GROUP), "e4m3")
+
+
+def _quantize_transposed(x: torch.Tensor | ScaledTensor, scale_format: str) -> ScaledTensor:
+    scaled = isinstance(x, ScaledTensor)
+    rows = (x.data if scaled else x).contiguous()
+    m, k = rows.shape
+    data = torch.empty(k, m, dtype=torch.float8_e4m3fn, device=rows.device)
+    scale, ld_scale = _group_scales((k, m), rows.device)
+    x_scale = x.scale if scaled else scale  # the second is not read
+    if data.numel():
+        grid = (triton.cdiv(m, GROUP), triton.cdiv(k, TRANSPOSE_COLUMNS))
+        quantize_transpose_kernel[grid](
+            _bits(rows) if scaled else rows, x_scale, _bits(data), scale, m, k, ld_scale,
+            x.block[0] if scaled else 1, x.block[1] if scaled else 1, *x_scale.stride(),
+            SCALED=scaled, POWER_OF_TWO=scale_format != "fp32", COLUMNS=TRANSPOSE_COLUMNS,
+            GROUP=GROUP,
+        )  # fmt: skip
+    return ScaledTensor(data, scale, (1, GROUP), "e4m3")
 
 
 def quantize(
-    x: torch.Tensor,
+    x: torch.Tensor | ScaledTensor,
     block: tuple[int, int] = (1, 128),
     scale_format: str = "fp32",
     dtype: str = "e4m3",
     transpose: bool = False,
 ) -> ScaledTensor:
-    """x [m, k] -> e4m3 with one scale per 1 x 128."""
+    """x [..., m, k] to e4m3 or e5m6 per 1 x 128, to e4m3 per 128 x 128; x^T of [m, k] per 1 x 128,
+    from e4m3 too."""
+    if transpose:
+        _need_groups(block)
+        fits = x.dtype == "e4m3" if isinstance(x, ScaledTensor) else x.dtype in DTYPES
+        if len(x.shape) != 2 or dtype != "e4m3" or not fits:
+            raise Unsupported(
+                f"x: expected [m, k] to e4m3 when transposed, got {x.dtype} {tuple(x.shape)} "
+                f"to {dtype}"
+            )
+        return _quantize_transposed(x, scale_format)
     _need_plain("x", x)
-    if x.dim() != 2 or tuple(block) != (1, GROUP) or dtype != "e4m3" or transpose:
-        raise Unsupported(
-            f"expected [m, k] to e4m3 in blocks of (1, {GROUP}), not transposed; got "
-            f"{tuple(x.shape)} to {dtype} in {tuple(block)}, transpose={transpose}"
-        )
-    return _quantize(x, x.shape[1], scale_format, swiglu=False)
+    if tuple(block) == (GROUP, GROUP) and dtype == "e4m3":
+        return _quantize_blocks(x, scale_format)
+    _need_groups(block)
+    return _quantize(x, x.shape[-1], scale_format, swiglu=False, dtype=dtype)
 
 
 def swiglu_quantize(
     x: torch.Tensor, *, block: tuple[int, int] = (1, 128), scale_format: str = "fp32"
 ) -> ScaledTensor:
-    """x [m, 2k] = [gate; up] -> silu(gate) * up [m, k] in e4m3, one scale per 1 x 128."""
+    """x [..., m, 2k] = [gate; up] -> silu(gate) * up [..., m, k] in e4m3, a scale per 1 x 128."""
     _need_plain("x", x)
-    if x.dim() != 2 or tuple(block) != (1, GROUP):
-        raise Unsupported(
-            f"expected [m, 2k] in blocks of (1, {GROUP}), got {tuple(x.shape)} in {tuple(block)}"
-        )
-    return _quantize(x, x.shape[1] // 2, scale_format, swiglu=True)
+    _need_groups(block)
+    return _quantize(x, x.shape[-1] // 2, scale_format, swiglu=True)
+
+
+def _norm(x, weight, eps, residual, quantized: bool, scale_format: str = "fp32"):
+    _need_plain("x", x)
+    rows = x.contiguous()
+    total = torch.empty_like(rows) if residual is not None else None
+    d = x.shape[-1]
+    y = torch.empty_like(rows, dtype=torch.float8_e4m3fn if quantized else x.dtype)
+    scale, ld_scale = _group_scales(x.shape, x.device) if quantized else (rows, 0)
+    if rows.numel():
+        plane_rows = x.shape[-2] if quantized else 1
+        rms_norm_kernel[(rows.numel() // d,)](
+            rows, rows if residual is None else residual.contiguous(), weight.contiguous(),
+            _bits(y) if quantized else y, y if total is None else total, scale, d, eps, plane_rows,
+            ld_scale, -(-d // GROUP) * ld_scale, HAS_RESIDUAL=residual is not None,
+            QUANTIZE=quantized, POWER_OF_TWO=scale_format != "fp32",
+            BLOCK=max(GROUP, triton.next_power_of_2(d)), GROUP=GROUP,
+        )  # fmt: skip
+    result = ScaledTensor(y, scale, (1, GROUP), "e4m3") if quantized else y
+    return result if total is None else (result, total)
 
 
 def rms_norm(
@@ -157,18 +167,21 @@ def rms_norm(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """x [..., d] normalised to mean square 1, times weight [d]; (y, x + residual) with residual."""
-    _need_plain("x", x)
-    rows = x.contiguous()
-    y = torch.empty_like(rows)
-    total = torch.empty_like(rows) if residual is not None else None
-    d = x.shape[-1]
-    if rows.numel():
-        rms_norm_kernel[(rows.numel() // d,)](
-            rows, rows if residual is None else residual.contiguous(), weight.contiguous(), y,
-            y if total is None else total, d, eps,
-            HAS_RESIDUAL=residual is not None, BLOCK=triton.next_power_of_2(d),
-        )  # fmt: skip
-    return y if total is None else (y, total)
+    return _norm(x, weight, eps, residual, quantized=False)
+
+
+def rms_norm_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+    *,
+    block: tuple[int, int] = (1, 128),
+    scale_format: str = "fp32",
+) -> ScaledTensor | tuple[ScaledTensor, torch.Tensor]:
+    """rms_norm of x [..., m, d], quantised unrounded per 1 x 128."""
+    _need_groups(block)
+    return _norm(x, weight, eps, residual, quantized=True, scale_format=scale_format)
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
@@ -178,9 +191,22 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     k = x.shape[-1] // 2
     y = torch.empty(*x.shape[:-1], k, dtype=x.dtype, device=x.device)
     if y.numel():
-        block = min(1024, triton.next_power_of_2(k))
+        block = min(RUN, triton.next_power_of_2(k))
         swiglu_kernel[(y.numel() // k, triton.cdiv(k, block))](rows, y, k, BLOCK=block)
     return y
+
+
+def swiglu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """grad [..., k], x [..., 2k] = [gate; up] -> the gradient of x, in its dtype."""
+    _need_plain("x", x)
+    rows = x.contiguous()
+    k = x.shape[-1] // 2
+    dx = torch.empty_like(rows)
+    if dx.numel():
+        block = min(RUN, triton.next_power_of_2(k))
+        grid = (dx.numel() // (2 * k), triton.cdiv(k, block))
+        swiglu_backward_kernel[grid](grad.contiguous(), rows, dx, k, BLOCK=block)
+    return dx
 
 
 def rope(
@@ -191,16 +217,62 @@ def rope(
     interleaved: bool = True,
     inverse: bool = False,
 ) -> torch.Tensor:
-    """x [t, h, r] with the pairs of each head turned by its token's angles cos, sin [t, r / 2]."""
+    """x [..., t, h, r] with the pairs of each head turned by its token's angles [..., t, r / 2]."""
     _need_plain("x", x)
-    if x.dim() != 3 or cos.dim() != 2:
-        raise Unsupported(f"x: expected [t, h, r], got {tuple(x.shape)}")
+    if cos.dtype != torch.float32 or sin.dtype != torch.float32:
+        raise Unsupported(f"cos, sin: expected fp32, got {cos.dtype} and {sin.dtype}")
     rows = x.contiguous()
     y = torch.empty_like(rows)
-    t, heads, r = x.shape
+    *tokens, heads, r = x.shape
     if rows.numel():
-        rope_kernel[(t * heads,)](
-            rows, cos.contiguous(), sin.contiguous(), y, heads, r // 2,
+        angles = [a.expand(*tokens, r // 2).contiguous() for a in (cos, sin)]
+        rope_kernel[(math.prod(tokens) * heads,)](
+            rows, *angles, y, heads, r // 2,
             INTERLEAVED=interleaved, INVERSE=inverse, BLOCK=triton.next_power_of_2(r // 2),
         )  # fmt: skip
     return y
+
+
+def dequantize(x: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """data * scale in fp32, rounded to dtype: any blocks, e4m3 or e5m6."""
+    if dtype not in DTYPES:
+        raise Unsupported(f"dtype: expected one of {DTYPES}, got {dtype}")
+    data = x.data.contiguous()
+    m, k = data.shape[-2:]
+    y = torch.empty(data.shape, dtype=dtype, device=data.device)
+    if y.numel():
+        scale = x.scale.contiguous()
+        block = min(RUN, triton.next_power_of_2(k))
+        e4m3 = x.dtype == "e4m3"
+        dequantize_kernel[(y.numel() // k, triton.cdiv(k, block))](
+            _bits(data) if e4m3 else data, scale, y, m, k, *x.block, *scale.shape[-2:],
+            E4M3=e4m3, BLOCK=block,
+        )  # fmt: skip
+    return y
+
+
+def pack_e5m6(data: torch.Tensor) -> torch.Tensor:
+    """E5M6 in float16 [..., k] -> uint8 [..., 3 * ceil(k / 2)]."""
+    k, rows = data.shape[-1], math.prod(data.shape[:-1])
+    words = -(-k // 2)
+    packed = torch.empty(*data.shape[:-1], 3 * words, dtype=torch.uint8, device=data.device)
+    if packed.numel():
+        grid = (triton.cdiv(rows * words, RUN),)
+        pack_e5m6_kernel[grid](_bits(data.contiguous()), packed, rows * words, k, words, BLOCK=RUN)
+    return packed
+
+
+def unpack_e5m6(packed: torch.Tensor, k: int) -> torch.Tensor:
+    """uint8 [..., 3 * ceil(k / 2)] -> E5M6 in float16 [..., k]."""
+    rows, words = math.prod(packed.shape[:-1]), -(-k // 2)
+    data = torch.empty(*packed.shape[:-1], k, dtype=torch.float16, device=packed.device)
+    if data.numel():
+        grid = (triton.cdiv(rows * words, RUN),)
+        unpack_e5m6_kernel[grid](
+            packed.contiguous(), _bits(data), rows * words, k, words, BLOCK=RUN
+        )
+    return data
+
+
+def supports(op: str, **shapes) -> Support:
+    return Support(True, "triton: bf16, fp16 and fp32")

@@ -7,34 +7,12 @@ import numpy as np
 import pytest
 
 emu = pytest.importorskip("dskernels.emu")
-from ptx_kernel import text  # noqa: E402
-
-SEEDS = [None, 0, 1, 2]
+from planted import SEEDS, caught, drop, launch, planted  # noqa: E402
 
 
 def line_of(source, marker="BUG"):
     """Number of the line that the comment `marker` ends."""
     return next(k for k, line in enumerate(source.splitlines(), 1) if f"// {marker}" in line)
-
-
-def launch(body, args, seed=None, **options):
-    shared = options.pop("shared", 8192)
-    threads, grid = options.pop("threads", 64), options.pop("grid", 1)
-    module = emu.Module(text(body, len(args), shared))
-    module.kernel("k")[grid, threads](*args, seed=seed, **options)
-
-
-def caught(body, args, kind, seed=None, **options):
-    """The hazard of kind `kind`, on a line that the body marks."""
-    with pytest.raises(emu.HazardError) as e:
-        launch(body, args, seed, **options)
-    source = text(body, len(args), options.get("shared", 8192)).splitlines()
-    marked = {k for k, line in enumerate(source, 1) if re.search(r"// (BUG|VICTIM)", line)}
-    hazard = e.value.hazards[0]
-    assert hazard.kind == kind, hazard
-    assert hazard.ptx_line in marked, (hazard, marked)
-    named = re.search(r"PTX line (\d+)", hazard.message)
-    assert named and int(named[1]) in marked, (hazard, marked)
 
 
 # Pieces of kernels. sm: data from offset 0, mbarriers at 8064.
@@ -63,19 +41,6 @@ def removable_wait(label, bar):
 
 
 OWN = "mad.lo.u32 %r1, %t, 4, %s;\n"
-
-
-def drop(body, marker):
-    """The body without the lines that end in the comment `// marker`."""
-    return "\n".join(line for line in body.splitlines() if not line.endswith(f"// {marker}"))
-
-
-def planted(body, args, kind, without, **options):
-    """`body` is right on every schedule; without the lines marked `without` it is caught."""
-    fresh = lambda: [a.copy() if isinstance(a, np.ndarray) else a for a in args]  # noqa: E731
-    for seed in SEEDS:
-        launch(body, fresh(), seed, **dict(options))
-        caught(drop(body, without), fresh(), kind, seed, **dict(options))
 
 
 OTHER_WARP = "xor.b32 %r2, %t, 32; mad.lo.u32 %r3, %r2, 4, %s;\n"

@@ -166,6 +166,16 @@ def test_cluster_barrier_and_remote_memory():
     assert out.tolist() == want
 
 
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_every_cta_knows_its_cluster(cluster):
+    size, rank = results(4), results(4)
+    body = "mov.u32 %r9, %ctaid.x; mov.u32 %r1, %cluster_nctarank; mov.u32 %r2, %cluster_ctarank;"
+    body += store("%r1", 0, index="%r9") + store("%r2", 1, index="%r9")
+    run(body, size, rank, grid=4, cluster=cluster, threads=1)
+    assert size.tolist() == [cluster] * 4
+    assert rank.tolist() == [i % cluster for i in range(4)]
+
+
 # --- atomics
 
 

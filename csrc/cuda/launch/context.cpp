@@ -47,12 +47,18 @@ Context::Context(Machine machine, int ordinal)
 
 device::cu::Kernel Context::kernel(const std::string& name) {
   std::lock_guard<std::mutex> lock(mutex_);
+  used_.insert(name);
   auto& module = modules_[name];
   if (!module) {
     const char* suffix = emulated_ ? ".ptx" : ".cubin";
     module = device_.load_module(read_image(kernel_directory() + "/" + name + suffix).data());
   }
   return module->kernel(name);
+}
+
+std::set<std::string> Context::take_used_kernels() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return std::exchange(used_, {});
 }
 
 Context& context(Machine machine, int ordinal) {

@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 
 #include "device/device.hpp"
@@ -25,11 +26,15 @@ class Context {
   // The instance of that name in csrc/cuda/instances/. Throws DeviceError if it is not shipped.
   device::cu::Kernel kernel(const std::string& name);
 
+  // Names of the instances asked for since the last call: which kernels did a test run?
+  std::set<std::string> take_used_kernels();
+
  private:
   device::Device device_;
   bool emulated_;
   std::mutex mutex_;
   std::map<std::string, std::unique_ptr<device::Module>> modules_;
+  std::set<std::string> used_;
 };
 
 // The context of a device, made at first use. Throws DeviceError, saying why, where there is none.

@@ -1,8 +1,7 @@
 #include "cuda/launch/gemm.hpp"
 
 #include <cstring>
-
-#include "cuda/params/gemm.hpp"
+#include <optional>
 
 namespace dsk::launch {
 namespace {
@@ -31,57 +30,167 @@ TensorMapBytes encode(Context& context, cu::TensorMapDataType type, const void* 
 }
 
 int64_t k_blocks(const GemmFp8Args& args) { return (args.k + 127) / 128; }
-int64_t planes(const GemmFp8Args& args) {  // groups with rows of their own
+// Groups with rows of A, B and D of their own.
+int64_t planes_of_a(const GemmFp8Args& args) {
   return args.kind == GemmKind::kMasked ? args.num_groups : 1;
 }
+int64_t planes_of_b(const GemmFp8Args& args) {
+  return args.kind == GemmKind::kAlongK ? 1 : args.num_groups;
+}
+int64_t planes_of_d(const GemmFp8Args& args) {
+  return args.kind == GemmKind::kAlongK ? args.num_groups : planes_of_a(args);
+}
 
-GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmConfig& config) {
+int64_t columns_of_d(const GemmFp8Args& args) { return args.swiglu ? args.n / 2 : args.n; }
+
+size_t bytes_of(ElementType type) {
+  switch (type) {
+    case ElementType::kFloat32:
+      return 4;
+    case ElementType::kBfloat16:
+      return 2;
+    case ElementType::kE4m3:
+      return 1;
+  }
+  return 0;
+}
+
+// D, C and bias, and the memory that the kernel may touch for them.
+class ResultLoan {
+ public:
+  ResultLoan(Context& context, const GemmTensor& d, const GemmTensor& c, const GemmTensor& bias,
+             size_t rows, size_t n, size_t num_groups, size_t scale_rows)
+      : d_(context, d.address, rows * n * bytes_of(d.type), false),
+        scale_(context, d.scale, d.scale ? scale_rows * d.ld_scale * sizeof(float) : 0, false) {
+    if (c.address && c.address != d.address)
+      c_.emplace(context, c.address, rows * n * bytes_of(c.type), true);
+    if (bias.address)
+      bias_.emplace(context, bias.address, num_groups * n * bytes_of(bias.type), true);
+  }
+
+ private:
+  HostLoan d_, scale_;
+  std::optional<HostLoan> c_, bias_;
+};
+
+// A box of D is 128 bytes of `box_rows` rows.
+GemmResult make_result(Context& context, const GemmTensor& d, const GemmTensor& c,
+                       const GemmTensor& bias, uint64_t rows, uint64_t n, uint32_t box_rows) {
+  GemmResult result{};
+  if (d.type == ElementType::kBfloat16) {
+    result.map =
+        encode(context, cu::kBfloat16, d.address, n, rows, n * 2, 64, box_rows, cu::kSwizzle128B);
+  } else if (d.type == ElementType::kE4m3) {
+    result.map =
+        encode(context, cu::kUint8, d.address, n, rows, n, 128, box_rows, cu::kSwizzle128B);
+  }
+  result.d = d.address;
+  result.c = c.address;
+  result.bias = bias.address;
+  result.scale = d.scale;
+  result.ld_scale = d.ld_scale;
+  result.d_type = d.type;
+  result.c_type = c.type;
+  result.bias_type = bias.type;
+  return result;
+}
+
+GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmChoice& choice) {
+  const GemmConfig& config = choice.config;
   GemmFp8Params params{};
-  const uint64_t rows = uint64_t(args.m) * planes(args);
-  params.a = encode(context, cu::kUint8, args.a, args.k, rows, args.lda, 128, config.block_m,
-                    cu::kSwizzle128B);
-  params.b = encode(context, cu::kUint8, args.b, args.k, uint64_t(args.n) * args.num_groups,
-                    args.ldb, 128, config.block_n, cu::kSwizzle128B);
-  params.sfa = encode(context, cu::kFloat32, args.sfa, args.m, k_blocks(args) * planes(args),
+  const uint64_t rows = uint64_t(args.m) * planes_of_a(args);
+  const uint64_t b_rows = uint64_t(args.n) * planes_of_b(args);
+  // Of a tile that a pair shares, each CTA loads half.
+  params.a = encode(context, cu::kUint8, args.a, args.k, rows, args.lda, 128,
+                    config.block_m / config.pair_n, cu::kSwizzle128B);
+  const int b_box = config.swiglu ? 64 : config.block_n;
+  params.b = encode(context, cu::kUint8, args.b, args.k, b_rows, args.ldb, 128,
+                    b_box / config.pair_m, cu::kSwizzle128B);
+  params.sfa = encode(context, cu::kFloat32, args.sfa, args.m, k_blocks(args) * planes_of_a(args),
                       args.ld_sfa * sizeof(float), config.block_m, 1, cu::kSwizzleNone);
-  params.d = encode(context, cu::kBfloat16, args.d, args.n, rows, uint64_t(args.n) * 2, 64, 64,
-                    cu::kSwizzle128B);
-  params.sfb = args.sfb;
-  params.d_rows = args.d;
-  params.group_rows = args.group_rows;
-  params.m = args.m;
-  params.n = args.n;
-  params.k = args.k;
-  params.num_groups = args.num_groups;
+  if (args.kind == GemmKind::kAlongK) {
+    params.sfb_map = encode(context, cu::kFloat32, args.sfb, args.n, k_blocks(args),
+                            args.ld_sfb * sizeof(float), config.block_n, 1, cu::kSwizzleNone);
+  } else {
+    params.sfb = args.sfb;
+  }
+  params.result = make_result(context, args.d, args.c, args.bias, args.m * planes_of_d(args),
+                              columns_of_d(args), config.swapped ? config.block_m : 64);
+  params.extent.group_rows = args.group_rows;
+  params.extent.runs = args.runs;
+  params.extent.m = args.m;
+  params.extent.n = args.n;
+  params.extent.k = args.k;
+  params.extent.num_groups = args.num_groups;
+  params.extent.raster = choice.raster;
+  params.extent.skip_empty = args.c.address == args.d.address && args.c.type == args.d.type;
   return params;
 }
 
+// What the kernel may touch beside its result.
+struct OperandLoans {
+  OperandLoans(Context& context, const GemmFp8Args& args)
+      : a(context, args.a, (args.m * planes_of_a(args) - 1) * args.lda + args.k, true),
+        sfa(context, args.sfa, scale_bytes(k_blocks(args) * planes_of_a(args), args.ld_sfa, args.m),
+            true),
+        b(context, args.b, (args.n * planes_of_b(args) - 1) * args.ldb + args.k, true),
+        sfb(context, args.sfb, sfb_bytes(args), true),
+        counts(context, args.group_rows, args.group_rows ? args.num_groups * sizeof(int32_t) : 0,
+               true),
+        runs(context, args.runs, args.runs ? (1 + 3 * size_t(args.m)) * sizeof(int32_t) : 0, true) {
+  }
+
+  static size_t scale_bytes(int64_t k_rows, int64_t ld, int64_t columns) {
+    return ((k_rows - 1) * ld + columns) * sizeof(float);
+  }
+  static size_t sfb_bytes(const GemmFp8Args& args) {
+    if (args.kind == GemmKind::kAlongK) return scale_bytes(k_blocks(args), args.ld_sfb, args.n);
+    return size_t(args.num_groups) * ((args.n + 127) / 128) * k_blocks(args) * sizeof(float);
+  }
+
+  HostLoan a, sfa, b, sfb, counts, runs;
+};
+
 }  // namespace
+
+void gemm_runs(Context& context, const GemmRunsParams& params, cu::Stream stream) {
+  constexpr unsigned kThreads = 1024;  // as in instances/gemm.def
+  HostLoan indices(context, params.m_indices, size_t(params.rows) * sizeof(int32_t), true);
+  HostLoan runs(context, params.runs, (1 + 3 * size_t(params.rows)) * sizeof(int32_t), false);
+  GemmRunsParams copy = params;
+  device::LaunchShape shape;
+  shape.block.x = kThreads;
+  void* arguments[] = {&copy};
+  context.device().launch(context.kernel("gemm_runs"), shape, arguments, stream);
+  if (context.emulated()) context.device().synchronize(stream);
+}
 
 void gemm_fp8(Context& context, const GemmFp8Args& args, cu::Stream stream) {
   if (args.m == 0 || args.n == 0 || args.num_groups == 0) return;
-  GemmProblem problem{args.kind, args.m, args.n, args.k, args.num_groups, args.num_sms};
+  GemmProblem problem;
+  problem.kind = args.kind;
+  problem.m = args.m;
+  problem.n = args.n;
+  problem.k = args.k;
+  problem.num_groups = args.num_groups;
+  problem.num_sms = args.num_sms;
+  problem.swiglu = args.swiglu;
+  problem.deterministic = args.deterministic;
+  problem.forced_kernel = args.forced_kernel;
+  problem.forced_split = args.forced_split;
   if (args.kind == GemmKind::kMasked && args.expected_m > 0) problem.m = args.expected_m;
   if (problem.num_sms <= 0) problem.num_sms = context.device().num_sms();
   const GemmChoice choice = choose_gemm(problem);
 
-  const size_t rows = size_t(args.m) * planes(args);
-  HostLoan a(context, args.a, (rows - 1) * args.lda + args.k, true);
-  HostLoan sfa(context, args.sfa,
-               ((k_blocks(args) * planes(args) - 1) * args.ld_sfa + args.m) * sizeof(float), true);
-  const size_t b_rows = size_t(args.n) * args.num_groups;
-  HostLoan b(context, args.b, (b_rows - 1) * args.ldb + args.k, true);
-  HostLoan sfb(context, args.sfb,
-               size_t(args.num_groups) * ((args.n + 127) / 128) * k_blocks(args) * sizeof(float),
-               true);
-  HostLoan d(context, args.d, rows * args.n * 2, false);
-  HostLoan counts(context, args.group_rows, args.group_rows ? args.num_groups * sizeof(int32_t) : 0,
-                  true);
-
-  GemmFp8Params params = make_params(context, args, choice.config);
+  OperandLoans operands(context, args);
+  ResultLoan result(context, args.d, args.c, args.bias, size_t(args.m) * planes_of_d(args),
+                    columns_of_d(args), args.num_groups,
+                    planes_of_a(args) * ((columns_of_d(args) + 127) / 128));
+  GemmFp8Params params = make_params(context, args, choice);
   device::LaunchShape shape;
   shape.grid.x = unsigned(choice.num_ctas);
   shape.block.x = unsigned(choice.config.threads);
+  shape.cluster.x = unsigned(choice.cluster);
   shape.shared_bytes = unsigned(choice.config.shared_bytes);
   void* arguments[] = {&params};
   context.device().launch(context.kernel(choice.config.kernel), shape, arguments, stream);

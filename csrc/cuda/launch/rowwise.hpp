@@ -1,4 +1,6 @@
-// Host launchers of the row-wise kernels.
+// Host launchers of the row-wise kernels. `num_sms` bounds the grid; 0 means every SM. On the
+// emulator a call returns when the kernel has run, on a GPU it is queued on `stream`. Empty
+// problems launch nothing. All throw DeviceError on anything the driver refuses.
 #pragma once
 
 #include "cuda/launch/context.hpp"
@@ -6,12 +8,26 @@
 
 namespace dsk::launch {
 
-enum class InputType { kBfloat16, kFloat32 };
+enum class InputType { kBfloat16, kFloat32, kE4m3 };
 
-// Quantise rows x cols values in groups of 128 (see csrc/cuda/kernels/rowwise_quantize.cuh).
-// `num_sms` bounds the grid; 0 means every SM. On the emulator the call returns when the kernel has
-// run, on a GPU it is queued on `stream`.
-void rowwise_quantize(Context& context, const QuantizeParams& params, InputType input,
-                      ScaleFormat format, int num_sms, device::cu::Stream stream);
+struct RowwiseLaunch {
+  Context& context;
+  device::cu::Stream stream;
+  int num_sms;
+};
+
+void rowwise_quantize(const RowwiseLaunch& on, const QuantizeParams& params, InputType input);
+void rowwise_quantize_block(const RowwiseLaunch& on, const QuantizeBlockParams& params,
+                            InputType input);
+void rowwise_quantize_transpose(const RowwiseLaunch& on, const QuantizeTransposeParams& params,
+                                InputType input);
+// Rows may have up to kRmsNormMaxColumns: what fits shared memory.
+constexpr int kRmsNormMaxColumns = 55 * 1024;
+void rowwise_rms_norm(const RowwiseLaunch& on, const RmsNormParams& params, InputType input);
+void rowwise_rope(const RowwiseLaunch& on, const RopeParams& params);
+void rowwise_swiglu(const RowwiseLaunch& on, const SwigluParams& params);
+void rowwise_swiglu_backward(const RowwiseLaunch& on, const SwigluParams& params);
+void rowwise_dequantize(const RowwiseLaunch& on, const DequantizeParams& params);
+void rowwise_pack_e5m6(const RowwiseLaunch& on, const PackE5m6Params& params);
 
 }  // namespace dsk::launch

@@ -7,19 +7,51 @@
 
 namespace dsk {
 
-// FP8 GEMM with 1x128 scales of A and 128x128 scales of B. G = num_groups (1 when dense).
-struct GemmFp8Params {
-  TensorMapBytes a;           // [rows of A, k] e4m3, box [BLOCK_M, 128], 128B swizzle
-  TensorMapBytes b;           // [G * n, k] e4m3, box [BLOCK_N, 128], 128B swizzle
-  TensorMapBytes sfa;         // [G or 1 * ceil(k / 128), rows] fp32, box [1, BLOCK_M]
-  TensorMapBytes d;           // [rows of D, n] bf16, box [64, 64], 128B swizzle
-  const float* sfb;           // [G, ceil(n / 128), ceil(k / 128)] fp32, contiguous
-  void* d_rows;               // D again, for tiles that end inside a group: [rows, n] bf16
-  const int32_t* group_rows;  // [G] rows of each group, on the device; null when dense
+enum class ElementType : int32_t { kBfloat16, kFloat32, kE4m3 };  // kE4m3: with scales
+
+// What is multiplied, and in what order. G = num_groups (1 when dense).
+struct GemmExtent {
+  const int32_t* group_rows;  // [G] rows (or share of k) of each group, on the device; null: dense
+  const int32_t* runs;        // contiguous groups given row by row: see GemmRunsParams; else null
   int32_t m;                  // rows (dense), rows allotted to each group (masked)
   int32_t n;
   int32_t k;
   int32_t num_groups;
+  int32_t raster;      // blocks of rows that are walked before the next block of columns
+  int32_t skip_empty;  // groups along k: D already holds what an empty group leaves there
+};
+
+// Finds the groups in a list of each row's group: runs[0] = number of runs of equal entries >= 0,
+// then for each run its first row, the row behind its last, and its group.
+struct GemmRunsParams {
+  const int32_t* m_indices;  // [rows], -1 for rows of no group
+  int32_t* runs;             // [1 + 3 * rows]
+  int32_t rows;
+};
+
+// Where D = A * B^T (+ C) (+ bias) goes. Sums are fp32, rounded once when they are stored.
+struct GemmResult {
+  TensorMapBytes
+      map;        // D as [rows, n] bf16, box [rows of a store, 64], 128B swizzle; unused for fp32
+  void* d;        // [rows, n] contiguous
+  const void* c;  // [rows, n] contiguous, or null
+  const void* bias;  // [G, n] contiguous, or null
+  float* scale;      // of a quantised D: [G or 1 * ceil(n / 128), rows] fp32, else null
+  int64_t ld_scale;  // floats
+  ElementType d_type;
+  ElementType c_type;
+  ElementType bias_type;
+};
+
+// FP8 GEMM. Boxes are those of the tiles: BLOCK_M rows of A (and its scales), BLOCK_N of B.
+struct GemmFp8Params {
+  TensorMapBytes a;        // [rows of A, k] e4m3, box [BLOCK_M, 128], 128B swizzle
+  TensorMapBytes b;        // [G * n, k] e4m3, box [BLOCK_N, 128], 128B swizzle
+  TensorMapBytes sfa;      // [G or 1 * ceil(k / 128), rows] fp32, box [1, BLOCK_M]
+  TensorMapBytes sfb_map;  // 1x128 scales of B: [ceil(k / 128), n] fp32, box [1, BLOCK_N]
+  GemmResult result;
+  const float* sfb;  // 128x128 scales of B: [G, ceil(n / 128), ceil(k / 128)] fp32, contiguous
+  GemmExtent extent;
 };
 
 }  // namespace dsk

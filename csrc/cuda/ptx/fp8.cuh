@@ -12,4 +12,11 @@ __device__ __forceinline__ uint16_t cvt_e4m3x2(float lo, float hi) {
   return packed;
 }
 
+// cvt.rn.f16x2.e4m3x2 d, a;   PTX ISA 7.8, sm_89. Exact.
+__device__ __forceinline__ uint32_t cvt_f16x2(uint16_t e4m3x2) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(e4m3x2));
+  return halves;
+}
+
 }  // namespace dsk::ptx

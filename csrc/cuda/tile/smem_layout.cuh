@@ -32,4 +32,18 @@ __device__ __forceinline__ uint64_t advance_k(uint64_t descriptor, int bytes) {
   return descriptor + (bytes >> 4);
 }
 
+// Descriptor of an MN-major operand (PTX: transposed) of 16-bit values: tiles of 64 MN values in
+// 128B-swizzled rows, one row for each k, `tile_bytes` apart along MN. Bits 16-29 hold that
+// distance, 32-45 the 1024 bytes between groups of 8 k.
+__device__ __forceinline__ uint64_t mn_major_descriptor(const void* tile, uint32_t tile_bytes) {
+  constexpr uint64_t kStride = (kSwizzleRows * kSwizzleBytes) >> 4;
+  const uint64_t address = (shared_address(tile) & 0x3ffffu) >> 4;
+  return address | (uint64_t(tile_bytes >> 4) << 16) | (kStride << 32) | (uint64_t(1) << 62);
+}
+
+// The same operand, `rows` further along K (a multiple of 8).
+__device__ __forceinline__ uint64_t advance_k_rows(uint64_t descriptor, int rows) {
+  return descriptor + ((rows * kSwizzleBytes) >> 4);
+}
+
 }  // namespace dsk

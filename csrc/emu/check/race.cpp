@@ -6,6 +6,7 @@
 #include <set>
 #include <tuple>
 
+#include "emu/check/global_side.hpp"
 #include "emu/check/shadow.hpp"
 #include "emu/machine.hpp"
 #include "emu/system.hpp"
@@ -34,11 +35,11 @@ struct PendingGroups {
   }
 };
 
-struct WarpState {
-  Knowledge knowledge;
-  Knowledge at_fence;  // released by strong stores after a fence
-  Knowledge observed;  // seen by strong loads, acquired by a later fence
-  PendingGroups bulk, cp_async, wgmma;
+struct WarpState : SyncState {
+  // A bulk store's two halves: the source is read when wait_group.read says so, the destination
+  // written when wait_group does.
+  PendingGroups bulk, bulk_writes, cp_async, wgmma;
+  Epoch writer;        // all bulk stores' writes to global memory; clock 0: none yet
   u64 wgmma_over = 0;  // groups
 };
 
@@ -80,25 +81,47 @@ class RaceChecker : public ClusterObserver {
       first_agent_.push_back(num_warps_);
       num_warps_ += static_cast<u32>(cta->warps.size());
       shadows_.emplace_back(cta->shared_bytes);
+      written_.push_back(std::make_unique<InitBits>(0, cta->shared_bytes));
     }
     warps_.resize(num_warps_);
+    remote_.resize(cluster.ctas.size());
+    first_slot_ = num_warps_ + 1;  // between them: the grid that griddepcontrol.wait waits for
+    global_ = std::make_unique<GlobalSide>(cluster, num_warps_);
     for (Agent a = 0; a < num_warps_; ++a) warps_[a].knowledge.happened.set(a, 1);
   }
 
   void on_access(const Warp& w, u32 pc, u32 mask, const Access& access, const u64* place,
                  const u32* rank) override {
-    if (access.space != Space::Shared) return;
     const Agent agent = agent_of(w);
     WarpState& state = warps_[agent];
-    const bool strong = access.atomic || access.semantics != Semantics::Weak;
+    if (access.space == Space::Global) {
+      if (global_->access(w, agent, state, pc, mask, access, place)) tick(agent);
+      global_->report(w, pc, mask, access.kind, "");
+      return;
+    }
+    if (access.space != Space::Shared) return;
+    const bool strong = is_strong(access);
     Touch touch{{agent, state.knowledge.happened.of(agent)}, pc, 0, false, strong};
     findings_.clear();
     for_each_run(mask, access, place, rank, [&](u32 cta, u32 offset, u32 bytes) {
-      if (strong) acquire_access(state, access, cta, offset);
+      note_shared(w, access.kind, pc, cta, offset, bytes);
+      if (cta != w.cta->rank) remote(cta, touch.when, w, pc);
       shadows_[cta].access(access.kind, touch, offset, bytes, state.knowledge, findings_);
-      if (strong) release_access(agent, access, cta, offset);
+      if (strong && access.kind != AccessKind::Read) release_access(agent, access, cta, offset);
     });
     report(w, pc, mask, access.kind, "");
+  }
+
+  void on_value(const Warp& w, u32 pc, u32 mask, const Access& access, const u64* place,
+                const u32* rank) override {
+    WarpState& state = warps_[agent_of(w)];
+    if (access.space == Space::Global) return global_->value(w, state, mask, access, place);
+    if (access.space != Space::Shared) return;
+    for_each_run(mask, access, place, rank, [&](u32 cta, u32 offset, u32) {
+      const auto it = words_.find({cta, offset});
+      if (it == words_.end()) return;
+      acquire_from(it->second, state, global_->home(w.cta->rank), access, global_->refused());
+    });
   }
 
   void on_sync(const Warp& w, const SyncEvent& event) override {
@@ -114,15 +137,21 @@ class RaceChecker : public ClusterObserver {
         if (event.b > 0) named_.erase({cta, event.a, event.b - 1});
         break;
       case SyncKind::ClusterArrive:
-        release(agent, cluster_phase_[event.a]);
+        cluster_arrive(agent, event);
         break;
       case SyncKind::ClusterPass:
         state.knowledge.join(cluster_phase_[event.a]);
+        executed_.join(cluster_executed_[event.a]);
         break;
       case SyncKind::MbarInit:
         barriers_[{event.a, event.b}] = BarrierState{};
+        written_[event.a]->mark(event.b, 8);
         break;
       case SyncKind::MbarArrive:
+        if (event.a != cta) {
+          remote(static_cast<u32>(event.a), {agent, state.knowledge.happened.of(agent)}, w,
+                 event.pc);
+        }
         arrive(agent, barriers_[{event.a, event.b}].gathering);
         break;
       case SyncKind::MbarPass:
@@ -130,12 +159,23 @@ class RaceChecker : public ClusterObserver {
         break;
       case SyncKind::FenceProxyAsync:
         state.knowledge.fenced.join(state.knowledge.happened);
+        fence_foreign(state.knowledge.foreign);
         tick(agent);  // what this warp writes from here on is not fenced
         break;
-      case SyncKind::Fence:
-        state.knowledge.join(state.observed);
-        state.at_fence = state.knowledge;
+      case SyncKind::FenceProxyTensorMap:
+        global_->map_fence(w, {agent, state.knowledge.happened.of(agent)}, state, event.a == 0,
+                           event.c);
         tick(agent);
+        break;
+      case SyncKind::Fence:
+        fence(state, global_->home(w.cta->rank), static_cast<Scope>(event.b), global_->refused());
+        tick(agent);
+        break;
+      case SyncKind::GridWait:
+        state.knowledge.happened.set(num_warps_, 1);
+        break;
+      case SyncKind::Exit:
+        check_exit(w);
         break;
       case SyncKind::CpAsyncCommit:
         state.cp_async.commit();
@@ -145,9 +185,11 @@ class RaceChecker : public ClusterObserver {
         break;
       case SyncKind::BulkCommit:
         state.bulk.commit();
+        state.bulk_writes.commit();
         break;
       case SyncKind::BulkWait:
         wait(state, state.bulk, event.a);
+        wait(state, state.bulk_writes, event.a);
         break;
       case SyncKind::BulkWaitRead:
         wait_read(state, event.a);
@@ -170,7 +212,7 @@ class RaceChecker : public ClusterObserver {
     const Agent issuer = agent_of(*info.warp);
     WarpState& state = warps_[issuer];
     const Agent agent = take_slot(info, state.knowledge);
-    const Epoch when{agent, slots_[agent - num_warps_].clock};
+    const Epoch when{agent, slots_[agent - first_slot_].clock};
     running_[info.id] = when;
     // cp.async and st.async belong to the generic proxy.
     const bool async = info.kind != AsyncKind::CpAsync && info.kind != AsyncKind::StAsync;
@@ -180,6 +222,9 @@ class RaceChecker : public ClusterObserver {
       if (part.space != Space::Shared || part.rank >= shadows_.size()) continue;
       const Touch touch{when, info.pc, 0, async, info.kind == AsyncKind::StAsync};
       const std::size_t before = findings_.size();
+      note_shared(*info.warp, part.kind, info.pc, part.rank, static_cast<u32>(part.address),
+                  static_cast<u32>(part.bytes));
+      if (part.rank != info.warp->cta->rank) remote(part.rank, when, *info.warp, info.pc);
       shadows_[part.rank].access(part.kind, touch, static_cast<u32>(part.address),
                                  static_cast<u32>(part.bytes), state.knowledge, findings_);
       if (findings_.size() > before) kind = part.kind;
@@ -188,6 +233,7 @@ class RaceChecker : public ClusterObserver {
     if (info.kind == AsyncKind::Wgmma) state.wgmma.open.push_back(when);
     if (info.kind == AsyncKind::CpAsync) state.cp_async.open.push_back(when);
     if (joins_bulk_group(info)) state.bulk.open.push_back(when);
+    if (info.kind != AsyncKind::Wgmma) issue_global(info, footprint, when, state);
   }
 
   void on_async_landing(const AsyncInfo& info) override {
@@ -205,7 +251,7 @@ class RaceChecker : public ClusterObserver {
   void on_async_done(const AsyncInfo& info) override {
     const auto it = running_.find(info.id);
     if (it == running_.end()) return;
-    slots_[it->second.agent - num_warps_].busy = false;
+    slots_[it->second.agent - first_slot_].busy = false;
     running_.erase(it);
     landing_ = Epoch{};
   }
@@ -277,9 +323,7 @@ class RaceChecker : public ClusterObserver {
     }
   }
 
-  // wait_group.read orders the source reads only. A store's shared-memory side IS a read, and its
-  // writes are to global memory, which this checker leaves alone, so the two waits are one here;
-  // but the groups stay for a later full wait.
+  // The groups stay for a later full wait.
   static void wait_read(WarpState& state, u64 pending) {
     std::size_t over = state.bulk.committed.size();
     for (const auto& group : state.bulk.committed) {
@@ -292,7 +336,7 @@ class RaceChecker : public ClusterObserver {
     std::size_t index = 0;
     for (; index < slots_.size(); ++index) {
       const Slot& slot = slots_[index];
-      const Epoch last{num_warps_ + static_cast<Agent>(index), slot.clock};
+      const Epoch last{first_slot_ + static_cast<Agent>(index), slot.clock};
       if (!slot.busy && issuer.happened.knows(last)) break;
     }
     if (index == slots_.size()) slots_.emplace_back();
@@ -303,30 +347,86 @@ class RaceChecker : public ClusterObserver {
     slot.kind = info.kind;
     slot.warp = info.warp;
     slot.pc = info.pc;
-    return num_warps_ + static_cast<Agent>(index);
+    return first_slot_ + static_cast<Agent>(index);
   }
 
-  // Release and acquire accesses: knowledge travels through the word itself.
-  void acquire_access(WarpState& state, const Access& access, u32 cta, u32 offset) {
-    const auto it = words_.find({cta, offset});
-    if (it == words_.end() || access.kind == AccessKind::Write) return;
-    const bool acquires = access.semantics == Semantics::Acquire ||
-                          access.semantics == Semantics::AcqRel ||
-                          access.semantics == Semantics::Sc;
-    (acquires ? state.knowledge : state.observed).join(it->second);
+  // The global side of an asynchronous copy. All bulk stores of a warp write as one agent: their
+  // groups complete in order, so knowing a later write is over implies knowing the earlier ones.
+  void issue_global(const AsyncInfo& info, const std::vector<Footprint>& footprint, Epoch when,
+                    WarpState& state) {
+    AccessKind kind = AccessKind::Read;
+    if (joins_bulk_group(info)) {
+      if (state.writer.clock == 0) {
+        state.writer.agent = first_slot_ + static_cast<Agent>(slots_.size());
+        slots_.push_back({0, true, info.kind, info.warp, info.pc});  // never anybody else's
+      }
+      when = {state.writer.agent, ++state.writer.clock};
+      state.bulk_writes.open.push_back(when);
+      kind = AccessKind::Write;
+    }
+    const bool reduces = info.kind == AsyncKind::BulkReduce || info.kind == AsyncKind::TensorReduce;
+    if (info.map != 0) global_->tensor_map(*info.warp, state, info.pc, info.map);
+    global_->async(*info.warp, when, state, info.pc, footprint, info.kind == AsyncKind::CpAsync,
+                   reduces);
+    global_->report(*info.warp, info.pc, 1u << info.lane, kind, name_of(info.kind));
   }
 
   void release_access(Agent agent, const Access& access, u32 cta, u32 offset) {
-    if (access.kind == AccessKind::Read) return;
+    const Home home = global_->home(warp_at(agent)->cta->rank);
+    release_into(words_[{cta, offset}], warps_[agent], home, access);
+    if (releases(access)) tick(agent);
+  }
+
+  // barrier.cluster.arrive.relaxed orders no memory accesses, only who has come how far.
+  void cluster_arrive(Agent agent, const SyncEvent& event) {
     WarpState& state = warps_[agent];
-    const bool releases = access.semantics == Semantics::Release ||
-                          access.semantics == Semantics::AcqRel ||
-                          access.semantics == Semantics::Sc;
-    Knowledge& word = words_[{cta, offset}];
-    // A plain overwrite ends the release sequence; an atomic continues it.
-    if (access.kind == AccessKind::Write) word.clear();
-    word.join(releases ? state.knowledge : state.at_fence);
-    if (releases) tick(agent);
+    if (event.b == 0) return release(agent, cluster_phase_[event.a]);
+    absorb(cluster_phase_[event.a], global_->home().cluster, state.flushed(Scope::Cluster));
+    cluster_executed_[event.a].join(state.knowledge.happened);
+    tick(agent);
+  }
+
+  // --- shared memory of other CTAs, and of nobody yet
+  struct Remote {
+    u32 clock = 0;
+    u32 pc = 0;
+    const Warp* warp = nullptr;
+  };
+
+  void remote(u32 rank, Epoch when, const Warp& w, u32 pc) {
+    remote_[rank][when.agent] = {when.clock, pc, &w};
+  }
+
+  // The last warp of a CTA leaves: whoever touched its shared memory from outside must have been
+  // waited for, or the memory may be another CTA's by then.
+  void check_exit(const Warp& w) {
+    if (!w.cta->done() || remote_[w.cta->rank].empty()) return;
+    VectorClock known = executed_;
+    for (const auto& warp : w.cta->warps) known.join(warps_[agent_of(*warp)].knowledge.happened);
+    for (const auto& [agent, access] : remote_[w.cta->rank]) {
+      if (known.knows({agent, access.clock})) continue;
+      throw HazardError(
+          {make_hazard(*access.warp, access.pc, access.warp->live, "dsmem-exited-cta",
+                       "touches shared memory of cluster CTA " + std::to_string(w.cta->rank) +
+                           ", which exits without waiting for it")});
+    }
+  }
+
+  void note_shared(const Warp& w, AccessKind kind, u32 pc, u32 cta, u32 offset, u32 bytes) {
+    InitBits& bits = *written_[cta];
+    if (kind != AccessKind::Read) bits.mark(offset, bytes);
+    if (kind == AccessKind::Write) return;
+    const u64 hole = bits.first_unwritten(offset, bytes);
+    if (hole == 0 || !formal_.insert({pc, pc}).second) return;
+    add_formal(make_hazard(w, pc, w.active_lanes(), "uninitialized-read",
+                           "reads shared offset " + std::to_string(hole - kSharedReserved) +
+                               ", which nobody in the CTA has written"));
+  }
+
+  void add_formal(Hazard hazard) {
+    hazard.severity = Severity::Formal;
+    const std::lock_guard<std::mutex> lock(cluster_.grid->mutex);
+    cluster_.grid->stats.hazards.push_back(std::move(hazard));
   }
 
   // Lanes at consecutive addresses, or at the same one, are one run.
@@ -360,10 +460,11 @@ class RaceChecker : public ClusterObserver {
   std::string who(const Finding& finding) const {
     const Agent agent = finding.earlier.when.agent;
     const bool is_warp = agent < num_warps_;
-    const Warp* warp = is_warp ? warp_at(agent) : slots_[agent - num_warps_].warp;
+    const Warp* warp = is_warp ? warp_at(agent) : slots_[agent - first_slot_].warp;
     const InstInfo& info = cluster_.grid->program->info[finding.earlier.pc];
     std::string text =
-        is_warp ? "" : std::string("a ") + name_of(slots_[agent - num_warps_].kind) + " issued by ";
+        is_warp ? ""
+                : std::string("a ") + name_of(slots_[agent - first_slot_].kind) + " issued by ";
     text += "warp " + std::to_string(warp->index);
     if (cluster_.ctas.size() > 1) text += " of cluster CTA " + std::to_string(warp->cta->rank);
     text += " (PTX line " + std::to_string(info.ptx_line);
@@ -400,9 +501,7 @@ class RaceChecker : public ClusterObserver {
                                     act + ", which " + other +
                                         " through the generic proxy: ordered by a barrier, but the "
                                         "memory model asks for a proxy fence as well");
-        hazard.severity = Severity::Formal;
-        std::lock_guard<std::mutex> lock(cluster_.grid->mutex);
-        cluster_.grid->stats.hazards.push_back(std::move(hazard));
+        add_formal(std::move(hazard));
       }
     }
     if (!errors.empty()) throw HazardError(std::move(errors));
@@ -410,6 +509,8 @@ class RaceChecker : public ClusterObserver {
 
   const Cluster& cluster_;
   u32 num_warps_ = 0;
+  Agent first_slot_ = 0;
+  std::unique_ptr<GlobalSide> global_;
   std::vector<Agent> first_agent_;  // of each CTA
   std::vector<WarpState> warps_;
   std::vector<Shadow> shadows_;  // of each CTA
@@ -419,8 +520,12 @@ class RaceChecker : public ClusterObserver {
   AsyncKind landing_kind_ = AsyncKind::BulkLoad;
   std::map<std::tuple<u64, u64, u64>, Knowledge> named_;  // (CTA, barrier id, generation)
   std::map<u64, Knowledge> cluster_phase_;
+  std::map<u64, VectorClock> cluster_executed_;
+  VectorClock executed_;
+  std::vector<std::map<Agent, Remote>> remote_;  // of each CTA: accesses of other CTAs
+  std::vector<std::unique_ptr<InitBits>> written_;
   std::map<Key, BarrierState> barriers_;
-  std::map<Key, Knowledge> words_;  // shared words accessed with release semantics
+  std::map<Key, Word> words_;  // of shared memory
   std::vector<Finding> findings_;
   std::set<std::pair<u32, u32>> formal_;
 };

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "emu/types.hpp"
@@ -39,6 +41,14 @@ class VectorClock {
     }
   }
 
+  // Whether everything that `other` knows is known here.
+  bool covers(const VectorClock& other) const {
+    for (std::size_t i = 0; i < other.clocks_.size(); ++i) {
+      if (of(static_cast<Agent>(i)) < other.clocks_[i]) return false;
+    }
+    return true;
+  }
+
   void clear() {
     ++version_;
     clocks_.clear();
@@ -49,19 +59,46 @@ class VectorClock {
   u64 version_ = 0;
 };
 
+// What is known of the agents of other clusters: one immutable snapshot a cluster, sorted by the
+// cluster's number. Shared, since most warps of a grid know nothing or the same.
+using ClusterId = u32;
+struct Past {
+  VectorClock happened, fenced;
+};
+using Foreign = std::vector<std::pair<ClusterId, std::shared_ptr<const Past>>>;
+using ForeignPtr = std::shared_ptr<const Foreign>;
+
+void merge_foreign(ForeignPtr& into, const ForeignPtr& other);  // both hold something
+inline void join_foreign(ForeignPtr& into, const ForeignPtr& other) {
+  if (other && other != into) merge_foreign(into, other);
+}
+
 // What an agent knows to have happened, and the part of it that a fence.proxy.async has made
-// visible to the asynchronous proxy. Both travel along the same synchronisation edges.
+// visible to the asynchronous proxy. Both travel along the same synchronisation edges. `happened`
+// and `fenced` are about the agent's own cluster, `foreign` about all others.
 struct Knowledge {
   VectorClock happened;
   VectorClock fenced;
+  ForeignPtr foreign;  // null: nothing
+  // Of fences at .gpu and .sys scope: what a strong store after one releases, and what strong loads
+  // saw that a later one acquires. They travel with the rest, so that threads may fence, meet at a
+  // barrier, and let one of them store the flag, as CUDA programs have always done.
+  ForeignPtr flushed[2], seen[2];
 
   void join(const Knowledge& other) {
     happened.join(other.happened);
     fenced.join(other.fenced);
+    join_foreign(foreign, other.foreign);
+    for (int k = 0; k < 2; ++k) {
+      join_foreign(flushed[k], other.flushed[k]);
+      join_foreign(seen[k], other.seen[k]);
+    }
   }
   void clear() {
     happened.clear();
     fenced.clear();
+    foreign.reset();
+    for (int k = 0; k < 2; ++k) flushed[k].reset(), seen[k].reset();
   }
 };
 

@@ -141,6 +141,34 @@ void observe(Warp& w, const Inst& i, u32 mask, AccessKind kind, u32 bytes, const
   }
 }
 
+void observe_value(Warp& w, const Inst& i, u32 mask, AccessKind kind, u32 bytes, const u64* host,
+                   bool atomic) {
+  u32 in_shared = 0;
+  u64 where[kLanes];
+  u32 rank[kLanes];
+  for (u32 m = mask; m != 0; m &= m - 1) {
+    const int l = std::countr_zero(m);
+    where[l] = host[l];
+    for (const auto& cta : w.cta->cluster->ctas) {
+      const u64 offset = host[l] - reinterpret_cast<u64>(cta->shared);
+      if (offset >= cta->shared_bytes) continue;
+      where[l] = offset;
+      rank[l] = cta->rank;
+      in_shared |= 1u << l;
+    }
+  }
+  for (const bool shared : {false, true}) {
+    const u32 lanes = shared ? in_shared : mask & ~in_shared;
+    if (lanes == 0) continue;
+    const Access access{kind,   Proxy::Generic,  shared ? Space::Shared : Space::Global,
+                        atomic, semantics_of(i), scope_of(i),
+                        bytes};
+    for (auto& o : w.cta->cluster->observers) {
+      o->on_value(w, w.current_pc, lanes, access, where, shared ? rank : nullptr);
+    }
+  }
+}
+
 void bind_space(const Decoder& d, Inst& i) {
   Semantics sem = Semantics::Weak;
   Scope scope = Scope::None;

@@ -32,6 +32,10 @@ Cta& shared_owner(Warp& w, u32 address, int lane, u32 bytes, u32 align, const ch
 void observe(Warp& w, const Inst& i, u32 mask, AccessKind kind, u32 bytes, const Place* places,
              bool atomic);
 
+// A strong load or an atomic has its value; `host` as the access resolved it.
+void observe_value(Warp& w, const Inst& i, u32 mask, AccessKind kind, u32 bytes, const u64* host,
+                   bool atomic);
+
 inline Semantics semantics_of(const Inst& i) { return static_cast<Semantics>(i.sem & 15); }
 inline Scope scope_of(const Inst& i) { return static_cast<Scope>(i.sem >> 4); }
 

@@ -125,11 +125,16 @@ void write_result(Warp& w, u32 reg, int bytes, int l, u64 v) {
 void atomic(Warp& w, const Inst& i, u32 mask) {
   const Ext& x = *i.ext;
   const int bytes = i.size;
+  const u32 all = static_cast<u32>(bytes) * i.count;
   Place places[kLanes];
+  u64 host_addresses[kLanes];
+  each_lane(mask, [&](int l) {
+    places[l] = resolve(w, i.space, lane_address(w, i, l), l, all, true);
+    host_addresses[l] = reinterpret_cast<u64>(places[l].host);
+  });
+  if (watched(w)) observe(w, i, mask, AccessKind::ReadWrite, all, places, true);
   bool changed = false;
   each_lane(mask, [&](int l) {
-    const u64 address = lane_address(w, i, l);
-    places[l] = resolve(w, i.space, address, l, static_cast<u32>(bytes) * i.count, true);
     for (u32 k = 0; k < i.count; ++k) {
       const u64 b = read_source(w, x.regs2[k], bytes, l);
       const u64 c = i.c == kNoReg ? 0 : read_source(w, i.c, bytes, l);
@@ -143,7 +148,7 @@ void atomic(Warp& w, const Inst& i, u32 mask) {
   });
   w.cta->cluster->changes += changed;
   if (watched(w)) {
-    observe(w, i, mask, AccessKind::ReadWrite, static_cast<u32>(bytes) * i.count, places, true);
+    observe_value(w, i, mask, AccessKind::ReadWrite, all, host_addresses, true);
   }
 }
 

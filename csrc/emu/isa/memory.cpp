@@ -225,6 +225,9 @@ void load(Warp& w, const Inst& i, u32 mask) {
       map_lanes(d, mask, [&](int l) { return static_cast<R>(read<M>(r.at(l) + k * sizeof(M))); });
     }
   }
+  if (i.kind == Kind::Yield && watched(w)) {
+    observe_value(w, i, mask, AccessKind::Read, bytes, r.host, false);
+  }
 }
 
 // Every thread reads the same parameter: one check, one broadcast.
@@ -294,6 +297,9 @@ void load128(Warp& w, const Inst& i, u32 mask) {
   for (u32 m = mask; m != 0; m &= m - 1) {
     const int l = std::countr_zero(m);
     w.reg<Wide128>(i.d)[l] = read<Wide128>(lane_128(r, l));
+  }
+  if (i.kind == Kind::Yield && watched(w)) {
+    observe_value(w, i, mask, AccessKind::Read, 16, r.host, false);
   }
 }
 void store128(Warp& w, const Inst& i, u32 mask) {

@@ -150,7 +150,7 @@ void cluster_arrive(Warp& w, const Inst& i, u32 mask) {
   w.cluster_phase = cluster.barrier_phase;
   cluster.barrier_arrived += static_cast<u32>(std::popcount(mask));
   ++cluster.changes;
-  notify(w, SyncKind::ClusterArrive, mask, cluster.barrier_phase);
+  notify(w, SyncKind::ClusterArrive, mask, cluster.barrier_phase, i.op);
   finish_cluster_barrier(cluster);
 }
 Step cluster_wait(Warp& w, const Inst& i, u32 mask, Split& s) {
@@ -170,6 +170,7 @@ Step cluster_wait(Warp& w, const Inst& i, u32 mask, Split& s) {
 void bind_cluster_arrive(Decoder& d, Inst& i) {
   d.arity(0);
   if (d.has("aligned")) i.flags |= kAligned;
+  i.op = d.has("relaxed");
   i.fn = cluster_arrive;
 }
 void bind_cluster_wait(Decoder& d, Inst& i) {
@@ -182,6 +183,13 @@ void bind_cluster_wait(Decoder& d, Inst& i) {
 void fence(Warp& w, const Inst& i, u32 mask) {
   std::atomic_thread_fence(std::memory_order_seq_cst);
   notify(w, static_cast<SyncKind>(i.op), mask, i.sem & 15, i.sem >> 4);
+}
+void map_fence(Warp& w, const Inst& i, u32 mask) {
+  const bool acquire = i.sub != 0;
+  each_lane(mask, [&](int l) {
+    const u64 map = acquire ? lane_address(w, i, l) : 0;
+    notify(w, SyncKind::FenceProxyTensorMap, 1u << l, acquire, i.sem >> 4, map);
+  });
 }
 void bind_fence(Decoder& d, Inst& i) {
   bind_space(d, i);
@@ -198,10 +206,12 @@ void bind_fence(Decoder& d, Inst& i) {
     d.arity(2);
     i.space = Space::Generic;
     d.address(0, i);
+    i.sub = 1;
   } else {
     d.arity(0);
   }
-  i.fn = fence;
+  if (d.has("gl")) i.sem = static_cast<u8>((i.sem & 15) | static_cast<u8>(Scope::Gpu) << 4);
+  i.fn = kind == SyncKind::FenceProxyTensorMap ? map_fence : fence;
 }
 
 constexpr Entry kEntries[] = {

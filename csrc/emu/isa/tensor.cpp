@@ -10,12 +10,13 @@ namespace {
 
 using Runs = std::shared_ptr<const std::vector<num::TmaRun>>;
 
-num::TensorMapArgs read_map(Warp& w, u64 address, int lane) {
+num::TensorMapArgs read_map(Warp& w, u64 address, int lane, u64* global) {
   if (address % 64 != 0) {
     fail(w, 1u << lane, "misaligned-access", "a tensor map must be 64-byte aligned");
   }
   const Place p = resolve(w, Space::Generic, address, lane, 64, false);
   resolve(w, Space::Generic, address + 64, lane, 64, false);
+  *global = p.space == Space::Global ? address : 0;
   num::TensorMapArgs args;
   std::string why;
   if (!num::decode_tensor_map(p.host, args, why)) {
@@ -26,6 +27,7 @@ num::TensorMapArgs read_map(Warp& w, u64 address, int lane) {
 
 // Ext: addresses 0 map, 1 shared memory, 2 mbarrier; regs: coordinates; i.c multicast mask.
 struct Box {
+  u64 map = 0;  // where it is in global memory
   num::TensorMapArgs args;
   Runs runs;
   u32 bytes = 0;
@@ -51,7 +53,7 @@ void check_global(Warp& w, const std::vector<num::TmaRun>& runs, int lane, bool 
 Box prepare(Warp& w, const Inst& i, int lane, bool write) {
   const Ext& x = *i.ext;
   Box box;
-  box.args = read_map(w, pair_address(w, x, 0, lane), lane);
+  box.args = read_map(w, pair_address(w, x, 0, lane), lane, &box.map);
   if (box.args.rank != x.regs.size()) {
     fail(w, 1u << lane, "bad-tensor-map",
          "the map has " + std::to_string(box.args.rank) + " dimensions, the instruction " +
@@ -127,7 +129,8 @@ void tensor_load(Warp& w, const Inst& i, u32 mask) {
             complete_bytes(w, multicast ? rank : bar.rank, bar.offset, box.bytes, l,
                            "cp.async.bulk.tensor");
           }
-        });
+        },
+        box.map);
   });
 }
 
@@ -190,7 +193,8 @@ void tensor_store(Warp& w, const Inst& i, u32 mask) {
             }
             from += r.bytes;
           }
-        }));
+        },
+        box.map));
   });
 }
 
@@ -304,7 +308,16 @@ void cp_fenceproxy(Warp& w, const Inst& i, u32 mask) {
   const int l = std::countr_zero(mask);  // every lane names the same objects
   const SharedSpot from = shared_spot(w, pair_address(w, x, 1, l), l, 128, 16, "tensor map");
   const u64 to = pair_address(w, x, 0, l);
-  std::memcpy(global_pointer(w, to, 128, 1u << l, true), shared_bytes(w, from), 128);
+  u8* host = global_pointer(w, to, 128, 1u << l, true);
+  if (watched(w)) {
+    Place places[kLanes];
+    places[l] = {w.cta->cluster->ctas[from.rank]->shared + from.offset, Space::Shared, from.rank,
+                 from.offset};
+    observe(w, i, 1u << l, AccessKind::Read, 128, places, false);
+    places[l] = {host, Space::Global, 0, to};
+    observe(w, i, 1u << l, AccessKind::Write, 128, places, false);
+  }
+  std::memcpy(host, shared_bytes(w, from), 128);
   ++w.cta->cluster->changes;
   notify(w, SyncKind::FenceProxyTensorMap, mask);
 }

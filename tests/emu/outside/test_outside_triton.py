@@ -81,7 +81,8 @@ def quantize_on(compiled, x, k, seed):
     data = torch.zeros(m, k, dtype=torch.uint8)
     scale = torch.full((-(-k // 128), rows), torch.nan)
     grid = (-(-m // compiled.constants["ROWS"]), -(-k // 128))
-    compiled(grid, x, data, scale, m, k, x.stride(0), scale.stride(0), seed=seed)
+    planes = (m, scale.numel())
+    compiled(grid, x, data, scale, m, k, x.stride(0), scale.stride(0), *planes, seed=seed)
     return data.view(torch.float8_e4m3fn), scale[:, :m].t()
 
 
@@ -119,7 +120,7 @@ def test_rms_norm(compiled, target, seed):
     weight = normal(d, seed=seed + 2)
     y, total = torch.zeros_like(x), torch.zeros_like(x)
     kernel = compiled("rms_norm", target)
-    kernel(m, x, residual, weight, y, total, d, 1e-6, seed=seed)
+    kernel(m, x, residual, weight, y, total, None, d, 1e-6, 1, 0, 0, seed=seed)
     want_y, want_total = rowwise.rms_norm(x, weight, 1e-6, residual)
     assert_bitwise_equal(total, want_total)
     exact = rowwise.rms_norm(total.double(), weight.double(), 1e-6)

@@ -1,0 +1,23 @@
+// Copies and sums of rows at memory speed. The instruction set is chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace dsk::comm {
+
+// Copies past the caches: for rows that another core reads next. Not ordered with other stores
+// until stream_fence().
+void stream_copy(void* to, const void* from, uint64_t bytes);
+void stream_fence();
+const char* copy_isa();  // "avx512", "avx2" or "portable"
+
+enum class Element : int { kF32, kBF16, kF16 };
+uint64_t element_bytes(Element type);
+
+// to[i] = sum over rows of weight * row[i], in order, in fp32: every product and every sum is
+// rounded (no fused multiply-add), the result once to `type`. weights null: plain sums.
+// bias, of the same type, is added last; null: none. The sum starts from +0.
+void sum_rows(Element type, void* to, const void* const* rows, const float* weights, int num_rows,
+              const void* bias, int64_t elements);
+
+}  // namespace dsk::comm

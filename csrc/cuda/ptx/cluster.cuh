@@ -1,0 +1,21 @@
+// Where a CTA stands in its cluster, and its neighbours' shared memory. CUDA's own intrinsics; the
+// cluster's barriers are in <cuda/ptx>.
+#pragma once
+
+#include <cstdint>
+
+namespace dsk::ptx {
+
+// mov.u32 d, %cluster_nctarank;   sm_90; 1 without a cluster
+__device__ __forceinline__ int cluster_size() { return int(__clusterSizeInBlocks()); }
+
+// mov.u32 d, %cluster_ctarank;
+__device__ __forceinline__ int cluster_rank() { return int(__clusterRelativeBlockRank()); }
+
+// mapa.u64 d, a, rank;   a generic address of the same variable in another CTA of the cluster
+template <typename T>
+__device__ __forceinline__ T* map_to_rank(T* own, int rank) {
+  return static_cast<T*>(__cluster_map_shared_rank(own, uint32_t(rank)));
+}
+
+}  // namespace dsk::ptx

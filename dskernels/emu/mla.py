@@ -1,0 +1,5 @@
+"""The latent-attention CUDA kernels in the emulator; see dskernels.cuda.mla."""
+
+from ..cuda.mla import on
+
+mla_schedule, mla_decode, supports = on("emu")

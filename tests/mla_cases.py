@@ -1,0 +1,53 @@
+"""Paged latent caches with everything unused poisoned, and the bar their attention is held to."""
+
+import torch
+
+from dskernels.ref import mla as ref
+from dskernels.testing import UNUSED_PAGE, poisoned_pages
+
+WIDTH, LATENT = 576, 512
+
+
+def paged_case(lengths, s, h, page=64, *, sharpness=1.0, seed=0):
+    """q bf16 [b, s, h, 576], cache, block table and lengths: shuffled pages, NaN tails, unused
+    table entries that crash whoever follows them. Cached values are spread as FlashMLA's tests
+    spread them; scores have a standard deviation of about sharpness / 10."""
+    g = torch.Generator().manual_seed(seed)
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    used = [-(-length // page) for length in lengths]
+    order = torch.randperm(sum(used) + 2, generator=g).int()
+    table = torch.full((len(lengths), max(used, default=0) + 2), UNUSED_PAGE, dtype=torch.int32)
+    for request, count in enumerate(used):
+        start = sum(used[:request])
+        table[request, :count] = order[start : start + count]
+    cache = (torch.randn(sum(used) + 2, page, WIDTH, generator=g) / 10).bfloat16()
+    q = (torch.randn(len(lengths), s, h, WIDTH, generator=g) * sharpness).bfloat16()
+    return q, *poisoned_pages(cache, table, lens), lens
+
+
+def exact(q, cache, table, lens, **how):
+    """The reference in fp64."""
+    wide = cache if cache.dtype == torch.uint8 else cache.double()
+    return ref.mla_decode(q.double(), wide, table, lens, **how)
+
+
+def assert_within(got, want, absolute, relative, cosine=None):
+    """FlashMLA's own bar: every element within one of the bounds, and the whole within `cosine`."""
+    got, want = got.double().cpu(), want.double()
+    assert torch.equal(got.isinf(), want.isinf()) and not got.isnan().any()
+    finite = want.isfinite()
+    got, want = got[finite], want[finite]
+    error = (got - want).abs()
+    wrong = (error > absolute) & (error > relative * want.abs())
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()}, worst {error.max().item():.2e}"
+    if cosine is not None and want.abs().sum() > 0:
+        assert 1 - 2 * (got * want).sum() / (got * got + want * want).sum() < cosine
+
+
+def assert_decoded(got, case, **how):
+    out, lse = got
+    want, want_lse = exact(*case, **how)
+    q = case[0]
+    assert out.shape == want.shape and out.dtype == q.dtype and lse.dtype == torch.float32
+    assert_within(out, want, 8e-4, 2.01 / 128, cosine=5e-6)
+    assert_within(lse, want_lse, 1e-6, 8.01 / 65536)

@@ -1,0 +1,306 @@
+"""Plant bugs in the CUDA kernels, one at a time, and see their stem's emulator tests fail.
+
+    python tests/mutation/mutate_cuda.py --stem gemm|rowwise|mla|moe|ep
+        [--only REGEX] [--list] [--sample N] [--seeds 0,1,2] [--jobs N]
+
+The mutants are found by pattern (cuda_mutants.py): every fence, wait, barrier, arrival, phase,
+expected byte count, swizzle constant, tail bound and scale index of the sources under
+csrc/cuda/kernels and csrc/cuda/tile that the stem's kernels include. For each, the instances it
+touches are compiled to PTX, and the tests that launch them run on the emulator with its checks on,
+under the fixed schedule and under random ones. A baseline run tells which test launches what.
+
+caught          a test failed: wrong bits, a hazard, a deadlock, a timeout
+same code       the compiler makes the same PTX of it: no mutant at all
+no compile      neither
+explained       it survives, and cuda_survivors.py argues why it must
+SURVIVED        it survives: a test is missing
+
+Exit status 0 when at least 95% of the real mutants are caught and each survivor is explained; 1
+otherwise; 2 when the baseline fails. DSK_NVCC or nvcc on PATH is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
+
+from cuda_mutants import Instance, Mutant, includes_of, instances_of, mutants_of  # noqa: E402
+from cuda_survivors import EXPLAINED  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+KERNELS = ROOT / "dskernels" / "_kernels"
+STEMS = ("gemm", "rowwise", "mla", "moe", "ep")
+GOAL = 0.95
+MUTATED = ("cuda/kernels/", "cuda/tile/")
+# Generous: a mutant that hangs is caught late, one that is merely slow must not look caught.
+TIMEOUT_FLOOR, TIMEOUT_FACTOR = 60.0, 20.0
+
+
+class Test(NamedTuple):
+    node: str
+    seconds: float
+    kernels: frozenset[str]
+
+
+class Outcome(NamedTuple):
+    mutant: Mutant
+    status: str  # caught | same code | no compile | explained | SURVIVED
+    how: str
+
+
+# ---- running tests in a forked child -----------------------------------------------------------
+
+
+class Recorder:
+    """pytest plugin: what each test launched and how long it took, and the first failure's text."""
+
+    def __init__(self) -> None:
+        self.tests: list[tuple[str, float, list[str]]] = []
+        self.failure = ""
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed and not self.failure:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.failure = f"{report.nodeid}: {crash.message if crash else report.longrepr}"[:400]
+        if report.when == "call" and report.passed:
+            from dskernels.cuda import launchers
+
+            used = sorted(launchers().take_used_kernels("emu"))
+            self.tests.append((report.nodeid, report.duration, used))
+
+
+def run_tests(nodes: list[str], kernels: Path, seed: int, timeout: float) -> dict:
+    """pytest on `nodes` in a fork of this process, the kernels taken from that folder."""
+    handle, name = tempfile.mkstemp()
+    os.close(handle)
+    result = Path(name)
+    child = os.fork()
+    if child == 0:
+        _test_and_exit(nodes, kernels, seed, result)
+    deadline = time.monotonic() + timeout
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        if time.monotonic() > deadline:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            result.unlink()
+            return {"code": 1, "failure": f"no end after {timeout:.0f} s", "tests": []}
+        time.sleep(0.02)
+    text = result.read_text()
+    result.unlink()
+    return json.loads(text) if text else {"code": 1, "failure": "the process died", "tests": []}
+
+
+def _test_and_exit(nodes: list[str], kernels: Path, seed: int, result: Path) -> None:
+    code = 70
+    try:
+        os.setpgid(0, 0)
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        os.environ["DSK_EMU_SEED"] = str(seed)
+        import pytest
+
+        import dskernels.cuda
+
+        dskernels.cuda.KERNEL_DIRECTORY = kernels
+        recorder = Recorder()
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--backend", "emu", "-m", "not slow"]
+        code = int(pytest.main([*options, *nodes], plugins=[recorder]))
+        report = {"code": code, "failure": recorder.failure, "tests": recorder.tests}
+        result.write_text(json.dumps(report))
+    finally:
+        os._exit(code)
+
+
+# ---- one mutant --------------------------------------------------------------------------------
+
+
+def find_nvcc() -> str:
+    nvcc = os.environ.get("DSK_NVCC") or shutil.which("nvcc")
+    if not nvcc:
+        raise SystemExit("nvcc: expected one on PATH or in DSK_NVCC, found none")
+    return nvcc
+
+
+def compile_ptx(instance: Instance, overlay: Path, out: Path) -> bool:
+    """The instance's PTX with overlay/ in front of csrc/; False when nvcc refuses."""
+    source = overlay / f"{instance.name}.cu"
+    source.write_text(instance.source())
+    command = [find_nvcc(), "-ptx", "-gencode=arch=compute_90a,code=compute_90a", "-std=c++17"]
+    command += ["-O3", "-lineinfo", "--expt-relaxed-constexpr", f"-I{overlay}", f"-I{CSRC}"]
+    done = subprocess.run([*command, "-o", str(out), str(source)], capture_output=True)
+    return done.returncode == 0
+
+
+def code_lines(ptx: str) -> list[str]:
+    """PTX without line information: two texts of equal code are the same kernel."""
+    text = ptx.split("\t.section", 1)[0]
+    dull = (".loc", ".file", "//")
+    return [s for line in text.splitlines() if (s := line.strip()) and not s.startswith(dull)]
+
+
+class Stem:
+    """A stem's instances and the tests that launch them."""
+
+    def __init__(self, name: str, seeds: list[int], paths: list[str] | None = None) -> None:
+        self.name, self.seeds = name, seeds
+        self.instances = instances_of(CSRC, name)
+        self.paths = paths or [f"tests/test_{name}.py"]
+        self.files = {
+            i.name: {
+                f for f in includes_of(CSRC, f"cuda/kernels/{i.header}") if f.startswith(MUTATED)
+            }
+            for i in self.instances
+        }
+        self.tests: list[Test] = []
+
+    def mutants(self) -> list[Mutant]:
+        files = sorted({f for files in self.files.values() for f in files})
+        return [m for f in files for m in mutants_of(CSRC, f)]
+
+    def baseline(self) -> None:
+        """Learn which test launches what; exits where the unchanged kernels fail."""
+        for seed in self.seeds:
+            done = run_tests(self.paths, KERNELS, seed, 1800)
+            if done["code"] != 0:
+                print(f"baseline fails with seed {seed}: {done['failure']}")
+                raise SystemExit(2)
+            if not self.tests:
+                tests = [Test(n, s, frozenset(k)) for n, s, k in done["tests"] if k]
+                self.tests = sorted(tests, key=lambda t: t.seconds)
+
+    def tests_of(self, instance: str) -> list[Test]:
+        return [t for t in self.tests if instance in t.kernels]
+
+    def try_mutant(self, mutant: Mutant) -> Outcome:
+        touched = [i for i in self.instances if mutant.file in self.files[i.name]]
+        touched = [i for i in touched if self.tests_of(i.name)]
+        touched.sort(key=lambda i: self.tests_of(i.name)[0].seconds)
+        changed = False
+        with tempfile.TemporaryDirectory(prefix="dsk-mutant-") as folder:
+            overlay, kernels = Path(folder, "src"), Path(folder, "kernels")
+            (overlay / mutant.file).parent.mkdir(parents=True)
+            (overlay / mutant.file).write_text(mutant.text)
+            kernels.mkdir()
+            for file in KERNELS.glob("*.ptx"):
+                (kernels / file.name).symlink_to(file)
+            for instance in touched:
+                ptx = kernels / f"{instance.name}.ptx"
+                original = ptx.read_text()
+                ptx.unlink()
+                if not compile_ptx(instance, overlay, ptx):
+                    return Outcome(mutant, "no compile", "")
+                if code_lines(ptx.read_text()) == code_lines(original):
+                    continue
+                changed = True
+                how = self._run(instance.name, kernels)
+                if how:
+                    return Outcome(mutant, "caught", f"{instance.name}: {how}")
+        return self._uncaught(mutant, changed, bool(touched))
+
+    def _run(self, instance: str, kernels: Path) -> str:
+        """How a test failed, or "" when all pass under every schedule."""
+        tests = self.tests_of(instance)
+        timeout = TIMEOUT_FLOOR + TIMEOUT_FACTOR * sum(t.seconds for t in tests)
+        for seed in self.seeds:
+            done = run_tests([t.node for t in tests], kernels, seed, timeout)
+            if done["code"] != 0:
+                return done["failure"] or f"pytest ended with {done['code']}"
+        return ""
+
+    def _uncaught(self, mutant: Mutant, changed: bool, tested: bool) -> Outcome:
+        why = EXPLAINED.get((mutant.file, mutant.old, mutant.new), "")
+        if tested and not changed:
+            return Outcome(mutant, "same code", "")
+        if why:
+            return Outcome(mutant, "explained", why)
+        return Outcome(mutant, "SURVIVED", "" if tested else "no test launches this code")
+
+
+# ---- the whole run -----------------------------------------------------------------------------
+
+
+def reason(how: str) -> str:
+    """The kind of failure, for the summary."""
+    for word in ("race", "hazard", "deadlock", "no end", "out of bounds", "uninitiali", "died"):
+        if word in how.lower():
+            return word
+    return "wrong result" if "differ" in how or "assert" in how else "other"
+
+
+def chosen(stem: Stem, only: str | None, sample: int | None) -> list[Mutant]:
+    mutants = [m for m in stem.mutants() if not only or re.search(only, m.label)]
+    if sample is not None and sample < len(mutants):
+        mutants = random.Random(0).sample(mutants, sample)
+    return mutants
+
+
+def summary(outcomes: list[Outcome], complete: bool) -> bool:
+    """Print the tally; True when the goal is met."""
+    count = Counter(o.status for o in outcomes)
+    hows = Counter(reason(o.how) for o in outcomes if o.status == "caught")
+    real = count["caught"] + count["explained"] + count["SURVIVED"]
+    rate = count["caught"] / real if real else 1.0
+    print(f"\n{dict(count)}; caught by {dict(hows)}")
+    for outcome in outcomes:
+        if outcome.status in ("explained", "SURVIVED"):
+            print(f"{outcome.status:9} {outcome.mutant.label}\n          {outcome.how}")
+    print(f"caught {count['caught']} of {real} real mutants: {rate:.1%} (goal {GOAL:.0%})")
+    return count["SURVIVED"] == 0 and (rate >= GOAL or not complete)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stem", choices=STEMS, required=True)
+    parser.add_argument("--only", help="regular expression on 'file:line kind: old -> new'")
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    parser.add_argument("--sample", type=int, help="so many mutants, drawn by a fixed seed")
+    parser.add_argument("--seeds", default="0,1", help="schedules: 0 is the fixed one")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument("--tests", nargs="+", help="pytest paths (default: tests/test_<stem>.py)")
+    options = parser.parse_args(arguments)
+    stem = Stem(options.stem, [int(s) for s in options.seeds.split(",")], options.tests)
+    mutants = chosen(stem, options.only, options.sample)
+    if options.list:
+        for mutant in mutants:
+            print(mutant.label)
+        print(f"{len(mutants)} mutants of {len(stem.instances)} instances")
+        return 0
+
+    os.chdir(ROOT)
+    import pytest  # noqa: F401  (before the forks, so that none pays for it again)
+    import torch
+
+    import dskernels  # noqa: F401
+
+    torch.set_num_threads(1)
+    stem.baseline()
+    print(f"{len(mutants)} mutants, {len(stem.tests)} tests launch kernels", flush=True)
+    outcomes = []
+    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+        for outcome in pool.imap_unordered(stem.try_mutant, mutants):
+            outcomes.append(outcome)
+            first = outcome.how.splitlines()[0][:150] if outcome.how else ""
+            print(f"{outcome.status:10} {outcome.mutant.label}\n{'':11}{first}", flush=True)
+    complete = options.only is None and options.sample is None
+    return 0 if summary(outcomes, complete) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

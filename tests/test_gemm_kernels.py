@@ -1,0 +1,248 @@
+"""Every shipped GEMM kernel in the emulator, whatever the launcher would choose by itself: results
+bitwise equal to the reference in exact tensor-core arithmetic, nothing written that is not theirs.
+
+A launch with a hazard (race, missing proxy fence, out-of-bounds or uninitialised read) raises, so
+"no hazards" is part of every call here.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from backend_axis import need
+from test_gemm import exact_gemm, scaled_operands
+
+import dskernels as dsk
+from dskernels.cuda.gemm import forced_kernel
+from dskernels.ref import gemm as ref
+from dskernels.ref import rowwise
+from dskernels.testing import assert_bitwise_equal, calc_diff, guarded_empty
+
+TABLE = Path(__file__).resolve().parent.parent / "csrc/cuda/instances/gemm.def"
+SHIPPED = re.findall(r"^DSK_KERNEL\((gemm_fp8_\w+),", TABLE.read_text(), re.M)
+
+
+@pytest.fixture(autouse=True)
+def emulator():
+    need("gemm", "emu")
+
+
+def guarded(shape, dtype=torch.bfloat16):
+    """A NaN-filled result between canaries."""
+    return guarded_empty(shape, dtype)
+
+
+def check(got, exact, truth):
+    assert calc_diff(got, truth) < 1e-3
+    assert_bitwise_equal(got, exact)
+
+
+# kernel: m, n, k, SMs. Ragged in every dimension; few SMs, so that CTAs take several tiles.
+DENSE = {
+    "gemm_fp8_dense_16": (9, 264, 656, 2),
+    "gemm_fp8_dense_32": (27, 264, 656, 2),
+    "gemm_fp8_dense_64x128": (50, 264, 656, 2),
+    "gemm_fp8_dense_128x128": (200, 248, 528, 1),
+    "gemm_fp8_dense_128x192": (392, 392, 400, 4),
+}
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("kernel", DENSE)
+def test_dense(kernel, out_dtype):
+    m, n, k, num_sms = DENSE[kernel]
+    a, b = scaled_operands(m, n, k)
+    out, canaries = guarded((m, n), out_dtype)
+    with forced_kernel(kernel):
+        dsk.gemm(a, b, out=out, num_sms=num_sms, backend="emu")
+    canaries()
+    exact = ref.gemm(a, b, accumulate="hopper", out_dtype=out_dtype)
+    check(out, exact, ref.gemm(a, b, accumulate="fp64"))
+
+
+# kernel: rows, k, ways. The last share of k is shorter than the others, or empty.
+SPLIT = {
+    "gemm_fp8_dense_16": (9, 1040, 4),
+    "gemm_fp8_dense_32": (30, 528, 2),
+    "gemm_fp8_dense_64x128": (60, 1152, 8),
+}
+
+
+@pytest.mark.parametrize("kernel", SPLIT)
+@pytest.mark.parametrize("addends", [False, True], ids=["plain", "c,bias"])
+def test_split_k_is_summed_in_order(kernel, addends):
+    (m, k, ways), n = SPLIT[kernel], 264
+    a, b = scaled_operands(m, n, k)
+    options = {}
+    if addends:
+        options = {"c": torch.randn(m, n), "bias": torch.randn(n).bfloat16()}
+    out, canaries = guarded((m, n))
+    with forced_kernel(kernel, ways):
+        dsk.gemm(a, b, out=out, backend="emu", **options)
+    canaries()
+    exact = exact_gemm(a, b, split=ways, **options)
+    check(out, exact, ref.gemm(a, b, accumulate="fp64", **options))
+
+
+GROUPS = {
+    "gemm_fp8_contiguous_64x128": ([50, 0, 3, 64], 2),
+    "gemm_fp8_contiguous_128x128": ([200, 0, 130, 5], 2),
+}
+
+
+@pytest.mark.parametrize("kernel", GROUPS)
+def test_contiguous(kernel):
+    sizes, num_sms = GROUPS[kernel]
+    m, n, k, g = sum(sizes) + 3, 392, 272, len(sizes)
+    a, b = scaled_operands(m, n, k, groups=(g,))
+    out, canaries = guarded((m, n))
+    with forced_kernel(kernel):
+        dsk.grouped_gemm(a, b, group_sizes=sizes, out=out, num_sms=num_sms, backend="emu")
+    canaries()
+    exact = ref.grouped_gemm(a, b, group_sizes=sizes, accumulate="hopper")
+    check(out, exact, ref.grouped_gemm(a, b, group_sizes=sizes, accumulate="fp64"))
+
+
+MASKED = {
+    "gemm_fp8_masked_16": ([3, 0, 20, 16], 4),
+    "gemm_fp8_masked_32": ([3, 0, 40, 32], 4),
+    "gemm_fp8_masked_64x128": ([50, 0, 64, 70], 4),
+    "gemm_fp8_masked_128x128": ([200, 0, 3, 128], 2),
+}
+
+
+@pytest.mark.parametrize("kernel", MASKED)
+def test_masked(kernel):
+    counts, num_sms = MASKED[kernel]
+    max_m, n, k, g = max(counts) + 2, 264, 272, len(counts)
+    b = rowwise.quantize(torch.randn(g, n, k), (128, 128))
+    a = rowwise.quantize(torch.randn(g, max_m, k))
+    a.data.view(torch.uint8)[0, counts[0] :] = 0x7F  # NaN: must not reach the rows that count
+    masked_m = torch.tensor(counts, dtype=torch.int32)
+    out, canaries = guarded((g, max_m, n))
+    options = {"masked_m": masked_m}
+    with forced_kernel(kernel):
+        dsk.grouped_gemm(a, b, out=out, num_sms=num_sms, backend="emu", **options)
+    canaries()
+    exact = ref.grouped_gemm(a, b, accumulate="hopper", **options)
+    truth = ref.grouped_gemm(a, b, accumulate="fp64", **options)
+    for group, rows in enumerate(counts):
+        check(out[group, :rows], exact[group, :rows], truth[group, :rows])
+        behind = out[group, -(-rows // 128) * 128 :]
+        assert behind.isnan().all(), "rows of tiles without a row that counts were written"
+
+
+@pytest.mark.parametrize("groups", [None, [256, 0, 128, 0], [0, 0, 0, 384]], ids=str)
+@pytest.mark.parametrize("mode", ["plain", "c", "in place", "bf16"])
+def test_along_k(groups, mode):
+    m, n, k = 200, 264, 400
+    a, b = rowwise.quantize(torch.randn(m, k)), rowwise.quantize(torch.randn(n, k))
+    shape = (m, n) if groups is None else (len(groups), m, n)
+    out, canaries = guarded(shape, torch.bfloat16 if mode == "bf16" else torch.float32)
+    options = {"out_dtype": out.dtype}
+    if mode in ("c", "in place"):
+        options["c"] = torch.randn(shape)
+    if mode == "in place":
+        out.copy_(options["c"])
+    passed = {**options, "c": out} if mode == "in place" else dict(options)
+    if groups is None:
+        got = dsk.gemm(a, b, out=out, num_sms=3, backend="emu", **passed)
+        reference = ref.gemm
+    else:
+        passed.pop("out_dtype")
+        got = dsk.grouped_gemm_k(a, b, groups, out=out, num_sms=3, backend="emu", **passed)
+
+        def reference(a, b, **options):
+            return ref.grouped_gemm_k(a, b, groups, **options)
+
+    canaries()
+    exact = reference(a, b, accumulate="hopper", **options)
+    check(got, exact, reference(a, b, accumulate="fp64", **options))
+
+
+def test_a_group_along_k_that_is_no_multiple_of_128_is_an_error():
+    a, b = rowwise.quantize(torch.randn(8, 256)), rowwise.quantize(torch.randn(8, 256))
+    from dskernels.emu.gemm import grouped_gemm_k  # the op itself refuses sizes it can see
+
+    with pytest.raises(RuntimeError, match="trap"):
+        grouped_gemm_k(a, b, [100, 156])
+
+
+INDICES = {
+    "padded": [2] * 3 + [-1] * 125 + [0] * 128 + [3] * 70 + [-1] * 10,
+    "unaligned": [0] * 5 + [1] * 70 + [3] * 9 + [-1],
+    "unsorted": [3, 3, 0, 0, 0, -1, 3, 2, 2, -1, -1, 0],
+    "none": [-1] * 7,
+    "long": [0] * 1100 + [3] * 40,
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_row_indices(name):
+    m_indices = torch.tensor(INDICES[name], dtype=torch.int32)
+    n, k = 136, 144
+    a, b = scaled_operands(len(m_indices), n, k, groups=(4,))
+    padding = m_indices < 0
+    a.data.view(torch.uint8)[padding] = 0x7F
+    out, canaries = guarded((len(m_indices), n))
+    dsk.grouped_gemm(a, b, m_indices=m_indices, out=out, num_sms=2, backend="emu")
+    canaries()
+    assert (out[padding] == 0).all()
+    exact = ref.grouped_gemm(a, b, m_indices=m_indices, accumulate="hopper")
+    check(out, exact, ref.grouped_gemm(a, b, m_indices=m_indices, accumulate="fp64"))
+
+
+def same_but_for_rounding(got, want):
+    """Quantised values that differ by at most one step of e4m3, and few of them: the kernel's
+    exponential and division are approximate (2 ulp of fp32 each)."""
+    assert torch.allclose(got.scale, want.scale, rtol=1e-5, atol=0)
+    steps = [x.data.view(torch.uint8).to(torch.int16) for x in (got, want)]
+    steps = [torch.where(x < 128, x, 128 - x) for x in steps]  # sign and magnitude -> an order
+    off = (steps[0] - steps[1]).abs()
+    assert off.max() <= 1 and (off > 0).float().mean() < 0.01
+
+
+# i of D's columns: whole blocks; an up-projection that starts within a block of scales.
+@pytest.mark.parametrize("i", [256, 80])
+@pytest.mark.parametrize("epilogue", ["swiglu", "swiglu_quant"])
+@pytest.mark.parametrize("form", ["dense", "group_sizes", "m_indices", "masked_m"])
+def test_swiglu(form, epilogue, i):
+    k, g, rows = 272, 3, 90
+    lead = (g, rows) if form == "masked_m" else (rows,)
+    a = rowwise.quantize(torch.randn(*lead, k))
+    b_lead = () if form == "dense" else (g,)
+    b = rowwise.quantize(torch.randn(*b_lead, 2 * i, k) / 8, (128, 128))
+    options = {
+        "dense": {},
+        "group_sizes": {"group_sizes": torch.tensor([70, 0, 17])},
+        "m_indices": {"m_indices": torch.tensor([1] * 9 + [-1] * 11 + [2] * 70, dtype=torch.int32)},
+        "masked_m": {"masked_m": torch.tensor([70, 0, 3], dtype=torch.int32)},
+    }[form]
+    options["epilogue"] = epilogue
+    function, reference = (
+        (dsk.gemm, ref.gemm) if form == "dense" else (dsk.grouped_gemm, ref.grouped_gemm)
+    )
+    got = function(a, b, num_sms=2, backend="emu", **options)
+    want = reference(a, b, accumulate="hopper", **options)
+    valid = [slice(None)]
+    if form == "masked_m":
+        valid = [(group, slice(count)) for group, count in enumerate(options["masked_m"].tolist())]
+    if epilogue == "swiglu":
+        truth = reference(a, b, accumulate="fp64", **options)
+        for rows in valid:
+            assert calc_diff(got[rows], truth[rows]) < 1e-3
+            assert torch.allclose(got[rows].float(), want[rows].float(), rtol=2**-7, atol=1e-6)
+        return
+    assert got.scale.stride()[-2:] == want.scale.stride()[-2:]
+    for rows in valid:
+        if want.data[rows].numel():
+            same_but_for_rounding(
+                *(dsk.ScaledTensor(x.data[rows], x.scale[rows], x.block) for x in (got, want))
+            )
+
+
+def test_every_shipped_kernel_is_tested_here():
+    swiglu = {"gemm_fp8_contiguous_swiglu", "gemm_fp8_masked_swiglu"}
+    tested = {*DENSE, *GROUPS, *MASKED, *swiglu, "gemm_fp8_along_k_128x128"}
+    assert tested == set(SHIPPED)

@@ -1,0 +1,207 @@
+"""The MLA stem on every backend, against the reference in fp64."""
+
+import importlib
+import itertools
+import re
+
+import pytest
+import torch
+from backend_axis import need, on_cpu, on_device
+from mla_cases import LATENT, assert_decoded, paged_case
+
+import dskernels as dsk
+from dskernels.testing import assert_bitwise_equal
+
+
+def decode(case, backend, **how):
+    """mla_decode on a backend, results on the CPU."""
+    got = dsk.mla_decode(*(on_device(x, backend) for x in case), backend=backend, **how)
+    return tuple(on_cpu(x) for x in got)
+
+
+def check(backend, case, **how):
+    q, cache = case[:2]
+    need("mla_decode", backend, b=q.shape[0], s=q.shape[1], h=q.shape[2], page=cache.shape[1])
+    assert_decoded(decode(case, backend, **how), case, **how)
+
+
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_pages_lengths_and_query_tokens(backend, page, causal):
+    """Lengths around every boundary; 2 query tokens, so that length 1 has one that sees nothing."""
+    lengths = [0, 1, 2, 15, 16, 63, 64, 65, 127, 128, 130, 257]
+    check(backend, paged_case(lengths, 2, 3, page), causal=causal)
+
+
+# FlashMLA's grid. What would cost the emulator more than a minute runs with fewer requests.
+HEADS = (1, 3, 9, 63, 64, 126, 128)
+GRID = list(itertools.product((1, 2, 6, 64), (1, 2, 4), (20, 140, 4096), HEADS))
+QUICK = [(1, 1, 140, 1), (2, 4, 20, 9), (2, 1, 140, 63), (2, 1, 140, 128), (6, 2, 20, 3)]
+MAX_BLOCKS = 2000  # row blocks times token blocks: some 10 s
+
+
+def affordable(b, s, s_k, h):
+    return min(b, max(1, MAX_BLOCKS // (-(-s * h // 64) * -(-s_k // 64))))
+
+
+@pytest.mark.parametrize(
+    "b,s,s_k,h",
+    [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow) for c in GRID],
+)
+def test_flash_mla_grid(backend, b, s, s_k, h):
+    """Half of the requests have random lengths, some of them 0."""
+    b = affordable(b, s, s_k, h)
+    g = torch.Generator().manual_seed(b)
+    lengths = [s_k] * ((b + 1) // 2)
+    lengths += torch.randint(0, s_k + 1, (b // 2,), generator=g).tolist()
+    if b > 4:
+        lengths[-1] = 0
+    check(backend, paged_case(lengths, s, h, seed=s_k), causal=s % 2 == 0)
+
+
+def test_sharp_attention_and_a_scale(backend):
+    """Scores of some hundreds, so that maxima move and old sums vanish."""
+    check(backend, paged_case([300, 65], 1, 20, sharpness=60.0), softmax_scale=0.5)
+
+
+def test_no_requests_and_no_pages(backend):
+    q, cache, table, lens = paged_case([5], 1, 4)
+    need("mla_decode", backend)
+    out, lse = decode((q[:0], cache, table[:0], lens[:0]), backend)
+    assert out.shape == (0, 1, 4, LATENT) and lse.shape == (0, 4, 1)
+    out, lse = decode((q, cache[:0], table[:, :0], lens * 0), backend)
+    assert not out.any() and (lse == torch.inf).all()
+
+
+def test_the_same_request_gives_the_same_bits_whatever_the_batch(backend):
+    lengths = [2100, 5, 1100]
+    case = paged_case(lengths, 2, 9)
+    need("mla_decode", backend, b=3, s=2, h=9, page=64)
+    out, lse = decode(case, backend, deterministic=True)
+    assert_decoded((out, lse), case)
+    q, cache, table, lens = case
+    for batch in ([0], [2, 1], [1, 0, 2, 2]):
+        part = q[batch], cache, table[batch], lens[batch]
+        got = decode(part, backend, deterministic=True)
+        assert_bitwise_equal(got[0], out[batch])
+        assert_bitwise_equal(got[1], lse[batch])
+
+
+# ---- what only the CUDA kernels have -----------------------------------------------------------
+
+
+@pytest.fixture
+def machine(backend):
+    """The CUDA kernels' own Python functions, on a GPU or in the emulator."""
+    if backend not in ("cuda", "emu"):
+        pytest.skip("schedules belong to the CUDA kernels")
+    return importlib.import_module(f"dskernels.{backend}.mla")
+
+
+def test_any_number_of_parts_changes_at_most_one_bit(machine, backend):
+    case = paged_case([700, 64, 0, 65, 130], 1, 70)
+    q, cache, table, lens = (on_device(x, backend) for x in case)
+    results = []
+    for num_sms in (2, 6, 14, 132):  # two CTAs share a part: 70 rows
+        schedule = machine.mla_schedule(lens, 70, num_sms=num_sms)
+        assert schedule.parts.shape == (num_sms // 2, 8)
+        got = machine.mla_decode(q, cache, table, lens, schedule=schedule)
+        got = tuple(on_cpu(x) for x in got)
+        assert_decoded(got, case)
+        results.append(got[0])
+    for other in results[1:]:
+        ulp = (results[0].view(torch.int16).int() - other.view(torch.int16).int()).abs()
+        # Sums that cancel to 1e-4 of their usual 1e-2 have fp32's last bits among bf16's.
+        cancelled = torch.maximum(results[0].abs(), other.abs()) < 2e-6
+        assert ulp[~cancelled].max() <= 1 and (ulp[cancelled] > 0).sum() < 1e-4 * ulp.numel()
+
+
+def walk(parts, num_splits, lengths, split_blocks):
+    """The pieces of a schedule as the kernel walks them: (request, begin, end, split) of each."""
+    blocks = [-(-length // 64) for length in lengths]
+    assert num_splits[0] == 0
+    for begin_request, begin, end_request, end, split, *_ in parts:
+        request, block = begin_request, begin
+        while (request, block) < (end_request, end):
+            stop = blocks[request] if request < end_request else end
+            if split_blocks:
+                stop = min(stop, block + split_blocks)
+            yield request, block, stop, split
+            block, split = stop, split + 1
+            if block == blocks[request]:
+                request, block, split = request + 1, 0, 0
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("num_sms", [1, 7, 132])
+def test_schedules_cover_every_block_once(machine, deterministic, num_sms):
+    g = torch.Generator().manual_seed(num_sms)
+    for count in (1, 2, 40):
+        for longest in (1, 300, 20000):
+            lens = torch.randint(0, longest + 1, (count,), generator=g).int()
+            made = machine.mla_schedule(lens, 64, deterministic=deterministic, num_sms=num_sms)
+            num_splits = made.num_splits.tolist()
+            pieces = list(walk(made.parts.tolist(), num_splits, lens.tolist(), made.split_blocks))
+            for request, length in enumerate(lens.tolist()):
+                mine = [p for p in pieces if p[0] == request]
+                assert [p[3] for p in mine] == list(range(len(mine)))
+                assert num_splits[request + 1] - num_splits[request] == len(mine)
+                ends = [p[2] for p in mine]
+                assert [p[1] for p in mine] == [0, *ends[:-1]] and ends[-1] == -(-length // 64)
+                if deterministic:
+                    assert all(end % made.split_blocks == 0 for end in ends[:-1])
+
+
+@pytest.mark.parametrize("lengths", [[20000] * 8, [64] * 500, [50000, *[100] * 60]], ids=len)
+def test_schedules_balance(machine, lengths):
+    """No part has more than an equal share and what one piece costs beside."""
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    made = machine.mla_schedule(lens, 64, num_sms=132)
+    pieces = walk(made.parts.tolist(), made.num_splits.tolist(), lengths, 0)
+    total = sum(end - begin for _, begin, end, _ in pieces)
+    work = []
+    for part in made.parts.tolist():
+        mine = walk([part], [0], lengths, 0)
+        work.append(sum(end - begin + 5 for _, begin, end, _ in mine))
+    assert max(work) <= (total + 5 * len(lengths)) / 132 + 6
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_random_schedules_of_the_machine(machine, backend, monkeypatch, seed):
+    """Another order of warps, CTAs and copies: no hazard, the same bits."""
+    if backend != "emu":
+        pytest.skip("the emulator's schedules")
+    case = paged_case([140, 64, 0, 300, 65], 2, 20, page=32)
+    schedule = machine.mla_schedule(case[3], 40, num_sms=4)
+    want = machine.mla_decode(*case, schedule=schedule)
+    monkeypatch.setenv("DSK_EMU_SEED", str(seed))
+    got = machine.mla_decode(*case, schedule=schedule)
+    assert_bitwise_equal(got[0], want[0])
+    assert_bitwise_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(page=48), "kv_cache: expected pages of 16, 32, or a multiple of 64 tokens, got 48"),
+        (dict(dtype=torch.float16), "q, kv_cache: expected torch.bfloat16, got torch.float16"),
+        (dict(scale=-1.0), "softmax_scale: expected a positive number, got -1.0"),
+        (dict(width=128), "q, head_dim_v: expected widths 576 and 512, got 128 and 64"),
+        (dict(stride=True), "kv_cache: expected 16-byte aligned rows of contiguous values"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_refusals_name_what_is_given(machine, backend, change, message):
+    q, cache, table, lens = paged_case([70], 1, 4, page=change.get("page", 64))
+    how = dict(softmax_scale=change.get("scale", 0.1))
+    if "dtype" in change:
+        q, cache = q.to(change["dtype"]), cache.to(change["dtype"])
+    if "width" in change:
+        q, cache = q[..., :128], cache[..., :128].contiguous()
+        how["head_dim_v"] = 64
+    if "stride" in change:
+        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(dsk.BackendError, match=re.escape(message)):
+        dsk.mla_decode(q, cache, table, lens, backend=backend, **how)
+    if "page" in change:
+        assert message in dsk.supports("mla_decode", backend=backend, page=48).reason
