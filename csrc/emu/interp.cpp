@@ -263,9 +263,19 @@ class WarpRunner {
     return false;
   }
 
+  static bool all_named(const u32* masks, u32 m) {
+    for (u32 rest = m; rest != 0; rest &= rest - 1) {
+      const int l = std::countr_zero(rest);
+      if ((masks[l] >> l & 1) == 0) return false;
+    }
+    return true;
+  }
+
   // Lanes of one instruction may name different groups of lanes (tiles of a warp).
   void run_groups(const Inst& i, u32 m) {
     const u32* masks = w_.reg<u32>(i.e);
+    // Undefined in PTX; hardware lets whoever executes it take part.
+    if (!w_.cta->cluster->check && !all_named(masks, m)) return i.fn(w_, i, m);
     while (m != 0) {
       const u32 group = masks[std::countr_zero(m)] & m;
       if (group == 0) fail(w_, m, "member-mask", "a lane is not named by its own member mask");

@@ -142,6 +142,8 @@ enum class Special : u8 {
   DynamicSmemSize,
   TotalSmemSize,
   AggrSmemSize,
+  Envreg1,  // the grid's workspace, of cooperative launches: upper half of its address
+  Envreg2,  // lower half
   Clock,
   ClockHi,
   Clock64,
@@ -186,6 +188,7 @@ struct Program {
   u32 max_threads = 0;
   Dim3 required_cluster{0, 0, 0};
   bool uses_wgmma = false;
+  bool uses_grid_workspace = false;  // grid-wide barriers of cooperative groups
 };
 
 }  // namespace dsk::emu

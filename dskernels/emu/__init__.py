@@ -19,7 +19,7 @@ from dskernels.emu.errors import (
     PtxError,
     StuckWarp,
 )
-from dskernels.emu.module import Kernel, LaunchStats, Module
+from dskernels.emu.module import Kernel, LaunchStats, Module, lend
 from dskernels.emu.table import instruction_table, instruction_table_markdown
 from dskernels.emu.tensor_map import TensorMap, tensor_map
 from dskernels.types import Support
@@ -48,5 +48,6 @@ __all__ = [
     "compile",
     "instruction_table",
     "instruction_table_markdown",
+    "lend",
     "tensor_map",
 ]

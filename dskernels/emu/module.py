@@ -1,8 +1,8 @@
 """Modules, kernels and launches."""
 
 import struct
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ def _triple(value: int | Sequence[int], what: str) -> tuple[int, int, int]:
     return parts + (1,) * (3 - len(parts))
 
 
+NUMERICS = ("exact", "fast", "worst")  # in the order of the compiled library
+
+
 class _Loans:
     """Lends ranges for the duration of a launch; equal ranges once."""
 
@@ -48,6 +51,20 @@ class _Loans:
         if lent.bytes:
             _emu.lend(lent.base, lent.bytes, lent.read_only, name)
             self._stack.callback(_emu.take_back, lent.base, lent.bytes)
+
+
+@contextmanager
+def lend(*arrays: Any) -> Iterator[list[int]]:
+    """Lends arrays (NumPy, torch CPU) whose addresses kernels find in memory or inside structs.
+
+    Yields the addresses. Kernels may use the arrays until the block ends.
+    """
+    with ExitStack() as stack:
+        loans = _Loans(stack)
+        described = [describe(array) for array in arrays]
+        for k, lent in enumerate(described):
+            loans.lend(lent, f"lent array {k}")
+        yield [lent.address for lent in described]
 
 
 def _integer_bytes(value: Any, size: int, name: str) -> bytes:
@@ -134,11 +151,13 @@ class Launcher:
         args: arrays (NumPy, torch CPU), Python or NumPy scalars, bytes, tensor maps, None for a
         null pointer. cluster: CTAs per cluster. shared: dynamic shared memory, bytes. seed: None
         for the fixed schedule on all host threads, a number for a random schedule that this seed
-        reproduces. check: look for hazards. numerics: "exact" (tensor cores as on Hopper) or
-        "fast". Raises HazardError, DeadlockError, EmuError; ValueError for bad arguments.
+        reproduces. check: look for hazards. numerics: "exact" (tensor cores as on Hopper, the
+        approximate functions correctly rounded), "fast" (tensor cores in fp32) or "worst" (as
+        exact, but approximate functions are off by the largest documented error, up or down by
+        seed and input). Raises HazardError, DeadlockError, EmuError; ValueError for bad arguments.
         """
-        if numerics not in ("exact", "fast"):
-            raise ValueError(f"numerics must be 'exact' or 'fast', got {numerics!r}")
+        if numerics not in NUMERICS:
+            raise ValueError(f"numerics: expected one of {NUMERICS}, got {numerics!r}")
         if seed is not None and not 0 <= seed < 1 << 63:
             raise ValueError(f"seed must be in 0..2**63-1, got {seed}")
         with ExitStack() as stack:
@@ -154,7 +173,7 @@ class Launcher:
                 params,
                 0 if seed is None else seed + 1,
                 check,
-                numerics == "fast",
+                NUMERICS.index(numerics),
                 False,
             )
             _emu.synchronize(device)

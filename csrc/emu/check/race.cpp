@@ -38,9 +38,17 @@ struct PendingGroups {
 struct WarpState : SyncState {
   // A bulk store's two halves: the source is read when wait_group.read says so, the destination
   // written when wait_group does.
-  PendingGroups bulk, bulk_writes, cp_async, wgmma;
-  Epoch writer;        // all bulk stores' writes to global memory; clock 0: none yet
-  u64 wgmma_over = 0;  // groups
+  PendingGroups bulk, bulk_writes, cp_async;
+  std::vector<Epoch> wgmma;  // issued, not committed
+  Epoch writer;              // all bulk stores' writes to global memory; clock 0: none yet
+  u64 wgmma_over = 0;        // groups
+};
+
+constexpr u32 kWarpsPerGroup = 4;
+
+struct WgmmaGroup {
+  Knowledge done;
+  u32 waits = 0;  // of its warps
 };
 
 struct BarrierState {
@@ -194,14 +202,11 @@ class RaceChecker : public ClusterObserver {
       case SyncKind::BulkWaitRead:
         wait_read(state, event.a);
         break;
-      case SyncKind::WgmmaCommit:
-        state.wgmma.commit();
+      case SyncKind::WgmmaCommit:  // a = groups committed by this warp, counted from the start
+        commit_wgmma(w, state, event.a);
         break;
       case SyncKind::WgmmaWait:  // a = groups of this warp that are over, counted from the start
-        while (state.wgmma_over < event.a && !state.wgmma.committed.empty()) {
-          wait(state, state.wgmma, state.wgmma.committed.size() - 1);
-          ++state.wgmma_over;
-        }
+        while (state.wgmma_over < event.a) wait_wgmma(w, state, ++state.wgmma_over);
         break;
       default:
         break;
@@ -230,7 +235,7 @@ class RaceChecker : public ClusterObserver {
       if (findings_.size() > before) kind = part.kind;
     }
     report(*info.warp, info.pc, 1u << info.lane, kind, name_of(info.kind));
-    if (info.kind == AsyncKind::Wgmma) state.wgmma.open.push_back(when);
+    if (info.kind == AsyncKind::Wgmma) state.wgmma.push_back(when);
     if (info.kind == AsyncKind::CpAsync) state.cp_async.open.push_back(when);
     if (joins_bulk_group(info)) state.bulk.open.push_back(when);
     if (info.kind != AsyncKind::Wgmma) issue_global(info, footprint, when, state);
@@ -330,6 +335,21 @@ class RaceChecker : public ClusterObserver {
       if (over-- <= pending) break;
       learn(state.knowledge, group);
     }
+  }
+
+  // A group belongs to the warpgroup: it is over for a warp that waits when all four have committed
+  // their parts, and what they did before is then over too.
+  void commit_wgmma(const Warp& w, WarpState& state, u64 index) {
+    WgmmaGroup& group = wgmma_groups_[{agent_of(w) - w.index % kWarpsPerGroup, index}];
+    learn(group.done, state.wgmma);
+    state.wgmma.clear();
+    release(agent_of(w), group.done);
+  }
+  void wait_wgmma(const Warp& w, WarpState& state, u64 index) {
+    const auto it = wgmma_groups_.find({agent_of(w) - w.index % kWarpsPerGroup, index});
+    if (it == wgmma_groups_.end()) return;
+    state.knowledge.join(it->second.done);
+    if (++it->second.waits == kWarpsPerGroup) wgmma_groups_.erase(it);
   }
 
   Agent take_slot(const AsyncInfo& info, const Knowledge& issuer) {
@@ -525,7 +545,8 @@ class RaceChecker : public ClusterObserver {
   std::vector<std::map<Agent, Remote>> remote_;  // of each CTA: accesses of other CTAs
   std::vector<std::unique_ptr<InitBits>> written_;
   std::map<Key, BarrierState> barriers_;
-  std::map<Key, Word> words_;  // of shared memory
+  std::map<Key, WgmmaGroup> wgmma_groups_;  // (first warp of the warpgroup, number of the group)
+  std::map<Key, Word> words_;               // of shared memory
   std::vector<Finding> findings_;
   std::set<std::pair<u32, u32>> formal_;
 };

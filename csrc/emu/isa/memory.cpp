@@ -13,8 +13,7 @@ namespace {
 using Shape = Pattern;
 
 struct Resolved {
-  alignas(
-      64) u64 host[kLanes];  // host addresses of the lanes of the mask; only [0] unless Scattered
+  alignas(64) u64 host[kLanes];  // host addresses of the lanes of the mask; of a ramp the first
   Shape shape = Shape::Scattered;
   u8* at(int l) const { return reinterpret_cast<u8*>(host[l]); }
 };
@@ -132,6 +131,9 @@ DSK_LANE_INLINE bool resolve_ramp(Warp& w, const Inst& i, u32 bytes, bool write,
   }
   out->shape = shape;
   out->host[0] = first + span.move;
+  if (i.kind == Kind::Yield) {  // a strong load's observers are told its places once more
+    for (int l = 1; l < kLanes; ++l) out->host[l] = out->host[0] + static_cast<u64>(l) * stride;
+  }
   return true;
 }
 
@@ -213,11 +215,11 @@ void load(Warp& w, const Inst& i, u32 mask) {
     const u32 reg = vector_reg(i, k);
     if (reg == kNoReg) continue;
     R* d = w.reg<R>(reg);
-    const u8* p = r.at(0) + k * sizeof(M);
     if (r.shape == Shape::Uniform) {
-      const R v = static_cast<R>(read<M>(p));
+      const R v = static_cast<R>(read<M>(r.at(0) + k * sizeof(M)));
       for (int l = 0; l < kLanes; ++l) d[l] = v;
     } else if (r.shape == Shape::Adjacent) {
+      const u8* p = r.at(0) + k * sizeof(M);
       if (i.count == 1) load_ramp<M, R, 1>(d, p);
       if (i.count == 2) load_ramp<M, R, 2>(d, p);
       if (i.count == 4) load_ramp<M, R, 4>(d, p);

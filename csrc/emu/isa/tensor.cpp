@@ -159,9 +159,23 @@ Type element_type(num::TmaType t) {
   }
 }
 
+// Whether a lower lane stores the same box. The hardware's instruction is the warp's, not the
+// lane's: libraries let a whole warp execute a store that it makes once.
+bool stored_by_lower_lane(Warp& w, const Ext& x, u32 mask, int lane) {
+  bool same = false;
+  each_lane(mask & ((1u << lane) - 1), [&](int l) {
+    bool equal = pair_address(w, x, 0, l) == pair_address(w, x, 0, lane) &&
+                 pair_address(w, x, 1, l) == pair_address(w, x, 1, lane);
+    for (u32 r : x.regs) equal &= w.reg<i32>(r)[l] == w.reg<i32>(r)[lane];
+    same |= equal;
+  });
+  return same;
+}
+
 // sub: 1 = reduction, op the operation.
 void tensor_store(Warp& w, const Inst& i, u32 mask) {
   each_lane(mask, [&](int l) {
+    if (i.sub == 0 && stored_by_lower_lane(w, *i.ext, mask, l)) return;
     const Box box = prepare(w, i, l, true);
     const bool reduce = i.sub != 0;
     const u8 op_code = i.op;

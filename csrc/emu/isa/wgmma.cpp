@@ -44,7 +44,7 @@ num::MmaKind kind_of(const Inst& i, Numerics numerics) {
   kind.d = static_cast<num::AccType>(i.op);
   kind.k = static_cast<int>(x.v[5]);
   kind.unit = num::MmaUnit::wgmma;
-  kind.mode = numerics == Numerics::Exact ? num::MmaMode::exact : num::MmaMode::fast;
+  kind.mode = numerics == Numerics::Fast ? num::MmaMode::fast : num::MmaMode::exact;
   kind.negate_a = x.v[3] != 0;
   kind.negate_b = x.v[4] != 0;
   kind.saturate = i.sub != 0;
