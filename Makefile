@@ -10,7 +10,7 @@ SMOKE ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv build demo test test-full lint format bench venv-peers clean
+.PHONY: help venv build demo test test-full lint format bench verify-gpu venv-peers clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ format: venv ## apply ruff and clang-format
 
 bench: venv ## pytest-benchmark suites
 	$(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+
+verify-gpu: venv ## on a Hopper GPU: replay the CUDA tests, time, append to bench/hardware.jsonl
+	$(PY) -m bench.verify_gpu
 
 venv-peers: ## .venv-peers with the projects we compare with (they pin torch themselves)
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers

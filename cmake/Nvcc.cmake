@@ -33,3 +33,21 @@ else()
   message(STATUS "dskernels: no nvcc found (PATH, CUDA_HOME, pip's nvidia-cuda-nvcc); "
     "the CUDA kernels are left out, everything else is built")
 endif()
+
+# nvdisasm, for the summary of each cubin's machine code: the toolkit's, or the one in Triton's wheel.
+# Without it the summaries are left out.
+set(DSK_NVDISASM "")
+if(DSK_NVCC)
+  get_filename_component(nvcc_directory ${DSK_NVCC} DIRECTORY)
+  execute_process(
+    COMMAND ${Python_EXECUTABLE} -c "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    OUTPUT_VARIABLE site_packages OUTPUT_STRIP_TRAILING_WHITESPACE)
+  unset(nvdisasm_found CACHE)
+  find_program(nvdisasm_found nvdisasm
+    PATHS ${nvcc_directory} ENV PATH "${site_packages}/nvidia/cu13/bin"
+      "${site_packages}/triton/backends/nvidia/bin"
+    NO_DEFAULT_PATH)
+  if(nvdisasm_found)
+    set(DSK_NVDISASM ${nvdisasm_found})
+  endif()
+endif()

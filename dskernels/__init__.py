@@ -5,11 +5,11 @@ from .backend import (
     BackendError,
     Unsupported,
     backends,
-    build_info,
     current_backend,
     supports,
     use_backend,
 )
+from .build import build_info
 from .ops import *  # noqa: F403
 from .types import ScaledTensor, Support
 

@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import platform
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
@@ -38,7 +36,6 @@ __all__ = [
     "BackendError",
     "Unsupported",
     "backends",
-    "build_info",
     "chosen",
     "current_backend",
     "run",
@@ -308,27 +305,3 @@ def _op_support(op: str, backend: str, shapes: dict[str, Any]) -> Support:
     if backend == "cpu":
         return Support(True, "PyTorch reference path (no native kernel)")
     return Support(False, f"the {backend} backend has no implementation of {op}")
-
-
-def build_info() -> dict[str, Any]:
-    """What this build consists of and where it runs, for bug reports.
-
-    version, python, torch   of the package and its surroundings
-    compiler                 of the compiled library, or why there is none
-    backends                 {name: reason}, "no: " before those that cannot run
-    cpu                      what `dskernels.cpu.info()` reports of the native kernels' targets
-    cuda_kernels             names of the cubins shipped in dskernels/_kernels
-    """
-    core = _module("_C")
-    cpu = _module("cpu")
-    info = getattr(cpu, "info", None)
-    kernels = Path(__file__).parent / "_kernels"
-    return {
-        "version": importlib.import_module(__package__).__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "compiler": core.compiler if core else _backend_support("cpu").reason,
-        "backends": {k: ("" if s else "no: ") + s.reason for k, s in backends().items()},
-        "cpu": info() if info else {},
-        "cuda_kernels": sorted(p.stem for p in kernels.glob("*.cubin")),
-    }

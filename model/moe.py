@@ -93,10 +93,33 @@ class Experts(nn.Module):
         width = config.moe_intermediate_size
         self.w13 = Weight(experts, 2 * width, d, row_parts=2)
         self.w2 = Weight(experts, d, width, pad_cols=True)
+        self.group: dsk.ep.Group | None = None  # experts spread over its ranks; None: all are here
 
     def forward(self, x, topk_idx, topk_weights) -> torch.Tensor:
         """x [t, d], topk_idx and topk_weights [t, k] -> [t, d]."""
-        return dsk.moe_experts(x, self.w13.value(), self.w2.value(), topk_idx, topk_weights)
+        if self.group is None:
+            return dsk.moe_experts(x, self.w13.value(), self.w2.value(), topk_idx, topk_weights)
+        # Tokens travel to their experts and results back; a rank keeps its own experts only.
+        got = dsk.ep.dispatch(self.group, x, topk_idx, topk_weights)
+        y = dsk.moe_experts(
+            got.x, self.w13.value(), self.w2.value(), got.topk_idx, got.topk_weights
+        )
+        return dsk.ep.combine(self.group, y, got)[0]
+
+    def distribute(self, group: dsk.ep.Group) -> None:
+        """Keep only the experts of this rank of `group`, and exchange tokens with the others.
+
+        Every rank must hold the same weights before, and call the layer in step with the others
+        afterwards, each with tokens of its own (as many as it likes, also none)."""
+        if self.w13.is_fp8:
+            raise NotImplementedError("distribute: expected bf16 or fp32 experts, got FP8")
+        first = sum(group.experts_of_rank[: group.rank])
+        mine = slice(first, first + group.num_local_experts)
+        for weight in (self.w13, self.w2):
+            weight.weight = nn.Parameter(
+                weight.weight.detach()[mine].clone(), weight.weight.requires_grad
+            )
+        self.group = group
 
 
 class MoE(nn.Module):

@@ -14,7 +14,7 @@ from ops_support import planted_modules
 
 import dskernels as dsk
 from dskernels import backend as dsk_backend
-from dskernels import env
+from dskernels import build, env
 
 ROOT = Path(__file__).resolve().parent.parent
 X = torch.arange(8.0).reshape(2, 4)
@@ -237,7 +237,31 @@ def test_build_info_names_versions_and_backends():
     assert set(info["backends"]) == set(dsk_backend.BACKENDS)
     for name, support in dsk.backends().items():
         assert info["backends"][name].startswith("no: ") is not support.ok
-    assert isinstance(info["cuda_kernels"], list)
+    assert info["cuda_driver"]  # a release, or why there is none
+
+
+def test_build_info_tells_what_ptxas_said_of_every_kernel():
+    kernels = dsk.build_info()["cuda_kernels"]
+    assert sorted(kernels) == sorted(p.stem for p in build.KERNELS.glob("*.cubin"))
+    for figures in kernels.values():
+        assert 16 <= figures["registers"] <= 255 and figures["threads"] in range(32, 1025, 32)
+        assert figures["registers"] * figures["threads"] <= 65536 and figures["bytes"] > 1000
+        assert figures["spill_stores"] == figures["spill_loads"] == figures["stack"] == 0
+    if kernels:
+        info = dsk.build_info()
+        assert info["cuda_toolkit"] >= "12.8" and info["cuda_driver_needed"] == "13.0"
+
+
+def test_ptxas_figures():
+    report = """ptxas info    : Compiling entry function 'f' for 'sm_90a'
+    24 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 1088 bytes smem
+"""
+    expected = dict(registers=168, stack=24, spill_stores=8, spill_loads=16, static_smem=1088)
+    assert build.ptxas_figures(report) == expected
+    assert build.ptxas_figures(report.replace(", 1088 bytes smem", ""))["static_smem"] == 0
+    with pytest.raises(ValueError, match=r"report: expected '.*spill loads' in ptxas' report"):
+        build.ptxas_figures(report.replace("16 bytes spill loads", ""))
 
 
 # ---- environment -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from cpu_targets import TARGETS, relative_error, use_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dskernels.cpu import moe, pack, rowwise
+from dskernels.cpu import moe, pack, packing, rowwise
 from dskernels.ref import moe as ref
 
 
@@ -80,6 +80,34 @@ def test_w8a16_against_fp64(target, tokens):
     x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
     got = moe.moe_experts(x, w13, w2, idx, weights, quantize_activations=False)
     assert_close_to_exact(got, x, w13, w2, idx, weights, 2e-3)
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_weights_too_large_to_keep_packed(target, monkeypatch, quantize):
+    """One expert after the other, and only those that a token chose; the same result."""
+    packs = []
+
+    def counting(weight):
+        packs.append(tuple(weight.shape))
+        return pack(weight)
+
+    w13, w2 = layer(6, 256, 128)
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(7)).bfloat16()
+    idx, weights = routing(9, 2, 6)
+    idx[idx == 4] = 5
+    chosen = len(set(idx.flatten().tolist()) - {-1})
+    monkeypatch.setattr(packing, "_CACHE_BYTES", w13.data.nbytes + w2.data.nbytes - 1)
+    monkeypatch.setattr(packing, "pack", counting)
+    moe.moe_experts(x, w13, w2, idx, weights, quantize_activations=quantize)
+    assert len(packs) == 2  # together they are too large, each alone is kept
+    monkeypatch.setattr(packing, "_CACHE_BYTES", 0)
+    packs.clear()
+    got = moe.moe_experts(x, w13, w2, idx, weights, quantize_activations=quantize)
+    assert sorted(packs) == sorted([(256, 256), (256, 128)] * chosen)
+    if quantize:
+        assert_same_up_to_quantisation(got, x, w13, w2, idx, weights)
+    else:
+        assert_close_to_exact(got, x, w13, w2, idx, weights, 2e-3)
 
 
 def test_every_token_to_one_expert_and_none(target):

@@ -5,22 +5,17 @@ A launch with a hazard (race, missing proxy fence, out-of-bounds or uninitialise
 "no hazards" is part of every call here.
 """
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from backend_axis import need
 from test_gemm import exact_gemm, scaled_operands
 
 import dskernels as dsk
+from dskernels.cuda import launchers
 from dskernels.cuda.gemm import forced_kernel
 from dskernels.ref import gemm as ref
 from dskernels.ref import rowwise
 from dskernels.testing import assert_bitwise_equal, calc_diff, guarded_empty
-
-TABLE = Path(__file__).resolve().parent.parent / "csrc/cuda/instances/gemm.def"
-SHIPPED = re.findall(r"^DSK_KERNEL\((gemm_fp8_\w+),", TABLE.read_text(), re.M)
 
 
 @pytest.fixture(autouse=True)
@@ -38,23 +33,39 @@ def check(got, exact, truth):
     assert_bitwise_equal(got, exact)
 
 
-# kernel: m, n, k, SMs. Ragged in every dimension; few SMs, so that CTAs take several tiles.
-DENSE = {
-    "gemm_fp8_dense_16": (9, 264, 656, 2),
-    "gemm_fp8_dense_32": (27, 264, 656, 2),
-    "gemm_fp8_dense_64x128": (50, 264, 656, 2),
-    "gemm_fp8_dense_128x128": (200, 248, 528, 1),
-    "gemm_fp8_dense_128x192": (392, 392, 400, 4),
-}
+ALONE, SHARED_A, SHARED_B = {}, {"pair_n": 2}, {"pair_m": 2}
+
+# kernel, cluster, m, n, k, SMs. Ragged everywhere; few SMs, so that CTAs take several tiles.
+DENSE = [
+    ("gemm_fp8_tokens_16", ALONE, 25, 264, 656, 2),
+    ("gemm_fp8_tokens_32", ALONE, 40, 264, 656, 2),
+    ("gemm_fp8_64x64", ALONE, 70, 136, 528, 2),
+    ("gemm_fp8_64x64", SHARED_B, 70, 136, 528, 2),
+    ("gemm_fp8_64x128", ALONE, 70, 264, 656, 2),
+    ("gemm_fp8_64x128", SHARED_A, 70, 264, 656, 2),
+    ("gemm_fp8_128x64", ALONE, 130, 136, 528, 1),
+    ("gemm_fp8_128x64", SHARED_A, 130, 200, 400, 2),
+    ("gemm_fp8_128x128", ALONE, 200, 248, 528, 1),
+    ("gemm_fp8_128x128", SHARED_B, 300, 136, 400, 2),
+    ("gemm_fp8_128x192", ALONE, 130, 392, 272, 1),
+    ("gemm_fp8_128x192", SHARED_A, 130, 392, 272, 2),
+    ("gemm_fp8_128x192", SHARED_B, 300, 392, 272, 2),
+]
+
+
+def name_of(value):
+    """Test ids: the kernel's name and what its pairs share."""
+    if isinstance(value, dict):
+        return "+".join(value) or "alone"
+    return value if isinstance(value, str) else str(value)
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("kernel", DENSE)
-def test_dense(kernel, out_dtype):
-    m, n, k, num_sms = DENSE[kernel]
+@pytest.mark.parametrize("kernel,cluster,m,n,k,num_sms", DENSE, ids=name_of)
+def test_dense(kernel, cluster, m, n, k, num_sms, out_dtype):
     a, b = scaled_operands(m, n, k)
     out, canaries = guarded((m, n), out_dtype)
-    with forced_kernel(kernel):
+    with forced_kernel(kernel, **cluster):
         dsk.gemm(a, b, out=out, num_sms=num_sms, backend="emu")
     canaries()
     exact = ref.gemm(a, b, accumulate="hopper", out_dtype=out_dtype)
@@ -63,9 +74,13 @@ def test_dense(kernel, out_dtype):
 
 # kernel: rows, k, ways. The last share of k is shorter than the others, or empty.
 SPLIT = {
-    "gemm_fp8_dense_16": (9, 1040, 4),
-    "gemm_fp8_dense_32": (30, 528, 2),
-    "gemm_fp8_dense_64x128": (60, 1152, 8),
+    "gemm_fp8_tokens_16": (9, 1040, 4),
+    "gemm_fp8_tokens_32": (30, 528, 2),
+    "gemm_fp8_64x64": (60, 528, 2),
+    "gemm_fp8_64x128": (60, 1152, 8),
+    "gemm_fp8_128x64": (130, 528, 2),
+    "gemm_fp8_128x128": (130, 528, 4),
+    "gemm_fp8_128x192": (130, 272, 2),
 }
 
 
@@ -78,43 +93,45 @@ def test_split_k_is_summed_in_order(kernel, addends):
     if addends:
         options = {"c": torch.randn(m, n), "bias": torch.randn(n).bfloat16()}
     out, canaries = guarded((m, n))
-    with forced_kernel(kernel, ways):
+    with forced_kernel(kernel, split=ways):
         dsk.gemm(a, b, out=out, backend="emu", **options)
     canaries()
     exact = exact_gemm(a, b, split=ways, **options)
     check(out, exact, ref.gemm(a, b, accumulate="fp64", **options))
 
 
-GROUPS = {
-    "gemm_fp8_contiguous_64x128": ([50, 0, 3, 64], 2),
-    "gemm_fp8_contiguous_128x128": ([200, 0, 130, 5], 2),
-}
+GROUPS = [
+    ("gemm_fp8_64x64", ALONE, [50, 0, 3, 64]),
+    ("gemm_fp8_64x128", SHARED_B, [50, 0, 3, 64]),
+    ("gemm_fp8_128x64", SHARED_B, [130, 0, 3]),
+    ("gemm_fp8_128x128", SHARED_A, [200, 0, 130, 5]),
+    ("gemm_fp8_128x192", SHARED_A, [130, 0, 5]),
+]
 
 
-@pytest.mark.parametrize("kernel", GROUPS)
-def test_contiguous(kernel):
-    sizes, num_sms = GROUPS[kernel]
+@pytest.mark.parametrize("kernel,cluster,sizes", GROUPS, ids=name_of)
+def test_contiguous(kernel, cluster, sizes):
     m, n, k, g = sum(sizes) + 3, 392, 272, len(sizes)
     a, b = scaled_operands(m, n, k, groups=(g,))
     out, canaries = guarded((m, n))
-    with forced_kernel(kernel):
-        dsk.grouped_gemm(a, b, group_sizes=sizes, out=out, num_sms=num_sms, backend="emu")
+    with forced_kernel(kernel, **cluster):
+        dsk.grouped_gemm(a, b, group_sizes=sizes, out=out, num_sms=2, backend="emu")
     canaries()
     exact = ref.grouped_gemm(a, b, group_sizes=sizes, accumulate="hopper")
     check(out, exact, ref.grouped_gemm(a, b, group_sizes=sizes, accumulate="fp64"))
 
 
-MASKED = {
-    "gemm_fp8_masked_16": ([3, 0, 20, 16], 4),
-    "gemm_fp8_masked_32": ([3, 0, 40, 32], 4),
-    "gemm_fp8_masked_64x128": ([50, 0, 64, 70], 4),
-    "gemm_fp8_masked_128x128": ([200, 0, 3, 128], 2),
-}
+MASKED = [
+    ("gemm_fp8_tokens_16", ALONE, [3, 0, 20, 16]),
+    ("gemm_fp8_tokens_32", ALONE, [3, 0, 40, 32]),
+    ("gemm_fp8_64x64", SHARED_A, [50, 0, 64, 70]),
+    ("gemm_fp8_64x128", ALONE, [50, 0, 64, 70]),
+    ("gemm_fp8_128x128", SHARED_A, [200, 0, 3]),
+]
 
 
-@pytest.mark.parametrize("kernel", MASKED)
-def test_masked(kernel):
-    counts, num_sms = MASKED[kernel]
+@pytest.mark.parametrize("kernel,cluster,counts", MASKED, ids=name_of)
+def test_masked(kernel, cluster, counts):
     max_m, n, k, g = max(counts) + 2, 264, 272, len(counts)
     b = rowwise.quantize(torch.randn(g, n, k), (128, 128))
     a = rowwise.quantize(torch.randn(g, max_m, k))
@@ -122,8 +139,8 @@ def test_masked(kernel):
     masked_m = torch.tensor(counts, dtype=torch.int32)
     out, canaries = guarded((g, max_m, n))
     options = {"masked_m": masked_m}
-    with forced_kernel(kernel):
-        dsk.grouped_gemm(a, b, out=out, num_sms=num_sms, backend="emu", **options)
+    with forced_kernel(kernel, **cluster):
+        dsk.grouped_gemm(a, b, out=out, num_sms=2, backend="emu", **options)
     canaries()
     exact = ref.grouped_gemm(a, b, accumulate="hopper", **options)
     truth = ref.grouped_gemm(a, b, accumulate="fp64", **options)
@@ -243,6 +260,7 @@ def test_swiglu(form, epilogue, i):
 
 
 def test_every_shipped_kernel_is_tested_here():
-    swiglu = {"gemm_fp8_contiguous_swiglu", "gemm_fp8_masked_swiglu"}
-    tested = {*DENSE, *GROUPS, *MASKED, *swiglu, "gemm_fp8_along_k_128x128"}
-    assert tested == set(SHIPPED)
+    tested = {case[0] for case in (*DENSE, *GROUPS, *MASKED)}
+    assert tested | {"gemm_fp8_along_k_128x128", "gemm_fp8_swiglu"} == set(
+        launchers().gemm_kernels()
+    )

@@ -315,20 +315,46 @@ def test_compiled_rules_are_the_python_rules(rule, data):
     assert compiled == python
 
 
+@pytest.mark.parametrize(
+    "pages,length,fits",
+    [
+        ([2, 9], 4, True),  # the second page is not read
+        ([2, 9], 5, False),
+        ([2, 0], 8, True),
+        ([2, 0], 9, False),
+        ([3, 0], 1, False),  # pages are 0 .. 2
+        ([3, 0], 0, True),
+        ([-1, 0], 1, False),
+        ([0, 0], -1, False),
+    ],
+)
+def test_edges_of_the_page_rule(pages, length, fits):
+    table, lens = torch.tensor([[0, 1], pages]), torch.tensor([8, length])
+    assert _C.ops.pages_fit(table, lens, 4, 3) is fits
+    native, python = both(
+        pytest.MonkeyPatch.context, _values.pages, "op", torch.empty(3, 4, 8), table, lens
+    )
+    assert native == python and isinstance(native, list) is fits
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_compiled_page_rule_is_the_python_rule(data):
     batch, columns = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
     page, count = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 4))
     dtype = data.draw(WIDTHS)
-    cells = st.one_of(st.integers(0, 4), st.integers(0, 2), integers(dtype))
+    # Mostly in range: one bad value hides what the rule does with the others.
+    cells = st.one_of(
+        *[st.integers(0, max(count - 1, 0))] * 4, st.integers(0, count), integers(dtype)
+    )
     cell_values = data.draw(
         st.lists(cells, min_size=batch * columns, max_size=batch * columns), "table"
     )
     table = torch.tensor(cell_values, dtype=dtype).view(batch, columns)
     if data.draw(st.booleans()):
         table = table.t().contiguous().t()
-    length_values = data.draw(st.lists(st.integers(-1, 10), min_size=batch, max_size=batch), "lens")
+    lengths = st.one_of(*[st.integers(0, columns * page)] * 4, st.integers(-1, columns * page + 1))
+    length_values = data.draw(st.lists(lengths, min_size=batch, max_size=batch), "lens")
     lens = torch.tensor(length_values, dtype=data.draw(WIDTHS))
     cache = torch.empty(count, page, 8)
     rule = _values.pages

@@ -18,7 +18,7 @@ CPP_MAY_INCLUDE = {
     "cuda/kernels": {"cuda/tile", "cuda/ptx", "cuda/params", "cuda", "proto"},
     "cuda/tile": {"cuda/ptx", "cuda/params", "cuda"},
     "cuda/ptx": {"cuda"},
-    "cuda/params": set(),
+    "cuda/params": {"proto"},  # the exchange has one layout on every transport
     "cuda": set(),
     "comm": {"emu", "proto"},
     "device": {"emu"},

@@ -204,7 +204,7 @@ class PyExchange {
   }
   std::unique_ptr<Region> take_region() { return region(exchange_.take_region()); }
 
-  // -> (handle, region, field offsets)
+  // -> (handle, region, offsets: data, records, bytes of a record, and of its fields)
   py::tuple dispatch(py::handle x, py::handle scale, py::handle topk_idx, py::handle weights,
                      double seconds) {
     const TensorArg x_("x", x), scale_("scale", scale), idx_("topk_idx", topk_idx);
@@ -229,9 +229,10 @@ class PyExchange {
     });
     const proto::GroupShape& shape = exchange_.shape();
     const auto fields = proto::RegionLayout::of(in.shape, shape.ranks * shape.max_tokens);
-    return py::make_tuple(handle, region(handle->region),
-                          py::make_tuple(fields.x, fields.scale, fields.topk_idx,
-                                         fields.topk_weights, fields.source));
+    return py::make_tuple(
+        handle, region(handle->region),
+        py::make_tuple(fields.x, fields.records, fields.record_bytes, fields.scale, fields.topk_idx,
+                       fields.topk_weights, fields.source));
   }
 
   void combine(const Handle& handle, py::handle y, py::handle weights, py::handle bias,
@@ -382,6 +383,8 @@ void dsk::api::bind_comm(pybind11::module_& m) {
   comm.attr("max_ranks") = dsk::proto::kMaxRanks;
   comm.attr("max_topk") = dsk::proto::kMaxTopk;
   comm.attr("low_latency_depth") = dsk::proto::kLowLatencyDepth;
+  comm.def("must_be_received", &dsk::proto::must_be_received);
+  comm.def("low_latency_copy", &dsk::proto::low_latency_copy);
   comm.def("copy_isa", &copy_isa);
   comm.def("window_bytes", &PyExchange::window_bytes);
   comm.def(

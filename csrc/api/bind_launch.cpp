@@ -23,6 +23,8 @@ void bind_launch(py::module_& m) {
   bind_launch_rowwise(launch);
   bind_launch_gemm(launch);
   bind_launch_mla(launch);
+  bind_launch_ep(launch);
+  bind_launch_moe(launch);
 }
 
 }  // namespace dsk::api

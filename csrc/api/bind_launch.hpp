@@ -15,6 +15,8 @@ namespace dsk::api {
 void bind_launch_rowwise(pybind11::module_& launch);
 void bind_launch_gemm(pybind11::module_& launch);
 void bind_launch_mla(pybind11::module_& launch);
+void bind_launch_ep(pybind11::module_& launch);
+void bind_launch_moe(pybind11::module_& launch);
 
 inline launch::Context& context_of(const std::string& machine, int ordinal) {
   if (machine == "cuda") return launch::context(launch::Machine::kCuda, ordinal);

@@ -1,7 +1,10 @@
 // The launchers of csrc/cuda/launch/gemm.hpp, for Python.
 #include "cuda/launch/gemm.hpp"
 
+#include <pybind11/stl.h>
+
 #include <tuple>
+#include <vector>
 
 #include "api/bind_launch.hpp"
 
@@ -34,12 +37,20 @@ launch::GemmTensor tensor_of(const TensorArgument& argument) {
   return {pointer<void>(address), type_of(type), pointer<float>(scale), ld_scale};
 }
 
+// (kernel, pair_m, pair_n, split); an empty kernel leaves the choice to the launcher.
+using ForceArgument = std::tuple<std::string, int, int, int>;
+
+launch::GemmForce force_of(const ForceArgument& argument) {
+  const auto& [kernel, pair_m, pair_n, split] = argument;
+  return {kernel, {pair_m, pair_n, split}};
+}
+
 void gemm_fp8(const std::string& machine, int ordinal, uint64_t stream, const std::string& kind,
               uint64_t a, uint64_t sfa, uint64_t b, uint64_t sfb, const TensorArgument& d,
               const TensorArgument& c, const TensorArgument& bias, uint64_t group_rows,
               uint64_t runs, int m, int n, int k, int expected_m, int num_groups, int64_t lda,
               int64_t ldb, int64_t ld_sfa, int64_t ld_sfb, int num_sms, bool swiglu,
-              bool deterministic, const std::string& forced_kernel, int forced_split) {
+              bool deterministic, const ForceArgument& force) {
   launch::GemmFp8Args args;
   args.kind = kind_of(kind);
   args.a = pointer<void>(a);
@@ -63,8 +74,7 @@ void gemm_fp8(const std::string& machine, int ordinal, uint64_t stream, const st
   args.num_sms = num_sms;
   args.swiglu = swiglu;
   args.deterministic = deterministic;
-  args.forced_kernel = forced_kernel;
-  args.forced_split = forced_split;
+  args.force = force_of(force);
   launch::gemm_fp8(context_of(machine, ordinal), args, stream_of(stream));
 }
 
@@ -86,30 +96,22 @@ launch::GemmProblem problem_of(const std::string& kind, int m, int n, int k, int
   return problem;
 }
 
-py::dict describe(const launch::GemmConfig& config) {
-  py::dict result;
-  result["kernel"] = config.kernel;
-  result["swapped"] = config.swapped;
-  result["block_m"] = config.block_m;
-  result["block_n"] = config.block_n;
-  result["num_stages"] = config.num_stages;
-  result["threads"] = config.threads;
-  result["shared_bytes"] = config.shared_bytes;
-  result["pair_m"] = config.pair_m;
-  result["pair_n"] = config.pair_n;
-  result["can_split"] = config.can_split;
-  return result;
-}
-
 py::dict gemm_config(const std::string& kind, int m, int n, int k, int num_groups, int num_sms,
-                     bool swiglu, bool deterministic) {
+                     bool swiglu, bool deterministic, const ForceArgument& force) {
   launch::GemmProblem problem = problem_of(kind, m, n, k, num_groups, num_sms);
   problem.swiglu = swiglu;
   problem.deterministic = deterministic;
-  const launch::GemmChoice choice = launch::choose_gemm(problem);
-  py::dict result = describe(choice.config);
-  result["split"] = choice.split;
-  result["cluster"] = choice.cluster;
+  const launch::GemmChoice choice = launch::choose_gemm(problem, force_of(force));
+  py::dict result;
+  result["kernel"] = choice.config.kernel;
+  result["block_m"] = choice.config.block_m;
+  result["block_n"] = choice.config.block_n;
+  result["num_stages"] = choice.config.num_stages;
+  result["threads"] = choice.config.threads;
+  result["shared_bytes"] = choice.config.shared_bytes;
+  result["pair_m"] = choice.cluster.pair_m;
+  result["pair_n"] = choice.cluster.pair_n;
+  result["split"] = choice.cluster.split;
   result["raster"] = choice.raster;
   result["num_ctas"] = choice.num_ctas;
   result["tiles"] = choice.tiles;
@@ -121,13 +123,18 @@ py::dict gemm_config(const std::string& kind, int m, int n, int k, int num_group
 double gemm_cycles(const std::string& kind, int m, int n, int k, int num_groups, int num_sms,
                    int block_m, int block_n, bool swapped, int pair_m, int pair_n, int split) {
   launch::GemmConfig config;
-  config.kind = kind_of(kind);
-  config.swapped = swapped;
+  if (kind == "along_k") config.family = launch::GemmFamily::kColumns;
+  if (swapped) config.family = launch::GemmFamily::kSwapped;
   config.block_m = block_m;
   config.block_n = block_n;
-  config.pair_m = pair_m;
-  config.pair_n = pair_n;
-  return launch::gemm_cycles(problem_of(kind, m, n, k, num_groups, num_sms), config, split);
+  return launch::gemm_cycles(problem_of(kind, m, n, k, num_groups, num_sms), config,
+                             {pair_m, pair_n, split});
+}
+
+std::vector<std::string> gemm_kernels() {
+  std::vector<std::string> names;
+  for (const launch::GemmConfig& config : launch::gemm_configs()) names.push_back(config.kernel);
+  return names;
 }
 
 }  // namespace
@@ -138,12 +145,14 @@ void bind_launch_gemm(py::module_& launch) {
   launch.def("gemm_fp8", &gemm_fp8, "machine"_a, "ordinal"_a, "stream"_a, "kind"_a, "a"_a, "sfa"_a,
              "b"_a, "sfb"_a, "d"_a, "c"_a, "bias"_a, "group_rows"_a, "runs"_a, "m"_a, "n"_a, "k"_a,
              "expected_m"_a, "num_groups"_a, "lda"_a, "ldb"_a, "ld_sfa"_a, "ld_sfb"_a, "num_sms"_a,
-             "swiglu"_a, "deterministic"_a, "forced_kernel"_a, "forced_split"_a, release);
+             "swiglu"_a, "deterministic"_a, "force"_a, release);
   launch.def("gemm_runs", &gemm_runs, "machine"_a, "ordinal"_a, "stream"_a, "m_indices"_a, "runs"_a,
              "rows"_a, release);
   launch.def("gemm_config", &gemm_config, "kind"_a, "m"_a, "n"_a, "k"_a, "num_groups"_a = 1,
              "num_sms"_a = 132, "swiglu"_a = false, "deterministic"_a = false,
+             "force"_a = ForceArgument{"", 1, 1, 1},
              "The launch configuration of a shape, and the reason for it.");
+  launch.def("gemm_kernels", &gemm_kernels, "Names of the shipped FP8 instances.");
   launch.def("gemm_cycles", &gemm_cycles, "kind"_a, "m"_a, "n"_a, "k"_a, "num_groups"_a,
              "num_sms"_a, "block_m"_a, "block_n"_a, "swapped"_a = false, "pair_m"_a = 1,
              "pair_n"_a = 1, "split"_a = 1,

@@ -28,7 +28,8 @@ void mla_decode(const std::string& machine, int ordinal, uint64_t stream, uint64
                 uint64_t block_table, uint64_t seq_lens, uint64_t parts, uint64_t num_splits,
                 uint64_t out, uint64_t lse, uint64_t out_partial, uint64_t lse_partial, int b,
                 int s, int h, int pages, int page, int max_pages, int64_t ld_page, int64_t ld_token,
-                int num_parts, int max_splits, int split_blocks, bool causal, float softmax_scale) {
+                int num_parts, int max_splits, int split_blocks, bool fp8, bool causal,
+                float softmax_scale) {
   launch::MlaDecodeArgs args;
   args.q = pointer<void>(q);
   args.kv = pointer<void>(kv);
@@ -51,6 +52,7 @@ void mla_decode(const std::string& machine, int ordinal, uint64_t stream, uint64
   args.num_parts = num_parts;
   args.max_splits = max_splits;
   args.split_blocks = split_blocks;
+  args.fp8 = fp8;
   args.causal = causal;
   args.softmax_scale = softmax_scale;
   launch::mla_decode(context_of(machine, ordinal), args, stream_of(stream));
@@ -69,7 +71,7 @@ void bind_launch_mla(py::module_& launch) {
              "block_table"_a, "seq_lens"_a, "parts"_a, "num_splits"_a, "out"_a, "lse"_a,
              "out_partial"_a, "lse_partial"_a, "b"_a, "s"_a, "h"_a, "pages"_a, "page"_a,
              "max_pages"_a, "ld_page"_a, "ld_token"_a, "num_parts"_a, "max_splits"_a,
-             "split_blocks"_a, "causal"_a, "softmax_scale"_a, release);
+             "split_blocks"_a, "fp8"_a, "causal"_a, "softmax_scale"_a, release);
 }
 
 }  // namespace dsk::api

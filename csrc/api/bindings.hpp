@@ -11,6 +11,7 @@ void bind_comm(pybind11::module_& m);
 void bind_device(pybind11::module_& m);
 void bind_launch(pybind11::module_& m);
 void bind_emu(pybind11::module_& m);
+void bind_emu_timing(pybind11::module_& m);
 void bind_emu_num(pybind11::module_& m);
 
 }  // namespace dsk::api

@@ -18,5 +18,6 @@ PYBIND11_MODULE(_C, m) {
   dsk::api::bind_device(m);
   dsk::api::bind_launch(m);
   dsk::api::bind_emu(m);
+  dsk::api::bind_emu_timing(m);
   dsk::api::bind_emu_num(m);
 }

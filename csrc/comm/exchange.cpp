@@ -116,6 +116,29 @@ void Exchange::check_row(const char* name, int64_t row_bytes) const {
             shape_.max_row_bytes, " bytes, as the group was made for, got ", row_bytes);
 }
 
+ScaleReader::ScaleReader(const Rows& scale, int64_t element_stride, int64_t bytes, int64_t tokens)
+    : data_(static_cast<const std::byte*>(scale.data)),
+      stride_(scale.stride),
+      element_stride_(element_stride),
+      bytes_(bytes),
+      tokens_(tokens),
+      block_(element_stride == 4 ? 0 : static_cast<size_t>(kBlock * bytes)) {}
+
+const void* ScaleReader::row(int64_t token) {
+  if (block_.empty()) return data_ + token * stride_;
+  if (token < begin_ || token >= begin_ + kBlock) {
+    begin_ = token / kBlock * kBlock;
+    const int64_t count = std::min(kBlock, tokens_ - begin_);
+    for (int64_t i = 0; i < bytes_ / 4; ++i) {
+      const std::byte* column = data_ + begin_ * stride_ + i * element_stride_;
+      for (int64_t t = 0; t < count; ++t) {
+        std::memcpy(block_.data() + t * bytes_ + 4 * i, column + t * stride_, 4);
+      }
+    }
+  }
+  return block_.data() + (token - begin_) * bytes_;
+}
+
 // ---- dispatch ----
 
 Handle Exchange::dispatch(const DispatchInput& in, Deadline deadline) {
@@ -144,8 +167,13 @@ Handle Exchange::dispatch(const DispatchInput& in, Deadline deadline) {
   }
   const proto::RegionLayout fields =
       proto::RegionLayout::of(in.shape, shape_.ranks * shape_.max_tokens);
-  const auto* source = reinterpret_cast<const int64_t*>(region(handle.region) + fields.source);
-  handle.source.assign(source, source + 2 * handle.rows);
+  if (!direct()) {  // the way back by puts needs the rows' sources
+    const std::byte* record = region(handle.region) + fields.records + fields.source;
+    handle.source.resize(static_cast<size_t>(2 * handle.rows));
+    for (int64_t i = 0; i < handle.rows; ++i, record += fields.record_bytes) {
+      std::memcpy(handle.source.data() + 2 * i, record, 16);
+    }
+  }
   return handle;
 }
 
@@ -230,14 +258,29 @@ void Exchange::send_rows(const DispatchInput& in, Handle& handle,
     for (size_t e = 0; e < handle.mentions.size(); ++e) handle.mentions[e] += counts[e];
   });
   // Token by token: a row is read from memory once, however many ranks it goes to.
-  std::vector<std::byte> scratch;
+  std::vector<std::byte> record(fields.record_bytes);
+  ScaleReader scales(in.scale, in.scale_element_stride, in.shape.scale_bytes, in.tokens);
   for (int64_t t = 0; t < in.tokens; ++t) {
+    uint64_t rest = handle.goes_to[static_cast<size_t>(t)];
+    if (rest == 0) continue;
+    if (in.shape.scale_bytes > 0) {
+      std::memcpy(record.data() + fields.scale, scales.row(t),
+                  static_cast<size_t>(in.shape.scale_bytes));
+    }
+    const int64_t source[2] = {me(), t};
+    std::memcpy(record.data() + fields.source, source, sizeof source);
+    const void* row_data = static_cast<const std::byte*>(in.x.data) + t * in.x.stride;
     int64_t at = handle.row_begin[static_cast<size_t>(t)];
-    for (uint64_t rest = handle.goes_to[static_cast<size_t>(t)]; rest != 0; rest &= rest - 1) {
+    for (; rest != 0; rest &= rest - 1) {
       const int peer = std::countr_zero(rest);
       int32_t& row = handle.row_at[static_cast<size_t>(at++)];
       row += static_cast<int32_t>(base[peer]);
-      send_row(in, t, peer, row, fields, regions[peer], scratch);
+      const auto place = static_cast<uint64_t>(row);
+      const auto row_bytes = static_cast<uint64_t>(in.shape.row_bytes);
+      transport_.put(peer, regions[peer] + fields.x + place * row_bytes, row_data, row_bytes);
+      address_record(in, t, peer, fields, record);
+      transport_.put(peer, regions[peer] + fields.records + place * fields.record_bytes,
+                     record.data(), fields.record_bytes);
     }
   }
   for_alive([&](int peer) {
@@ -246,45 +289,30 @@ void Exchange::send_rows(const DispatchInput& in, Handle& handle,
   });
 }
 
-void Exchange::send_row(const DispatchInput& in, int64_t token, int peer, int64_t row,
-                        const proto::RegionLayout& fields, uint64_t base,
-                        std::vector<std::byte>& scratch) {
-  const auto put = [&](uint64_t field, int64_t bytes, const void* data) {
-    transport_.put(peer, base + field + static_cast<uint64_t>(row * bytes), data,
-                   static_cast<uint64_t>(bytes));
-  };
-  const proto::RowShape& s = in.shape;
-  put(fields.x, s.row_bytes, static_cast<const std::byte*>(in.x.data) + token * in.x.stride);
-  if (s.scale_bytes > 0) {
-    put(fields.scale, s.scale_bytes,
-        gather_scale(in.scale, in.scale_element_stride, s.scale_bytes, token, scratch));
-  }
+// What a token's record says to one rank: the experts that live there, by local number.
+void Exchange::address_record(const DispatchInput& in, int64_t token, int peer,
+                              const proto::RegionLayout& fields,
+                              std::vector<std::byte>& record) const {
+  const int topk = in.shape.topk;
   int64_t idx[proto::kMaxTopk];
   float weights[proto::kMaxTopk];
-  for (int k = 0; k < s.topk; ++k) {
-    const int64_t expert = in.topk_idx[token * s.topk + k];
-    const bool there = expert >= 0 && experts_.rank_of(expert) == peer;
+  for (int k = 0; k < topk; ++k) {
+    const int64_t expert = in.topk_idx[token * topk + k];
+    const bool there = expert >= experts_.begin[peer] && expert < experts_.begin[peer + 1];
     idx[k] = there ? expert - experts_.begin[peer] : -1;
-    weights[k] = there && s.with_weights ? in.topk_weights[token * s.topk + k] : 0.0f;
+    weights[k] = there && in.shape.with_weights ? in.topk_weights[token * topk + k] : 0.0f;
   }
-  put(fields.topk_idx, s.topk * 8, idx);
-  if (s.with_weights) put(fields.topk_weights, s.topk * 4, weights);
-  const int64_t source[2] = {me(), token};
-  put(fields.source, 16, source);
-}
-
-const void* Exchange::gather_scale(const Rows& scale, int64_t element_stride, int64_t bytes,
-                                   int64_t token, std::vector<std::byte>& scratch) const {
-  const auto* row = static_cast<const std::byte*>(scale.data) + token * scale.stride;
-  if (element_stride == 4) return row;
-  scratch.resize(static_cast<size_t>(bytes));
-  for (int64_t i = 0; i < bytes / 4; ++i) {
-    std::memcpy(scratch.data() + 4 * i, row + i * element_stride, 4);
-  }
-  return scratch.data();
+  std::memcpy(record.data() + fields.topk_idx, idx, static_cast<size_t>(topk) * 8);
+  std::memcpy(record.data() + fields.topk_weights, weights, static_cast<size_t>(topk) * 4);
 }
 
 // ---- combine ----
+
+bool Exchange::direct() const {
+  bool all = pull_;
+  for_alive([&](int peer) { all = all && transport_.peer_window(peer) != nullptr; });
+  return all;
+}
 
 void Exchange::combine(const Handle& handle, const CombineInput& in, Deadline deadline) {
   begin("combine");
@@ -292,9 +320,7 @@ void Exchange::combine(const Handle& handle, const CombineInput& in, Deadline de
   DSK_CHECK(handle.alive == alive_,
             "handle: expected one of a dispatch with the ranks that are "
             "alive now; after recover() dispatch again");
-  bool direct = pull_;
-  for_alive([&](int peer) { direct = direct && transport_.peer_window(peer) != nullptr; });
-  direct ? combine_by_pull(handle, in, deadline) : combine_by_push(handle, in, deadline);
+  direct() ? combine_by_pull(handle, in, deadline) : combine_by_push(handle, in, deadline);
 }
 
 void Exchange::sum_token(const Handle& handle, const CombineInput& in, int64_t token,

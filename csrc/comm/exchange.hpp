@@ -107,6 +107,20 @@ struct LowLatencyHandle {
   std::vector<int32_t> count;
 };
 
+// Scales of one token after another as contiguous rows. MN-major scales are transposed a few tokens
+// at a time: column by column they would touch one cache line per scale and token, all in one set.
+class ScaleReader {
+ public:
+  ScaleReader(const Rows& scale, int64_t element_stride, int64_t bytes, int64_t tokens);
+  const void* row(int64_t token);
+
+ private:
+  static constexpr int64_t kBlock = 16;
+  const std::byte* data_;
+  int64_t stride_, element_stride_, bytes_, tokens_, begin_ = -kBlock;
+  std::vector<std::byte> block_;
+};
+
 class Exchange {
  public:
   Exchange(Transport& transport, const proto::GroupShape& shape, const proto::Experts& experts,
@@ -175,10 +189,9 @@ class Exchange {
   std::vector<const proto::Notice*> read_notices(const proto::Notice& mine, Deadline deadline);
   void send_rows(const DispatchInput& in, Handle& handle,
                  const std::vector<const proto::Notice*>& notices);
-  void send_row(const DispatchInput& in, int64_t token, int peer, int64_t row,
-                const proto::RegionLayout& region, uint64_t base, std::vector<std::byte>& scratch);
-  const void* gather_scale(const Rows& scale, int64_t element_stride, int64_t bytes, int64_t token,
-                           std::vector<std::byte>& scratch) const;
+  void address_record(const DispatchInput& in, int64_t token, int peer,
+                      const proto::RegionLayout& fields, std::vector<std::byte>& record) const;
+  bool direct() const;  // every peer's window can be read
   void combine_by_pull(const Handle& handle, const CombineInput& in, Deadline deadline);
   void combine_by_push(const Handle& handle, const CombineInput& in, Deadline deadline);
   void sum_token(const Handle& handle, const CombineInput& in, int64_t token,

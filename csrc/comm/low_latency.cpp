@@ -35,12 +35,10 @@ LowLatencyHandle Exchange::low_latency_send(const LowLatencyInput& in, Deadline)
   handle.topk_idx.assign(in.topk_idx, in.topk_idx + in.tokens * s.topk);
   const int copy = proto::low_latency_copy(call);
   std::vector<uint32_t> next(static_cast<size_t>(experts_.total));
-  std::vector<std::byte> scratch;
+  ScaleReader scales(in.scale, in.scale_element_stride, s.scale_bytes, in.tokens);
   for (int64_t t = 0; t < in.tokens; ++t) {
     const void* row = static_cast<const std::byte*>(in.x.data) + t * in.x.stride;
-    const void* scale = s.scale_bytes == 0 ? nullptr
-                                           : gather_scale(in.scale, in.scale_element_stride,
-                                                          s.scale_bytes, t, scratch);
+    const void* scale = s.scale_bytes > 0 ? scales.row(t) : nullptr;
     for (int k = 0; k < s.topk; ++k) {
       int64_t& expert = handle.topk_idx[static_cast<size_t>(t * s.topk + k)];
       if (expert < 0) continue;
@@ -55,7 +53,7 @@ LowLatencyHandle Exchange::low_latency_send(const LowLatencyInput& in, Deadline)
       const uint64_t at = layout_.low_latency;
       transport_.put(peer, at + low_.x + slot * static_cast<uint64_t>(shape_.max_row_bytes), row,
                      static_cast<uint64_t>(s.row_bytes));
-      if (scale != nullptr) {
+      if (s.scale_bytes > 0) {
         transport_.put(peer, at + low_.scale + slot * static_cast<uint64_t>(shape_.max_scale_bytes),
                        scale, static_cast<uint64_t>(s.scale_bytes));
       }

@@ -5,7 +5,8 @@ namespace dsk {
 
 constexpr int gemm_round_up(int bytes, int unit) { return (bytes + unit - 1) / unit * unit; }
 
-constexpr int gemm_barrier_bytes(int num_stages) { return num_stages * 2 * 8; }
+// Barriers of the ring, and the queue of tiles: 4 of 32 bytes with their barriers.
+constexpr int gemm_barrier_bytes(int num_stages) { return num_stages * 2 * 8 + 4 * (32 + 2 * 8); }
 
 // Bytes of GemmFp8Smem: ring stages of A, B and A's scales, the bf16 result tile, the barriers.
 constexpr int gemm_fp8_shared_bytes(int block_m, int block_n, int num_stages) {

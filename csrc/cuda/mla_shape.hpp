@@ -6,11 +6,15 @@ namespace dsk {
 constexpr int kMlaWidth = 576;   // values of a cached token: 512 latent, 64 RoPE
 constexpr int kMlaLatent = 512;  // of which these are also its value vector
 constexpr int kMlaRows = 64;     // query rows of a CTA
+constexpr int kMlaScaleBytes = kMlaLatent / 128 * 4;
+// A token of an FP8 cache: e4m3 latents, fp32 scales, bf16 RoPE values.
+constexpr int kMlaFp8Bytes = kMlaLatent + kMlaScaleBytes + (kMlaWidth - kMlaLatent) * 2;
 
-// Bytes of MlaDecodeSmem: Q, two blocks of 64 tokens, row statistics, barriers.
+// Bytes of MlaDecodeSmem: Q, two blocks of 64 tokens, stage, row statistics, barriers.
 constexpr int mla_decode_shared_bytes() {
   const int tile = kMlaRows * kMlaWidth * 2;
-  return (3 * tile + 4 * kMlaRows * 4 + (4 + 1) * 2 * 8 + 1023) / 1024 * 1024;
+  const int stage = 16 * kMlaLatent;
+  return (3 * tile + stage + 4 * kMlaRows * 4 + (4 + 1) * 2 * 8 + 1023) / 1024 * 1024;
 }
 
 }  // namespace dsk

@@ -230,7 +230,9 @@ bool System::Impl::pick_new(Task* task) {
     if (resident[grid.get()] >= resident_clusters(*grid, devices[grid->device])) continue;
     ++resident[grid.get()];
     task->grid = grid;
-    task->cluster = make_cluster(*grid, grid->clusters_started++);
+    const u32 next = grid->clusters_started++;
+    const auto& only = grid->config.only;
+    task->cluster = make_cluster(*grid, only.empty() ? next : only[next]);
     return true;
   }
   return false;

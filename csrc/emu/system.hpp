@@ -61,6 +61,7 @@ struct LaunchConfig {
   bool check = true;  // hazard observers on
   Numerics numerics = Numerics::Exact;
   std::vector<std::shared_ptr<Observer>> observers;
+  std::vector<u32> only;  // clusters to run, by number; empty: all (profiling runs a sample)
 };
 
 struct LaunchStats {
@@ -158,6 +159,9 @@ class System {
   void set_properties(u32 device, const DeviceProperties& p);
   void set_threads(u32 n);  // host threads for waiting; default: DSK_EMU_THREADS or cores
   void set_printer(std::function<void(const std::string&)> print);  // device printf
+  // Sees every launch before it is queued, and may change its configuration (not its shape).
+  // Empty: none. Throws Error if there is one already.
+  void set_launch_hook(std::function<void(Grid&)> hook);
 
   // Memory. Addresses are host addresses.
   u64 allocate(u32 device, u64 bytes, const std::string& name = "");

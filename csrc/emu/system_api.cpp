@@ -82,6 +82,12 @@ std::pair<u64, u64> System::symbol(u32 device, const std::shared_ptr<const Modul
   throw Error("no global variable '" + name + "' in " + m->name());
 }
 
+void System::set_launch_hook(std::function<void(Grid&)> hook) {
+  const std::lock_guard lock(impl_->mutex);
+  if (hook && impl_->launch_hook) throw Error("profiling: another profiler is on already");
+  impl_->launch_hook = std::move(hook);
+}
+
 StreamId System::create_stream(u32 device) {
   const std::lock_guard lock(impl_->mutex);
   impl_->device(device);
@@ -112,10 +118,6 @@ u64 System::launch(StreamId s, std::shared_ptr<const Module> m, const std::strin
   grid->stream = s;
   grid->program = &program;
   grid->config = config;
-  if (config.check)
-    grid->config.observers.push_back(check::make_race_checker());
-  else
-    check::GlobalMemory::instance().trust_contents();
   grid->num_sms = device.num_sms;
   grid->param_storage.reset(new u8[program.param_bytes + 256]);
   const u64 raw = reinterpret_cast<u64>(grid->param_storage.get());
@@ -129,8 +131,16 @@ u64 System::launch(StreamId s, std::shared_ptr<const Module> m, const std::strin
     check::GlobalMemory::instance().written_by_host(grid->workspace, kWorkspaceBytes);
   }
   grid->module = std::move(m);
-  grid->ctas_total = static_cast<u32>(config.grid.count());
-  grid->clusters_total = static_cast<u32>(config.grid.count() / config.cluster.count());
+  if (impl_->launch_hook) impl_->launch_hook(*grid);
+  if (grid->config.check)
+    grid->config.observers.push_back(check::make_race_checker());
+  else
+    check::GlobalMemory::instance().trust_contents();
+  const u64 cluster = config.cluster.count();
+  const u64 clusters =
+      grid->config.only.empty() ? config.grid.count() / cluster : grid->config.only.size();
+  grid->ctas_total = static_cast<u32>(clusters * cluster);
+  grid->clusters_total = static_cast<u32>(clusters);
   grid->stats.kernel = kernel;
   grid->print = impl_->print;
   Item item;

@@ -60,6 +60,7 @@ struct System::Impl {
   u64 next_grid = 1;
   u32 threads = 1;
   std::function<void(const std::string&)> print;
+  std::function<void(Grid&)> launch_hook;
   std::map<u64, LaunchStats> finished;
 
   std::vector<std::shared_ptr<Grid>> active;

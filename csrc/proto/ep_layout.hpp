@@ -51,24 +51,23 @@ struct ReturnNotice {
   int64_t row_bytes;
 };
 
-// One receive region: arrays of `capacity` rows.
+// One receive region: the data of `capacity` rows, then a record per row with all that goes along.
+// Records are whole cache lines, so that a sender streams them without reading what is there.
 struct RegionLayout {
-  uint64_t x, scale, topk_idx, topk_weights, source, bytes;
+  uint64_t x, records, record_bytes;               // of the region
+  uint64_t scale, topk_idx, topk_weights, source;  // of a record
+  uint64_t bytes;
 
   DSK_HD static constexpr RegionLayout of(const RowShape& s, int64_t capacity) {
     RegionLayout r{};
-    uint64_t at = 0;
-    r.x = at;
-    at = align_up(at + static_cast<uint64_t>(capacity * s.row_bytes), kLine);
-    r.scale = at;
-    at = align_up(at + static_cast<uint64_t>(capacity * s.scale_bytes), kLine);
-    r.topk_idx = at;  // int64 [capacity, topk], numbers local to the receiver
-    at = align_up(at + static_cast<uint64_t>(capacity * s.topk * 8), kLine);
-    r.topk_weights = at;  // fp32 [capacity, topk]
-    at = align_up(at + static_cast<uint64_t>(capacity * s.topk * 4), kLine);
-    r.source = at;  // int64 [capacity, 2]: source rank, source token
-    at = align_up(at + static_cast<uint64_t>(capacity * 16), kLine);
-    r.bytes = at;
+    r.scale = 0;
+    r.topk_idx = align_up(static_cast<uint64_t>(s.scale_bytes), 8);   // int64 [topk], local numbers
+    r.topk_weights = r.topk_idx + static_cast<uint64_t>(s.topk) * 8;  // fp32 [topk]
+    r.source = align_up(r.topk_weights + static_cast<uint64_t>(s.topk) * 4, 8);
+    r.record_bytes = align_up(r.source + 16, kLine);  // int64 [2]: source rank, source token
+    r.x = 0;
+    r.records = align_up(static_cast<uint64_t>(capacity * s.row_bytes), kLine);
+    r.bytes = r.records + static_cast<uint64_t>(capacity) * r.record_bytes;
     return r;
   }
 };

@@ -14,7 +14,7 @@ import torch
 from .. import _C
 from ..ref import gemm as ref
 from ..types import ScaledTensor
-from . import rowwise
+from . import packing, rowwise
 from .packing import PackedWeight, packed
 
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
@@ -101,7 +101,7 @@ def grouped_gemm(
             f"{tuple(b.shape)}"
         )
     sizes = ref._sizes(group_sizes, b.shape[0], a.shape[0], "rows of a")
-    weights = packed(b)
+    matrix = packing.groups(b)
     default = torch.bfloat16 if isinstance(a, ScaledTensor) else a.dtype
     wide = torch.float32 if epilogue is not None else None
     if out is not None and tuple(out.shape) != (a.shape[0], b.shape[1]) and epilogue is None:
@@ -114,7 +114,7 @@ def grouped_gemm(
             rows = slice(start, start + size)
             part_c = None if c is None else c[rows]
             part_bias = None if bias is None else bias[group]
-            _launch(_rows(a, rows), weights.group(group), part_c, part_bias, result[rows])
+            _launch(_rows(a, rows), matrix(group), part_c, part_bias, result[rows])
         start += size
     if epilogue is not None:
         return _finish(result, epilogue, out, out_dtype or default)

@@ -13,6 +13,7 @@ import torch
 from .. import _C
 from ..ref import moe as ref
 from ..types import ScaledTensor
+from . import gemm, packing, rowwise
 from .packing import PackedWeight, packed
 
 __all__ = ["moe_experts"]
@@ -49,6 +50,8 @@ def moe_experts(
             )
         w13, w2 = (w.unpack() if isinstance(w, PackedWeight) else w for w in (w13, w2))
         return ref.moe_experts(x, w13, w2, topk_idx, topk_weights)
+    if not packing.fits_cache(w13, w2):
+        return _by_expert(x, w13, w2, topk_idx, topk_weights, quantize_activations)
     first, second = packed(w13), packed(w2)
     rows = x.detach()
     rows = rows if rows.shape[-1] <= 1 or rows.stride(-1) == 1 else rows.contiguous()
@@ -65,3 +68,15 @@ def moe_experts(
         torch.get_num_threads(),
     )
     return out
+
+
+def _by_expert(x, w13, w2, topk_idx, topk_weights, quantize_activations) -> torch.Tensor:
+    """The same for weights too large to keep packed: native products of one expert after the other,
+    of which only the chosen ones are read."""
+    rows, group_sizes, row_map = ref.moe_permute(x.detach(), topk_idx, w13.shape[0])
+    epilogue = "swiglu_quant" if quantize_activations else "swiglu"
+    if quantize_activations:
+        rows = rowwise.quantize(rows)
+    hidden = gemm.grouped_gemm(rows, w13, group_sizes=group_sizes, epilogue=epilogue)
+    y = gemm.grouped_gemm(hidden, w2, group_sizes=group_sizes, out_dtype=x.dtype)
+    return ref.moe_unpermute(y, row_map, topk_weights.detach())

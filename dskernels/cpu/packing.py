@@ -7,6 +7,7 @@ import mmap
 import os
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +113,23 @@ def pack(weight: ScaledTensor) -> PackedWeight:
     marks = torch.empty(g, _C.cpu.packed_marks(n, k), dtype=torch.uint8)
     _C.cpu.pack(data, packed, marks, torch.get_num_threads())
     return PackedWeight(packed, marks, weight.scale, weight.data.shape)
+
+
+def fits_cache(*weights: ScaledTensor | PackedWeight) -> bool:
+    """Whether the packed forms of these weights can stay in the cache together."""
+    loose = [w.data.nbytes for w in weights if isinstance(w, ScaledTensor)]
+    return sum(loose) <= _CACHE_BYTES
+
+
+def groups(weight: ScaledTensor | PackedWeight) -> Callable[[int], PackedWeight]:
+    """index -> that matrix of a stack [g, n, k], packed.
+
+    A stack that does not fit the cache is packed matrix by matrix, when one is asked for: packing
+    all of it on every call would double a model's memory and read experts that no token chose.
+    """
+    if fits_cache(weight):
+        return packed(weight).group
+    return lambda i: pack(ScaledTensor(weight.data[i], weight.scale[i], weight.block))
 
 
 # Packed forms of weights that were passed unpacked, so that a model that knows nothing of packing

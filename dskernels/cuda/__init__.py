@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 from types import ModuleType
 
+from .. import env
 from ..types import Support
 
 KERNEL_DIRECTORY = Path(__file__).resolve().parent.parent / "_kernels"
@@ -31,6 +32,16 @@ def kernels_built() -> Support:
     return Support(True, f"{len(list(KERNEL_DIRECTORY.glob('*.ptx')))} kernels")
 
 
+def machine_code() -> dict[str, dict[str, int]]:
+    """Kernel -> how often each opcode stands in its cubin (QGMMA, HGMMA, LDL, ...); empty for a
+    build without nvdisasm."""
+    found = {}
+    for file in sorted(KERNEL_DIRECTORY.glob("*.sass.txt")):
+        lines = (line.split() for line in file.read_text().splitlines())
+        found[file.name.removesuffix(".sass.txt")] = {opcode: int(n) for opcode, n in lines}
+    return found
+
+
 def available() -> Support:
     """Whether a Hopper GPU, its driver and the kernels are here."""
     from .. import _C
@@ -38,5 +49,5 @@ def available() -> Support:
     built = kernels_built()
     if not built:
         return built
-    status = _C.driver_status()
+    status = _C.driver_status(env.get("DSK_CUDA_DRIVER"))
     return Support(status["available"], status["reason"])

@@ -30,16 +30,18 @@ N_ALIGN, K_ALIGN = 8, 16  # TMA: rows of D (bf16) and of A and B (e4m3) start at
 BY_BLOCK, BY_ROW = (128, 128), (1, 128)  # blocks of b: "1d2d" and "1d1d"
 
 
-# What forced_kernel() set: the instance that every launch uses, and how many ways it splits k.
-_forced: tuple[str, int] = ("", 1)
+# What forced_kernel() set: (kernel, pair_m, pair_n, split), or no kernel: the launcher's choice.
+_NOTHING_FORCED = ("", 1, 1, 1)
+_forced = _NOTHING_FORCED
 
 
 @contextmanager
-def forced_kernel(name: str, split: int = 1) -> Iterator[None]:
+def forced_kernel(name: str, *, pair_m: int = 1, pair_n: int = 1, split: int = 1) -> Iterator[None]:
     """For tests and benchmarks: launches inside use this instance of csrc/cuda/instances/gemm.def,
-    with k split over `split` SMs. One that does not fit the call raises ValueError."""
+    in pairs of CTAs that share B (pair_m=2) or A (pair_n=2), or with k split over `split` CTAs.
+    A call that it does not fit raises ValueError."""
     global _forced
-    outer, _forced = _forced, (name, split)
+    outer, _forced = _forced, (name, pair_m, pair_n, split)
     try:
         yield
     finally:
@@ -118,8 +120,7 @@ class GemmKernels:
             num_sms=num_sms or 0,
             swiglu=swiglu,
             deterministic=deterministic,
-            forced_kernel=_forced[0],
-            forced_split=_forced[1],
+            force=_forced,
         )
 
     def _find_runs(self, m_indices: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Latent attention on the sm_90a kernels: decode over a paged bf16 cache.
+"""Latent attention on the sm_90a kernels: decode over a paged cache, bf16 or FP8.
 
 Dimension letters: b requests, s query tokens of a request, h heads.
 """
@@ -37,9 +37,10 @@ def page_refusal(page: int) -> str:
 
 def _check(q, kv_cache, head_dim_v, softmax_scale) -> None:
     """Raise Unsupported, naming what is given, for a call the kernels do not cover."""
-    if q.dtype != torch.bfloat16 or kv_cache.dtype != torch.bfloat16:
+    if q.dtype != torch.bfloat16 or kv_cache.dtype not in (torch.bfloat16, torch.uint8):
         raise Unsupported(
-            f"q, kv_cache: expected torch.bfloat16, got {q.dtype} and {kv_cache.dtype}"
+            "q, kv_cache: expected torch.bfloat16 and torch.bfloat16 or torch.uint8, "
+            f"got {q.dtype} and {kv_cache.dtype}"
         )
     if q.shape[-1] != WIDTH or head_dim_v != LATENT:
         raise Unsupported(
@@ -50,7 +51,8 @@ def _check(q, kv_cache, head_dim_v, softmax_scale) -> None:
     if refusal:
         raise Unsupported(refusal)
     strides = kv_cache.stride()
-    if strides[2] != 1 or strides[0] % 8 or strides[1] % 8 or kv_cache.data_ptr() % 16:
+    unit = 16 // kv_cache.itemsize
+    if strides[2] != 1 or strides[0] % unit or strides[1] % unit or kv_cache.data_ptr() % 16:
         raise Unsupported(
             "kv_cache: expected 16-byte aligned rows of contiguous values, "
             f"got strides {strides} at address {kv_cache.data_ptr():#x}"
@@ -102,7 +104,9 @@ def on(machine: str):
         deterministic: bool = False,
         schedule: Schedule | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As dskernels.ref.mla.mla_decode for 512 + 64 wide bf16 queries and caches.
+        """As dskernels.ref.mla.mla_decode for 512 + 64 wide bf16 queries, bf16 or FP8 caches.
+
+        FP8 latents are rounded to bf16 when they are dequantised.
 
         schedule  of mla_schedule for the same seq_lens and rows; made here when None
         """
@@ -113,7 +117,7 @@ def on(machine: str):
         if out.numel() == 0:
             return out, lse
         if kv_cache.shape[0] == 0:  # no page: every request is empty; TMA needs an address
-            kv_cache = kv_cache.new_zeros(1, BLOCK, WIDTH)
+            kv_cache = kv_cache.new_zeros(1, BLOCK, kv_cache.shape[2])
         q = q.contiguous()
         q = q.clone() if q.data_ptr() % 16 else q
         block_table, seq_lens = block_table.contiguous(), seq_lens.contiguous()
@@ -150,6 +154,7 @@ def on(machine: str):
             num_parts=num_parts,
             max_splits=max_splits,
             split_blocks=schedule.split_blocks,
+            fp8=kv_cache.dtype == torch.uint8,
             causal=causal,
             softmax_scale=WIDTH**-0.5 if softmax_scale is None else softmax_scale,
         )
@@ -164,9 +169,11 @@ def on(machine: str):
         refusal = page_refusal(shapes.get("page", BLOCK))
         if refusal:
             return Support(False, refusal)
-        if shapes.get("dtype", torch.bfloat16) != torch.bfloat16:
-            return Support(False, f"dtype: expected torch.bfloat16, got {shapes['dtype']}")
-        return Support(True, f"{machine}: mla_decode (bf16 cache)")
+        if shapes.get("dtype", torch.bfloat16) not in (torch.bfloat16, torch.uint8):
+            return Support(
+                False, f"dtype: expected torch.bfloat16 or torch.uint8, got {shapes['dtype']}"
+            )
+        return Support(True, f"{machine}: mla_decode (bf16 or FP8 cache)")
 
     return mla_schedule, mla_decode, supports
 

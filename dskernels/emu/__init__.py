@@ -20,6 +20,7 @@ from dskernels.emu.errors import (
     StuckWarp,
 )
 from dskernels.emu.module import Kernel, LaunchStats, Module, lend
+from dskernels.emu.stat import PARTS, LaunchProfile, Profile, Timing, model_of, profiling
 from dskernels.emu.table import instruction_table, instruction_table_markdown
 from dskernels.emu.tensor_map import TensorMap, tensor_map
 from dskernels.types import Support
@@ -39,15 +40,21 @@ __all__ = [
     "Hazard",
     "HazardError",
     "Kernel",
+    "LaunchProfile",
     "LaunchStats",
     "Module",
+    "PARTS",
+    "Profile",
     "PtxError",
     "StuckWarp",
     "TensorMap",
+    "Timing",
     "available",
     "compile",
     "instruction_table",
     "instruction_table_markdown",
     "lend",
+    "model_of",
+    "profiling",
     "tensor_map",
 ]

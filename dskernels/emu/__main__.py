@@ -1,13 +1,15 @@
-"""`python -m dskernels.emu`: run and check kernels of a .ptx or .cu file from the command line.
+"""`python -m dskernels.emu`: run, check, time and trace kernels of a .ptx or .cu file.
 
     python -m dskernels.emu check FILE [--kernel K --grid 4 --block 128 ARG...]
     python -m dskernels.emu run FILE --kernel K --grid 4,1,1 --block 128 ARG...
-    python -m dskernels.emu stat FILE --kernel K --grid 4 --block 128 ARG...
+    python -m dskernels.emu stat FILE --kernel K --grid 4 --block 128 [--part h800] ARG...
+    python -m dskernels.emu trace FILE --kernel K --out t.json [--png t.png] ARG...
     python -m dskernels.emu table
 
 ARG: `i:5`, `f:0.5` (scalars), `f32:1024`, `i32:64`, ... (an array of that many elements, 0, 1, 2,
 ... as values), `null`. `check` without a kernel only loads the file: unsupported instructions are
-reported with their lines.
+reported with their lines. `stat` prints the launch's profile with its modelled time, `trace` writes
+the modelled timeline of one CTA for Perfetto (ui.perfetto.dev) and, with --png, as a picture.
 """
 
 import argparse
@@ -26,6 +28,14 @@ _DTYPES = {
 }  # fmt: skip
 
 
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy at a multiple of 256 bytes, as memory of a GPU is: coalescing depends on it."""
+    memory = np.empty(array.nbytes + 256, np.uint8)
+    copy = memory[-memory.ctypes.data % 256 :][: array.nbytes].view(array.dtype)
+    copy[:] = array
+    return copy
+
+
 def _argument(text: str):
     if text == "null":
         return None
@@ -35,7 +45,7 @@ def _argument(text: str):
     if kind == "f":
         return float(value)
     if kind in _DTYPES and value:
-        return np.arange(int(value)).astype(_DTYPES[kind])
+        return _aligned(np.arange(int(value)).astype(_DTYPES[kind]))
     raise argparse.ArgumentTypeError(f"expected i:N, f:X, TYPE:COUNT or null, got {text!r}")
 
 
@@ -48,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("table", help="print the supported instructions as Markdown")
-    for name in ("run", "check", "stat"):
+    for name in ("run", "check", "stat", "trace"):
         sub = commands.add_parser(name)
         sub.add_argument("file", type=Path)
         sub.add_argument("args", nargs="*", type=_argument)
@@ -57,9 +67,33 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--block", type=_dims, default=(32,))
         sub.add_argument("--cluster", type=_dims, default=(1,))
         sub.add_argument("--shared", type=int, default=0)
-        sub.add_argument("--seeds", type=int, default=8 if name == "check" else 0)
-        sub.add_argument("--json", action="store_true", help="findings as JSON")
+        sub.add_argument("--json", action="store_true", help="results and findings as JSON")
+        if name in ("run", "check"):
+            sub.add_argument("--seeds", type=int, default=8 if name == "check" else 0)
+        else:
+            sub.add_argument("--part", choices=tuple(emu.PARTS), default="h800")
+            sub.add_argument("--clock", type=float, help="GHz")
+            sub.add_argument("--sample", type=int, help="CTAs that run; default: all")
+        if name == "trace":
+            sub.add_argument("--out", type=Path, help="Chrome trace, JSON")
+            sub.add_argument("--png", type=Path, help="picture: .png, .svg or .pdf")
+            sub.add_argument("--window", type=_dims, help="cycles shown in detail: BEGIN,END")
+            sub.add_argument("--cta", type=int, default=0, help="rank in the cluster")
     return parser
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """argparse takes positional arguments in one piece only; here ARGs may follow the options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    for text in rest:
+        if text.startswith("-") or options.command == "table":
+            parser.error(f"unrecognized argument: {text}")
+        try:
+            options.args.append(_argument(text))
+        except argparse.ArgumentTypeError as error:
+            parser.error(str(error))
+    return options
 
 
 def _finding(error: Exception) -> dict:
@@ -75,13 +109,35 @@ def _finding(error: Exception) -> dict:
 
 
 def _copy(args: list) -> list:
-    return [a.copy() if isinstance(a, np.ndarray) else a for a in args]
+    return [_aligned(a) if isinstance(a, np.ndarray) else a for a in args]
+
+
+def _profile(options: argparse.Namespace, module: emu.Module) -> None:
+    """`stat` and `trace`."""
+    overrides = {} if options.clock is None else {"clock_ghz": options.clock}
+    launch = module.kernel(options.kernel)[options.grid, options.block]
+    with emu.profiling(options.part, sample_ctas=options.sample, **overrides) as profile:
+        launch(*options.args, cluster=options.cluster, shared=options.shared)
+    (result,) = profile.launches
+    if options.command == "trace":
+        timeline = result.timeline(options.cta)
+        if options.out is not None:
+            timeline.save(options.out)
+        if options.png is not None:
+            timeline.draw(options.png, window=options.window)
+    print(json.dumps(result.to_dict()) if options.json else result.report())
 
 
 def _execute(options: argparse.Namespace) -> None:
     text = options.file.read_text()
     ptx = emu.compile(text) if options.file.suffix == ".cu" else text
     module = emu.Module(ptx, options.file.name)
+    if options.command in ("stat", "trace") and options.kernel is None:
+        raise emu.EmuError(f"--kernel: expected one of {', '.join(module.kernels)}")
+    if options.command == "trace" and options.out is None and options.png is None:
+        raise emu.EmuError("trace: expected --out FILE.json, --png FILE.png, or both")
+    if options.command in ("stat", "trace"):
+        return _profile(options, module)
     if options.kernel is None:
         print(f"{options.file}: {len(module.kernels)} kernels load: {', '.join(module.kernels)}")
         return
@@ -90,7 +146,7 @@ def _execute(options: argparse.Namespace) -> None:
     first = None
     for seed in [None, *range(options.seeds)]:
         args = _copy(options.args)
-        stats = launch(*args, seed=seed, check=options.command != "stat", **keywords)
+        stats = launch(*args, seed=seed, **keywords)
         arrays = [a for a in args if isinstance(a, np.ndarray)]
         first = first or (arrays, stats)
         for k, (a, b) in enumerate(zip(arrays, first[0], strict=True)):
@@ -109,7 +165,7 @@ def _execute(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 fine, 1 a finding of the emulator."""
-    options = _parser().parse_args(argv)
+    options = _parse(argv)
     if options.command == "table":
         print(emu.instruction_table_markdown(), end="")
         return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from dskernels._C import emu as _emu
 from dskernels.emu.arrays import Lent, describe, is_array
+from dskernels.emu.stat import LaunchProfile, profiling
 from dskernels.emu.tensor_map import TensorMap
 
 _FORMATS = {
@@ -20,7 +21,8 @@ _FORMATS = {
 @dataclass
 class LaunchStats:
     """What one launch did: instruction counts (per warp and per thread), asynchronous operations,
-    warp-level wgmma executions, host seconds, and the formal findings."""
+    warp-level wgmma executions, host seconds, the formal findings, and the profile if one was
+    asked for."""
 
     kernel: str
     warp_instructions: int
@@ -29,6 +31,7 @@ class LaunchStats:
     wgmma: int
     seconds: float
     hazards: list = field(default_factory=list)
+    profile: LaunchProfile | None = None  # of a launch with profile=True
 
 
 def _triple(value: int | Sequence[int], what: str) -> tuple[int, int, int]:
@@ -145,6 +148,7 @@ class Launcher:
         check: bool = True,
         numerics: str = "exact",
         device: int = 0,
+        profile: bool = False,
     ) -> LaunchStats:
         """Runs the kernel to its end.
 
@@ -154,7 +158,9 @@ class Launcher:
         reproduces. check: look for hazards. numerics: "exact" (tensor cores as on Hopper, the
         approximate functions correctly rounded), "fast" (tensor cores in fp32) or "worst" (as
         exact, but approximate functions are off by the largest documented error, up or down by
-        seed and input). Raises HazardError, DeadlockError, EmuError; ValueError for bad arguments.
+        seed and input). profile: record the launch in full, for LaunchStats.profile (use
+        `emu.profiling` for a sample, another part or launches made elsewhere). Raises HazardError,
+        DeadlockError, EmuError; ValueError for bad arguments.
         """
         if numerics not in NUMERICS:
             raise ValueError(f"numerics: expected one of {NUMERICS}, got {numerics!r}")
@@ -162,6 +168,10 @@ class Launcher:
             raise ValueError(f"seed must be in 0..2**63-1, got {seed}")
         with ExitStack() as stack:
             params = self._kernel.pack(args, stack)
+            recorded = None
+            if profile:
+                options = {"sample_ctas": None, "check": check, "numerics": numerics}
+                recorded = stack.enter_context(profiling(**options))
             number = _emu.launch(
                 device,
                 self._kernel._module._handle,
@@ -177,7 +187,10 @@ class Launcher:
                 False,
             )
             _emu.synchronize(device)
-        return LaunchStats(**_emu.stats(number))
+        stats = LaunchStats(**_emu.stats(number))
+        if recorded is not None:
+            (stats.profile,) = recorded.launches
+        return stats
 
 
 class Module:

@@ -19,8 +19,8 @@ Hook = Callable[[], None]
 
 
 class Received(NamedTuple):
-    """What a rank receives, rows in order of (source rank, source token). The tensors lie in the
-    group's receive buffer: it is free for later calls once none of them is alive."""
+    """What a rank receives, rows in order of (source rank, source token). x (with its scales) and
+    source lie in the group's receive buffer: it is free for later calls once neither is alive."""
 
     x: Tokens  # [n, h]
     topk_idx: torch.Tensor  # int64 [n, k]: local expert numbers, -1 for other ranks' experts
@@ -28,6 +28,7 @@ class Received(NamedTuple):
     tokens_per_expert: list[int]  # [l], each rounded up to a multiple of expert_alignment
     source: torch.Tensor  # int64 [n, 2]: (source rank, source token)
     handle: Any
+    sent_idx: torch.Tensor  # int64 [t, k]: what this rank sent, for backward passes
 
 
 class LowLatencyReceived(NamedTuple):
@@ -55,7 +56,14 @@ def dispatch(
 
     One copy of a token per rank that hosts any of its experts. Raises PeerSilent if a rank does not
     answer within `timeout` (default: the group's) seconds, ValueError on bad arguments.
+    Differentiable in a plain x and in topk_weights: the gradient of dispatch is a combine, and the
+    other way round, so backward passes are collective, too, and come in the same order everywhere.
     """
+    if torch.is_grad_enabled() and not isinstance(x, ScaledTensor):
+        if x.requires_grad or (topk_weights is not None and topk_weights.requires_grad):
+            return _differentiable_dispatch(
+                group, x, topk_idx, topk_weights, expert_alignment, timeout
+            )
     if expert_alignment < 1:
         raise ValueError(f"expert_alignment: expected a positive number, got {expert_alignment}")
     data, scale = _parts(x)
@@ -63,22 +71,28 @@ def dispatch(
         data, scale, _plain(topk_idx), _plain(topk_weights), group._seconds(timeout)
     )
     rows, slots = handle.rows, topk_idx.shape[1]
-    received: Tokens = view(region, fields[0], (rows, data.shape[1]), data.dtype)
+    data_at, records_at, record, scale_at, idx_at, weights_at, source_at = fields
+    received: Tokens = view(region, data_at, (rows, data.shape[1]), data.dtype)
+    records = view(region, records_at, (rows, record), torch.uint8)
+
+    def field(offset: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        return records[:, offset : offset + width * dtype.itemsize].view(dtype)
+
     if isinstance(x, ScaledTensor):
-        width = x.scale.shape[1]
-        scales = view(region, fields[1], (rows, width), torch.float32)
+        scales = field(scale_at, x.scale.shape[1], torch.float32)
         received = ScaledTensor(received, scales, x.block, x.dtype)
     weights = None
     if topk_weights is not None:
-        weights = view(region, fields[3], (rows, slots), torch.float32)
+        weights = field(weights_at, slots, torch.float32).contiguous()
     per_expert = [-(-n // expert_alignment) * expert_alignment for n in handle.mentions]
     return Received(
         received,
-        view(region, fields[2], (rows, slots), torch.int64),
+        field(idx_at, slots, torch.int64).contiguous(),
         weights,
         per_expert,
-        view(region, fields[4], (rows, 2), torch.int64),
+        field(source_at, 2, torch.int64),
         handle,
+        topk_idx.detach(),
     )
 
 
@@ -99,6 +113,14 @@ def combine(
     given, are brought back and summed alike. Returns (x [t, h], weights [t, k] or None). A y from
     `Group.result_buffer` is read in place. Errors as in `dispatch`.
     """
+    if torch.is_grad_enabled() and y.requires_grad:
+        if topk_weights is not None or out is not None:
+            raise ValueError(
+                "topk_weights, out: expected None for a y that requires a gradient, got tensors"
+            )
+        if bias is not None:
+            raise ValueError("bias: expected None for a y that requires a gradient, got a tensor")
+        return _Combine.apply(y, group, received, timeout), None
     handle = received.handle
     y = y.detach()
     if out is None:
@@ -110,6 +132,52 @@ def combine(
         handle, y, _plain(topk_weights), _plain(bias), out, weights, group._seconds(timeout)
     )
     return out, weights
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, topk_weights, group, topk_idx, alignment, timeout, keep):
+        received = dispatch(
+            group, x, topk_idx, topk_weights, expert_alignment=alignment, timeout=timeout
+        )
+        keep.append(received)
+        # Only what the way back needs: the receive buffer is free again after this call.
+        ctx.group, ctx.timeout = group, timeout
+        ctx.received = received._replace(x=None, source=None)
+        ctx.weighted = topk_weights is not None
+        weights = received.topk_weights if ctx.weighted else None
+        return received.x.clone(), weights
+
+    @staticmethod
+    def backward(ctx, grad_x, grad_weights):
+        if ctx.weighted and grad_weights is None:
+            grad_weights = torch.zeros_like(ctx.received.topk_weights)
+        back, weights = combine(
+            ctx.group, grad_x, ctx.received, topk_weights=grad_weights, timeout=ctx.timeout
+        )
+        return back, weights, None, None, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, group, received, timeout):
+        ctx.group, ctx.idx, ctx.timeout = group, received.sent_idx, timeout
+        return combine(group, y, received, timeout=timeout)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        # The same tokens to the same ranks: the same rows in the same order.
+        rows = dispatch(ctx.group, grad.contiguous(), ctx.idx, timeout=ctx.timeout)
+        return rows.x.clone(), None, None, None
+
+
+def _differentiable_dispatch(group, x, topk_idx, topk_weights, alignment, timeout) -> Received:
+    keep: list[Received] = []
+    rows, weights = _Dispatch.apply(x, topk_weights, group, topk_idx, alignment, timeout, keep)
+    plain = keep[0]
+    return plain._replace(
+        x=rows, topk_weights=weights, source=plain.source.clone(), sent_idx=topk_idx.detach()
+    )
 
 
 def low_latency_dispatch(

@@ -8,6 +8,7 @@ from torch import Tensor, float32
 from torch.compiler import is_compiling
 
 from ..types import FORMAT_STORAGE, ScaledTensor
+from . import _check as check
 
 
 def scaled(data: Tensor, scale: Tensor, block: Sequence[int], dtype: str) -> ScaledTensor:
@@ -17,6 +18,16 @@ def scaled(data: Tensor, scale: Tensor, block: Sequence[int], dtype: str) -> Sca
     result = object.__new__(ScaledTensor)
     result.__dict__.update(data=data, scale=scale, block=(block[0], block[1]), dtype=dtype)
     return result
+
+
+def check_parts(op: str, data: Tensor, scale: Tensor, block: Sequence[int], dtype: str) -> None:
+    """Whether data, scale, block and format of an argument x make a ScaledTensor on one device."""
+    check.rank(op, "x", data, "[..., m, k]", 2)
+    check.one_of(op, "x.dtype", dtype, tuple(FORMAT_STORAGE))
+    check.dtype(op, "x.data", data, (FORMAT_STORAGE[dtype],))
+    check.block(op, "x.block", block)
+    ScaledTensor(data, scale, tuple(block), dtype)  # says what else does not fit
+    check.same_device(op, "x.scale", scale, "x.data", data)
 
 
 def parts(q: ScaledTensor) -> tuple[Tensor, Tensor]:

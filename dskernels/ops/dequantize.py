@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import backend as _backend
-from ..types import FORMAT_STORAGE, ScaledTensor
+from ..types import ScaledTensor
 from . import _check as check
 from ._registry import define
+from ._scaled import check_parts, scaled
 
 _chosen = _backend.chosen
 _run = _backend.run
@@ -29,17 +30,14 @@ def dequantize(
     return _dequantize(x.data, x.scale, x.block, x.dtype, dtype, _chosen(backend))
 
 
-def _check_dequantize(data, block, data_dtype, dtype):
-    check.rank("dequantize", "x", data, "[..., m, k]", 2)
-    check.one_of("dequantize", "x.dtype", data_dtype, tuple(FORMAT_STORAGE))
-    check.dtype("dequantize", "x.data", data, (FORMAT_STORAGE[data_dtype],))
-    check.block("dequantize", "block", block)
+def _check_dequantize(data, scale, block, data_dtype, dtype):
+    check_parts("dequantize", data, scale, block, data_dtype)
     if dtype not in check.FLOATS:
         check.bad_value("dequantize", "dtype", "fp32, bf16, fp16 or fp64", dtype)
 
 
 def _dequantize_kernel(data, scale, block, data_dtype, dtype, backend):
-    x = ScaledTensor(data, scale, tuple(block), data_dtype)
+    x = scaled(data, scale, block, data_dtype)
     return _run("dequantize", backend, data.device.type, x, dtype).contiguous()
 
 

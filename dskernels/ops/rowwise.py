@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import backend as _backend
-from ..types import FORMAT_MAX, FORMAT_STORAGE, ScaledTensor
+from ..types import FORMAT_MAX, ScaledTensor
 from . import _check as check
 from ._registry import constant, define
-from ._scaled import empty_scaled, parts, scaled
+from ._scaled import check_parts, empty_scaled, parts, scaled
 
 SCALE_FORMATS = ("fp32", "ue8m0", "pow2")
 
@@ -91,14 +91,10 @@ _quantize = define(
 
 
 def _check_requantize(data, scale, data_block, data_dtype, block, scale_format, dtype):
-    check.rank("quantize", "x", data, "[..., m, k]", 2)
-    check.one_of("quantize", "x.dtype", data_dtype, tuple(FORMAT_STORAGE))
-    check.dtype("quantize", "x.data", data, (FORMAT_STORAGE[data_dtype],))
+    check_parts("quantize", data, scale, data_block, data_dtype)
     check.block("quantize", "block", block)
     check.one_of("quantize", "scale_format", scale_format, SCALE_FORMATS)
     check.one_of("quantize", "dtype", dtype, tuple(FORMAT_MAX))
-    ScaledTensor(data, scale, tuple(data_block), data_dtype)  # says what does not fit
-    check.same_device("quantize", "x.scale", scale, "x.data", data)
 
 
 def _requantize_kernel(

@@ -48,25 +48,56 @@ def moe_gate(
 
     Source: V3 report eq. 12-16, V2 paper 2.2.2.
     """
-    tokens, experts = x.shape[0], weight.shape[0]
     _check_gate(x, weight, bias, n_group, topk_group, topk, score, group_score)
     logits = x.float() @ weight.float().transpose(0, 1)
     scores = torch.sigmoid(logits) if score == "sigmoid" else torch.softmax(logits, dim=-1)
+    topk_idx, weights = choose_experts(
+        scores,
+        bias,
+        n_group=n_group,
+        topk_group=topk_group,
+        topk=topk,
+        scale=scale,
+        by_sum=(group_score or ("top2" if score == "sigmoid" else "max")) == "top2",
+        renormalize=renormalize if renormalize is not None else score == "sigmoid",
+    )
+    return topk_idx, weights, scores
+
+
+def choose_experts(
+    scores: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    n_group: int,
+    topk_group: int,
+    topk: int,
+    scale: float,
+    by_sum: bool,
+    renormalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """moe_gate from its scores fp32 [t, e] on: (topk_idx, topk_weights) [t, k].
+
+    Everything here is pinned to the bit, the order of the sum of chosen scores included: it is the
+    order of the choices. (The logits' sums over d, and with them the scores, are not.)
+    """
+    tokens, experts = scores.shape
     lowest = torch.finfo(torch.float32).min
     biased = scores.detach() if bias is None else scores.detach() + bias.detach().float()
     key = biased.nan_to_num(nan=lowest, posinf=-lowest, neginf=lowest)
     if n_group > 1:
         groups = key.view(tokens, n_group, experts // n_group)
-        by_sum = (group_score or ("top2" if score == "sigmoid" else "max")) == "top2"
         best = groups.sort(dim=-1, descending=True).values[..., : 2 if by_sum else 1].sum(dim=-1)
         chosen = _top(best, topk_group)
         allowed = torch.zeros_like(best, dtype=torch.bool).scatter(1, chosen, True)
         key = groups.masked_fill(~allowed.unsqueeze(-1), -torch.inf).view(tokens, experts)
     topk_idx = _top(key, topk)
     weights = scores.gather(1, topk_idx)
-    if renormalize if renormalize is not None else score == "sigmoid":
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + WEIGHT_SUM_FLOOR)
-    return topk_idx, weights * scale, scores
+    if renormalize:
+        total = torch.zeros_like(weights[:, :1])
+        for choice in range(topk):
+            total = total + weights[:, choice, None]
+        weights = weights / (total + WEIGHT_SUM_FLOOR)
+    return topk_idx, weights * scale
 
 
 def _top(values: torch.Tensor, count: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ALIGNED_SIZES = ("k", "n", "d", "ld_a", "ld_b", "ld_x", "ld_sfa", "ld_scale")
+ALIGNED_SIZES = ("k", "n", "d", "ld_a", "ld_b", "ld_x", "ld_sfa", "ld_scale", "ld_row", "page")
 TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
 
 
@@ -39,6 +39,29 @@ def gemm_variant(kind: int, native_fp8: bool, block_m: int) -> Variant:
 
 def _integers(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "i32")
+
+
+def mla_variants() -> dict[str, Variant]:
+    """Decode of up to 16 rows a request from either cache, and the joining of its splits."""
+    from . import mla
+
+    pointers = {"q_ptr": "*bf16", "kv_ptr": "*bf16", "rope_ptr": "*bf16", "scale_ptr": "*fp32"}
+    pointers |= {"table_ptr": "*i32", "lens_ptr": "*i32", "out_ptr": "*fp32", "lse_ptr": "*fp32"}
+    sizes = dict.fromkeys(("s", "h", "page", "ld_table", "ld_page", "ld_row"), "i32")
+    widths = {"DL": mla.LATENT, "DR": mla.ROPE}
+    constants = {"CAUSAL": True, "FIXED": 0, "BLOCK_R": 16, "BLOCK_T": mla.BLOCK_T, "WIDE": False}
+    signature = pointers | sizes | {"scale_log2": "fp32"}
+    join = dict.fromkeys(("partial_ptr", "partial_lse_ptr"), "*fp32")
+    join |= {"out_ptr": "*bf16", "lse_ptr": "*fp32"} | dict.fromkeys(
+        ("s", "h", "num_splits"), "i32"
+    )
+    found = {"mla_combine": Variant(mla.combine_kernel, join, {"DL": mla.LATENT})}
+    for fp8, name in ((False, "mla_decode"), (True, "mla_decode_fp8")):
+        cache = {"kv_ptr": "*u8" if fp8 else "*bf16"}
+        found[name] = Variant(
+            mla.decode_kernel, signature | cache, constants | widths | {"FP8": fp8}
+        )
+    return found
 
 
 def variants(target: str) -> dict[str, Variant]:
@@ -120,6 +143,7 @@ def variants(target: str) -> dict[str, Variant]:
             {"BLOCK": 1024},
         ),
     }
+    found |= mla_variants()
     for kind, name in enumerate(("dense", "contiguous", "masked")):
         found[f"gemm_{name}"] = gemm_variant(kind, native, 128 if kind < 2 else 64)
     return found

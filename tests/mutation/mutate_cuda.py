@@ -43,8 +43,7 @@ from cuda_mutants import Instance, Mutant, includes_of, instances_of, mutants_of
 from cuda_survivors import EXPLAINED  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
-KERNELS = ROOT / "dskernels" / "_kernels"
+SHIPPED = ROOT / "dskernels" / "_kernels"
 STEMS = ("gemm", "rowwise", "mla", "moe", "ep")
 GOAL = 0.95
 MUTATED = ("cuda/kernels/", "cuda/tile/")
@@ -138,12 +137,12 @@ def find_nvcc() -> str:
     return nvcc
 
 
-def compile_ptx(instance: Instance, overlay: Path, out: Path) -> bool:
+def compile_ptx(instance: Instance, overlay: Path, csrc: Path, out: Path) -> bool:
     """The instance's PTX with overlay/ in front of csrc/; False when nvcc refuses."""
     source = overlay / f"{instance.name}.cu"
     source.write_text(instance.source())
     command = [find_nvcc(), "-ptx", "-gencode=arch=compute_90a,code=compute_90a", "-std=c++17"]
-    command += ["-O3", "-lineinfo", "--expt-relaxed-constexpr", f"-I{overlay}", f"-I{CSRC}"]
+    command += ["-O3", "-lineinfo", "--expt-relaxed-constexpr", f"-I{overlay}", f"-I{csrc}"]
     done = subprocess.run([*command, "-o", str(out), str(source)], capture_output=True)
     return done.returncode == 0
 
@@ -158,13 +157,25 @@ def code_lines(ptx: str) -> list[str]:
 class Stem:
     """A stem's instances and the tests that launch them."""
 
-    def __init__(self, name: str, seeds: list[int], paths: list[str] | None = None) -> None:
+    def __init__(
+        self, name: str, seeds: list[int], workspace: Path, paths: list[str] | None = None
+    ) -> None:
         self.name, self.seeds = name, seeds
-        self.instances = instances_of(CSRC, name)
+        # Copies: a build or an edit in the meantime must not look like a caught mutant.
+        self.csrc, self.kernels = workspace / "csrc", workspace / "kernels"
+        for folder in ("cuda", "proto"):  # what kernels may include
+            if (ROOT / "csrc" / folder).is_dir():
+                shutil.copytree(ROOT / "csrc" / folder, self.csrc / folder)
+        self.kernels.mkdir()
+        for file in SHIPPED.glob("*.ptx"):
+            shutil.copy(file, self.kernels)
+        self.instances = instances_of(self.csrc, name)
         self.paths = paths or [f"tests/test_{name}.py"]
         self.files = {
             i.name: {
-                f for f in includes_of(CSRC, f"cuda/kernels/{i.header}") if f.startswith(MUTATED)
+                f
+                for f in includes_of(self.csrc, f"cuda/kernels/{i.header}")
+                if f.startswith(MUTATED)
             }
             for i in self.instances
         }
@@ -172,12 +183,13 @@ class Stem:
 
     def mutants(self) -> list[Mutant]:
         files = sorted({f for files in self.files.values() for f in files})
-        return [m for f in files for m in mutants_of(CSRC, f)]
+        return [m for f in files for m in mutants_of(self.csrc, f)]
 
     def baseline(self) -> None:
-        """Learn which test launches what; exits where the unchanged kernels fail."""
+        """Learn which test launches what; exits where the unchanged kernels fail. Run once more at
+        the end: had something else broken the tests meanwhile, no mutant would count as caught."""
         for seed in self.seeds:
-            done = run_tests(self.paths, KERNELS, seed, 1800)
+            done = run_tests(self.paths, self.kernels, seed, 1800)
             if done["code"] != 0:
                 print(f"baseline fails with seed {seed}: {done['failure']}")
                 raise SystemExit(2)
@@ -198,13 +210,13 @@ class Stem:
             (overlay / mutant.file).parent.mkdir(parents=True)
             (overlay / mutant.file).write_text(mutant.text)
             kernels.mkdir()
-            for file in KERNELS.glob("*.ptx"):
+            for file in self.kernels.glob("*.ptx"):
                 (kernels / file.name).symlink_to(file)
             for instance in touched:
                 ptx = kernels / f"{instance.name}.ptx"
                 original = ptx.read_text()
                 ptx.unlink()
-                if not compile_ptx(instance, overlay, ptx):
+                if not compile_ptx(instance, overlay, self.csrc, ptx):
                     return Outcome(mutant, "no compile", "")
                 if code_lines(ptx.read_text()) == code_lines(original):
                     continue
@@ -275,7 +287,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--tests", nargs="+", help="pytest paths (default: tests/test_<stem>.py)")
     options = parser.parse_args(arguments)
-    stem = Stem(options.stem, [int(s) for s in options.seeds.split(",")], options.tests)
+    with tempfile.TemporaryDirectory(prefix="dsk-mutants-") as workspace:
+        return run(options, Path(workspace))
+
+
+def run(options: argparse.Namespace, workspace: Path) -> int:
+    seeds = [int(s) for s in options.seeds.split(",")]
+    stem = Stem(options.stem, seeds, workspace, options.tests)
     mutants = chosen(stem, options.only, options.sample)
     if options.list:
         for mutant in mutants:
@@ -298,6 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
             outcomes.append(outcome)
             first = outcome.how.splitlines()[0][:150] if outcome.how else ""
             print(f"{outcome.status:10} {outcome.mutant.label}\n{'':11}{first}", flush=True)
+    stem.baseline()
     complete = options.only is None and options.sample is None
     return 0 if summary(outcomes, complete) else 1
 

@@ -31,6 +31,7 @@ TIMEOUT_S = 300
 ROOT = Path(__file__).resolve().parents[2]
 HF, GEN, MTP = "test_model_hf.py", "test_model_generate.py", "test_model_mtp.py"
 CKPT, CONFIG, CONVERT = "test_model_checkpoint.py", "test_model_config.py", "test_model_convert.py"
+OPS = "test_ops_signatures.py"
 GATE = "dskernels/ref/moe.py"
 
 
@@ -312,6 +313,50 @@ MUTANTS = [
         'and not name.endswith("e_score_correction_bias")',
         "",
         CONVERT,
+    ),
+    Mutant(
+        "a call is remembered before it is checked",
+        "dskernels/ops/_registry.py",
+        "                validate(*args)\n                if signatures is not None:\n"
+        "                    signatures.remember(args)\n",
+        "                if signatures is not None:\n"
+        "                    signatures.remember(args)\n                validate(*args)\n",
+        OPS,
+    ),
+    Mutant(
+        "a remembered call forgets gradients",
+        "dskernels/ops/_registry.py",
+        "signatures.known(args, grad)",
+        "signatures.known(args, False)",
+        OPS,
+    ),
+    Mutant(
+        "group sizes on any device",
+        "dskernels/ops/grouped.py",
+        '    check.readable(op, form, groups, "a", a)\n',
+        "",
+        "test_ops_errors.py",
+    ),
+    Mutant(
+        "the compiled rule forgets the multiple",
+        "dskernels/ops/_values.py",
+        "_native.sizes_fit(sizes, total, total, multiple)",
+        "_native.sizes_fit(sizes, total, total, 1)",
+        OPS,
+    ),
+    Mutant(
+        "the compiled rule takes one page too many",
+        "dskernels/ops/_values.py",
+        "_native.pages_fit(table, lens, page, count)",
+        "_native.pages_fit(table, lens, page, count + 1)",
+        OPS,
+    ),
+    Mutant(
+        "the compiled rule forgets the size of a group",
+        "dskernels/ops/_values.py",
+        "_native.sizes_fit(sizes, each, _UNBOUNDED, 1)",
+        "_native.sizes_fit(sizes, _UNBOUNDED, _UNBOUNDED, 1)",
+        OPS,
     ),
 ]
 

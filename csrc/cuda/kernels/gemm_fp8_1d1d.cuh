@@ -46,6 +46,7 @@ struct alignas(1024) GemmFp8ColumnSmem {
   alignas(128) float sfa[Shape::kNumStages][Shape::kBlockM];
   alignas(128) float sfb[Shape::kNumStages][Shape::kBlockN];
   Ring<Shape::kNumStages> ring;
+  TileQueue queue;
 };
 
 // Both operands' scales from the stage: two rows and kBlockN / 4 columns for each thread.
@@ -105,16 +106,18 @@ __device__ __forceinline__ void gemm_fp8_1d1d(const GemmFp8Params& p) {
   auto& smem = *reinterpret_cast<GemmFp8ColumnSmem<Shape>*>(shared_memory);
   static_assert(sizeof(smem) ==
                 gemm_fp8_column_shared_bytes(Shape::kBlockM, Shape::kBlockN, Shape::kNumStages));
-  using Scheduler = GemmScheduler<GroupKind::kAlongK, Shape::kBlockM, Shape::kBlockN, kFp8BlockK>;
+  using Scheduler = GemmScheduler<Shape::kBlockM, Shape::kBlockN, kFp8BlockK>;
+  const int sharers = p.extent.sharers();
 
   const auto load = [&](const GemmTile& tile, int k_block, int stage, uint64_t* full) {
     using namespace cuda::ptx;
-    const int32_t a_at[2] = {k_block * kFp8BlockK, tile.a_row};
-    const int32_t b_at[2] = {k_block * kFp8BlockK, tile.n_start};
+    const int k = k_block * kFp8BlockK;
+    load_tile<Shape::kBlockM>(smem.a[stage], p.a, k, tile.a_row,
+                              p.extent.cluster == ClusterUse::kSharedA, full);
+    load_tile<Shape::kBlockN>(smem.b[stage], p.b, k, tile.n_start,
+                              p.extent.cluster == ClusterUse::kSharedB, full);
     const int32_t sfa_at[2] = {tile.a_row, k_block};
     const int32_t sfb_at[2] = {tile.n_start, k_block};
-    cp_async_bulk_tensor(space_cluster, space_global, smem.a[stage], &p.a, a_at, full);
-    cp_async_bulk_tensor(space_cluster, space_global, smem.b[stage], &p.b, b_at, full);
     cp_async_bulk_tensor(space_cluster, space_global, smem.sfa[stage], &p.sfa, sfa_at, full);
     cp_async_bulk_tensor(space_cluster, space_global, smem.sfb[stage], &p.sfb_map, sfb_at, full);
   };
@@ -122,23 +125,22 @@ __device__ __forceinline__ void gemm_fp8_1d1d(const GemmFp8Params& p) {
     constexpr int kN = Shape::kBlockN;
     const auto left = [&](int stage) { return smem.a[stage] + warpgroup * kMmaM * kFp8BlockK; };
     const auto right = [&](int stage) { return smem.b[stage]; };
-    Scheduler scheduler(p.extent);
     RingPosition<Shape::kNumStages> at;
-    GemmTile tile;
-    while (scheduler.next(tile)) {
+    for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[kN / 2];
       RowAndColumnScales<Shape> scales(smem, warpgroup);
-      promoted_sum<kN>(smem.ring, at, tile.k_begin, tile.k_end, left, right, scales, sum);
+      promoted_sum<kN>(smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum);
       const int row = tile.a_row + warpgroup * kMmaM;
       const ResultPlace place{int64_t(tile.group) * p.extent.m + row,
                               min(tile.row_end - row, kMmaM), tile.n_start, tile.group, false};
       finish_tile<kN>(p.result, p.extent.n, place, smem.d[warpgroup], warpgroup, sum);
-    }
+    });
     drain_stores();
   };
-  run_roles<Shape::kMathWarpgroups>(
-      smem.ring, [&] { produce_tiles(smem.ring, Scheduler(p.extent), Shape::kStageBytes, load); },
-      compute);
+  const auto produce = [&] {
+    produce_tiles(smem.ring, smem.queue, Scheduler(p.extent), Shape::kStageBytes, load);
+  };
+  run_roles<Shape::kMathWarpgroups>(smem, sharers, produce, compute);
 }
 
 }  // namespace dsk

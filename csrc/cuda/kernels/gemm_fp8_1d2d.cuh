@@ -39,13 +39,14 @@ struct GemmFp8Shape {
   static_assert(kBlockN <= 192, "accumulators and running sums must fit the register file");
 };
 
-template <class Shape, int kCluster>
+template <class Shape>
 struct alignas(1024) GemmFp8Smem {
   uint8_t a[Shape::kNumStages][Shape::kBlockM * kFp8BlockK];
   uint8_t b[Shape::kNumStages][Shape::kBlockN * kFp8BlockK];
   ResultPanels<Shape::kBlockN> d[Shape::kMathWarpgroups];
   alignas(128) float sfa[Shape::kNumStages][Shape::kBlockM];
-  Ring<Shape::kNumStages, kCluster> ring;
+  Ring<Shape::kNumStages> ring;
+  TileQueue queue;
 
   using Partial = PartialTile<Shape::kBlockM, Shape::kBlockN>;
   static_assert(sizeof(Partial) <= sizeof(a) + sizeof(b), "partial sums take the stages' place");
@@ -55,11 +56,11 @@ struct alignas(1024) GemmFp8Smem {
 // The scales of one tile: A's by row, from the stage; B's for the whole tile, from memory, fetched
 // one k block ahead so that their latency hides behind the wgmma. Registers are scarce here: the
 // widest tile leaves about 30 beside its accumulators and sums.
-template <class Shape, class Smem>
+template <class Shape>
 class RowAndBlockScales {
  public:
   __device__ __forceinline__ RowAndBlockScales(const GemmFp8Params& p, const GemmTile& tile,
-                                               const Smem& smem, int warpgroup)
+                                               const GemmFp8Smem<Shape>& smem, int warpgroup)
       : p_(p), smem_(smem) {
     row_ = warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
     const int block_rows = (p.extent.n + 127) / 128;
@@ -111,7 +112,7 @@ class RowAndBlockScales {
   }
 
   const GemmFp8Params& p_;
-  const Smem& smem_;
+  const GemmFp8Smem<Shape>& smem_;
   int first_;  // index in p.sfb of the first row's first block
   int row_;
   int boundary_;
@@ -119,23 +120,24 @@ class RowAndBlockScales {
   float scale_[2][2];
 };
 
-template <class Shape, GroupKind kKind, ClusterUse kCluster = ClusterUse::kNone>
+template <class Shape>
 __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
-  constexpr bool kSharedA = kCluster == ClusterUse::kSharedA;
-  constexpr bool kSharedB = kCluster == ClusterUse::kSharedB;
-  using Smem = GemmFp8Smem<Shape, kSharedA || kSharedB ? 2 : 1>;
-  auto& smem = *reinterpret_cast<Smem*>(shared_memory);
+  auto& smem = *reinterpret_cast<GemmFp8Smem<Shape>*>(shared_memory);
   static_assert(sizeof(smem) ==
                 gemm_fp8_shared_bytes(Shape::kBlockM, Shape::kBlockN, Shape::kNumStages));
-  using Scheduler = GemmScheduler<kKind, Shape::kBlockM, Shape::kBlockN, kFp8BlockK, kCluster>;
+  using Scheduler = GemmScheduler<Shape::kBlockM, Shape::kBlockN, kFp8BlockK>;
+  const int sharers = p.extent.sharers();
 
   const auto load = [&](const GemmTile& tile, int k_block, int stage, uint64_t* full) {
     using namespace cuda::ptx;
     const int k_blocks = (p.extent.k + kFp8BlockK - 1) / kFp8BlockK;
+    const int k = k_block * kFp8BlockK;
     const int b_row = tile.group * p.extent.n + tile.n_start;
-    load_tile<kSharedA, Shape::kBlockM>(smem.a[stage], p.a, k_block * kFp8BlockK, tile.a_row, full);
-    load_tile<kSharedB, Shape::kBlockN>(smem.b[stage], p.b, k_block * kFp8BlockK, b_row, full);
+    load_tile<Shape::kBlockM>(smem.a[stage], p.a, k, tile.a_row,
+                              p.extent.cluster == ClusterUse::kSharedA, full);
+    load_tile<Shape::kBlockN>(smem.b[stage], p.b, k, b_row,
+                              p.extent.cluster == ClusterUse::kSharedB, full);
     const int32_t sfa_at[2] = {tile.row, tile.plane * k_blocks + k_block};
     cp_async_bulk_tensor(space_cluster, space_global, smem.sfa[stage], &p.sfa, sfa_at, full);
   };
@@ -144,17 +146,14 @@ __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
     const int first_row = warpgroup * kMmaM;
     const auto left = [&](int stage) { return smem.a[stage] + first_row * kFp8BlockK; };
     const auto right = [&](int stage) { return smem.b[stage]; };
-    const bool split = kCluster == ClusterUse::kSplitK && ptx::cluster_size() > 1;
-    Scheduler scheduler(p.extent);
     RingPosition<Shape::kNumStages> at;
-    GemmTile tile;
-    while (scheduler.next(tile)) {
+    for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[kN / 2];
-      RowAndBlockScales<Shape, Smem> scales(p, tile, smem, warpgroup);
-      promoted_sum<kN>(smem.ring, at, tile.k_begin, tile.k_end, left, right, scales, sum);
+      RowAndBlockScales<Shape> scales(p, tile, smem, warpgroup);
+      promoted_sum<kN>(smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum);
       ResultPlace place{tile.a_row, tile.row_end - tile.a_row, tile.n_start, tile.group,
-                        kKind == GroupKind::kDense};
-      if (split) {
+                        ends_with_map(p.extent, tile)};
+      if (p.extent.cluster == ClusterUse::kSplitK) {
         ptx::named_barrier_sync(kMathBarrier, Shape::kMathThreads);  // stages are free
         write_partial<kN>(smem.partial(), first_row, sum);
         place.rows_left = min(place.rows_left, Shape::kBlockM);
@@ -164,12 +163,13 @@ __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
         place.rows_left = min(place.rows_left - first_row, kMmaM);
         finish_tile<kN>(p.result, p.extent.n, place, smem.d[warpgroup], warpgroup, sum);
       }
-    }
+    });
     drain_stores();
   };
-  run_roles<Shape::kMathWarpgroups>(
-      smem.ring, [&] { produce_tiles(smem.ring, Scheduler(p.extent), Shape::kStageBytes, load); },
-      compute);
+  const auto produce = [&] {
+    produce_tiles(smem.ring, smem.queue, Scheduler(p.extent), Shape::kStageBytes, load);
+  };
+  run_roles<Shape::kMathWarpgroups>(smem, sharers, produce, compute);
 }
 
 }  // namespace dsk

@@ -45,6 +45,7 @@ struct alignas(1024) GemmFp8SwappedSmem {
   // A TMA copy lands on a multiple of 128 bytes.
   alignas(128) float sfa[Shape::kNumStages][Shape::kTokens < 32 ? 32 : Shape::kTokens];
   Ring<Shape::kNumStages> ring;
+  TileQueue queue;
 
   using Partial = PartialTile<Shape::kTokens, Shape::kBlockN>;
   static_assert(sizeof(Partial) <= sizeof(b), "partial sums take the stages' place");
@@ -94,14 +95,13 @@ class BlockAndColumnScales {
   float2 scale_[Shape::kTokens / 8];
 };
 
-template <class Shape, GroupKind kKind>
+template <class Shape>
 __device__ __forceinline__ void gemm_fp8_swapped(const GemmFp8Params& p) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& smem = *reinterpret_cast<GemmFp8SwappedSmem<Shape>*>(shared_memory);
   static_assert(sizeof(smem) == gemm_fp8_swapped_shared_bytes(Shape::kTokens, Shape::kNumStages));
-  constexpr bool kDense = kKind == GroupKind::kDense;
-  constexpr ClusterUse kCluster = kDense ? ClusterUse::kSplitK : ClusterUse::kNone;
-  using Scheduler = GemmScheduler<kKind, Shape::kTokens, Shape::kBlockN, kFp8BlockK, kCluster>;
+  using Scheduler = GemmScheduler<Shape::kTokens, Shape::kBlockN, kFp8BlockK>;
+  constexpr int kSharers = 1;
 
   const auto load = [&](const GemmTile& tile, int k_block, int stage, uint64_t* full) {
     using namespace cuda::ptx;
@@ -118,17 +118,14 @@ __device__ __forceinline__ void gemm_fp8_swapped(const GemmFp8Params& p) {
     const int first_column = warpgroup * kMmaM;
     const auto left = [&](int stage) { return smem.b[stage] + first_column * kFp8BlockK; };
     const auto right = [&](int stage) { return smem.a[stage]; };
-    const bool split = kDense && ptx::cluster_size() > 1;
-    Scheduler scheduler(p.extent);
     RingPosition<Shape::kNumStages> at;
-    GemmTile tile;
-    while (scheduler.next(tile)) {
+    for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[kN / 2];
       BlockAndColumnScales<Shape> scales(p, tile, smem);
-      promoted_sum<kN>(smem.ring, at, tile.k_begin, tile.k_end, left, right, scales, sum);
+      promoted_sum<kN>(smem.ring, at, kSharers, tile.k_begin, tile.k_end, left, right, scales, sum);
       ResultPlace place{tile.a_row, min(tile.row_end - tile.a_row, kN), tile.n_start, tile.group,
-                        kDense};
-      if (split) {
+                        ends_with_map(p.extent, tile)};
+      if (p.extent.cluster == ClusterUse::kSplitK) {
         ptx::named_barrier_sync(kMathBarrier, Shape::kMathThreads);  // stages are free
         write_partial_swapped<kN>(smem.partial(), first_column, sum);
         reduce_and_store<Shape::kMathThreads>(p.result, p.extent.n, place, smem.partial());
@@ -136,12 +133,13 @@ __device__ __forceinline__ void gemm_fp8_swapped(const GemmFp8Params& p) {
         place.column += first_column;
         finish_swapped<kN>(p.result, p.extent.n, place, smem.d[warpgroup], warpgroup, sum);
       }
-    }
+    });
     drain_stores();
   };
-  run_roles<Shape::kMathWarpgroups>(
-      smem.ring, [&] { produce_tiles(smem.ring, Scheduler(p.extent), Shape::kStageBytes, load); },
-      compute);
+  const auto produce = [&] {
+    produce_tiles(smem.ring, smem.queue, Scheduler(p.extent), Shape::kStageBytes, load);
+  };
+  run_roles<Shape::kMathWarpgroups>(smem, kSharers, produce, compute);
 }
 
 }  // namespace dsk

@@ -40,7 +40,7 @@ struct GemmSwigluShape {
       (kBlockM + kBlockN) * kFp8BlockK + kBlockM * int(sizeof(float));
 };
 
-template <class Shape, int kCluster>
+template <class Shape>
 struct alignas(1024) GemmSwigluSmem {
   uint8_t a[Shape::kNumStages][Shape::kBlockM * kFp8BlockK];
   // [warpgroup][gate, up][64 rows]
@@ -51,7 +51,8 @@ struct alignas(1024) GemmSwigluSmem {
   } d;
   alignas(128) float sfa[Shape::kNumStages][Shape::kBlockM];
   float amax[2][2][Shape::kBlockM];  // [tile parity][warpgroup][row]
-  Ring<Shape::kNumStages, kCluster> ring;
+  Ring<Shape::kNumStages> ring;
+  TileQueue queue;
 };
 
 // A's scales by row; B's by block: one for the 64 gate rows, up to two for the 64 up rows, which
@@ -214,26 +215,26 @@ __device__ __forceinline__ void store_quantised(const GemmFp8Params& p, const Ge
   }
 }
 
-template <class Shape, GroupKind kKind, ClusterUse kCluster = ClusterUse::kNone>
+template <class Shape>
 __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
-  constexpr bool kSharedB = kCluster == ClusterUse::kSharedB;
-  using Smem = GemmSwigluSmem<Shape, kSharedB ? 2 : 1>;
+  using Smem = GemmSwigluSmem<Shape>;
   auto& smem = *reinterpret_cast<Smem*>(shared_memory);
   static_assert(sizeof(smem) == gemm_fp8_swiglu_shared_bytes(Shape::kNumStages));
-  using Scheduler = GemmScheduler<kKind, Shape::kBlockM, Shape::kBlockN, kFp8BlockK, kCluster>;
+  using Scheduler = GemmScheduler<Shape::kBlockM, Shape::kBlockN, kFp8BlockK>;
+  const int sharers = p.extent.sharers();
 
   const auto load = [&](const GemmTile& tile, int k_block, int stage, uint64_t* full) {
     using namespace cuda::ptx;
     const int k_blocks = (p.extent.k + kFp8BlockK - 1) / kFp8BlockK;
     const int k = k_block * kFp8BlockK;
-    load_tile<false, Shape::kBlockM>(smem.a[stage], p.a, k, tile.a_row, full);
+    load_tile<Shape::kBlockM>(smem.a[stage], p.a, k, tile.a_row, false, full);
 #pragma unroll
     for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
       const int gate = tile.group * p.extent.n + tile.n_start / 2 + warpgroup * Shape::kColumns;
       uint8_t (&to)[2][Shape::kColumns * kFp8BlockK] = smem.b[stage][warpgroup];
-      load_tile<kSharedB, Shape::kColumns>(to[0], p.b, k, gate, full);
-      load_tile<kSharedB, Shape::kColumns>(to[1], p.b, k, gate + p.extent.n / 2, full);
+      load_tile<Shape::kColumns>(to[0], p.b, k, gate, sharers > 1, full);
+      load_tile<Shape::kColumns>(to[1], p.b, k, gate + p.extent.n / 2, sharers > 1, full);
     }
     const int32_t sfa_at[2] = {tile.row, tile.plane * k_blocks + k_block};
     cp_async_bulk_tensor(space_cluster, space_global, smem.sfa[stage], &p.sfa, sfa_at, full);
@@ -241,18 +242,17 @@ __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
   const auto compute = [&](int warpgroup) {
     const auto left = [&](int stage) { return smem.a[stage]; };
     const auto right = [&](int stage) { return smem.b[stage][warpgroup][0]; };
-    Scheduler scheduler(p.extent);
     RingPosition<Shape::kNumStages> at;
-    GemmTile tile;
-    for (int parity = 0; scheduler.next(tile); parity ^= 1) {
+    int parity = 0;
+    for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[2 * Shape::kColumns / 2];
       SwigluScales<Shape, Smem> scales(p, tile, smem, warpgroup);
-      promoted_sum<2 * Shape::kColumns>(smem.ring, at, tile.k_begin, tile.k_end, left, right,
-                                        scales, sum);
+      promoted_sum<2 * Shape::kColumns>(smem.ring, at, sharers, tile.k_begin, tile.k_end, left,
+                                        right, scales, sum);
       float h[Shape::kColumns / 2];
       swiglu(sum, h);
       ResultPlace place{tile.a_row, min(tile.row_end - tile.a_row, Shape::kBlockM),
-                        tile.n_start / 2, tile.group, false};
+                        tile.n_start / 2, tile.group, ends_with_map(p.extent, tile)};
       if (p.result.d_type == ElementType::kE4m3) {
         store_quantised<Shape>(p, tile, place, smem, warpgroup, parity, h);
       } else {
@@ -260,12 +260,14 @@ __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
         finish_tile<Shape::kColumns>(p.result, p.extent.n / 2, place, smem.d.wide[warpgroup],
                                      warpgroup, h);
       }
-    }
+      parity ^= 1;
+    });
     drain_stores();
   };
-  run_roles<Shape::kMathWarpgroups>(
-      smem.ring, [&] { produce_tiles(smem.ring, Scheduler(p.extent), Shape::kStageBytes, load); },
-      compute);
+  const auto produce = [&] {
+    produce_tiles(smem.ring, smem.queue, Scheduler(p.extent), Shape::kStageBytes, load);
+  };
+  run_roles<Shape::kMathWarpgroups>(smem, sharers, produce, compute);
 }
 
 }  // namespace dsk

@@ -32,6 +32,8 @@
 #include "cuda/mla_shape.hpp"
 #include "cuda/params/mla.hpp"
 #include "cuda/ptx/control.cuh"
+#include "cuda/tile/mla_dequantize.cuh"
+#include "cuda/tile/mla_load.cuh"
 #include "cuda/tile/mla_pieces.cuh"
 #include "cuda/tile/mla_products.cuh"
 #include "cuda/tile/mla_result.cuh"
@@ -39,66 +41,6 @@
 #include "cuda/tile/mla_softmax.cuh"
 
 namespace dsk {
-
-// ---- producers ---------------------------------------------------------------------------------
-
-// One warp: lane i loads the i-th page (or piece of a page) of a block.
-__device__ __forceinline__ void mla_load_blocks(const MlaDecodeParams& p, MlaDecodeSmem& smem) {
-  using namespace cuda::ptx;
-  const int lane = threadIdx.x % 32;
-  const int box_tokens = min(p.page, kMlaBlock);
-  const int offset = lane * box_tokens;  // of this lane's tokens within a block
-  MlaPieces pieces(p);
-  MlaPiece piece;
-  uint32_t phases = 0;  // bit i: of buffer i
-  while (pieces.next(piece)) {
-    const int32_t* table = p.block_table + int64_t(piece.request) * p.ld_table;
-    for (int block = piece.begin; block < piece.end; ++block) {
-      const int buffer = (block - piece.begin) % 2;
-      const int token = block * kMlaBlock + offset;
-      const bool mine = offset < kMlaBlock && token < piece.length;
-      const int page = mine ? __ldg(table + token / p.page) : 0;
-      const int boxes =
-          (min(piece.length - block * kMlaBlock, kMlaBlock) + box_tokens - 1) / box_tokens;
-      for (int half = 0; half < 2; ++half) {
-        const RingPosition<2> at{half, phases >> buffer & 1};
-        const int tiles = mla_tiles_of(buffer, half);
-        if (lane == 0) {
-          smem.kv_ring[buffer].acquire(at, boxes * box_tokens * kSwizzleBytes * tiles);
-        }
-        __syncwarp();
-        if (!mine) continue;
-        uint64_t* full = &smem.kv_ring[buffer].full[half];
-        for (int i = 0; i < tiles; ++i) {
-          const int tile = i == 4 ? kMlaRopeTile : half * 4 + i;
-          const int32_t from[3] = {tile * 64, token % p.page, page};
-          cp_async_bulk_tensor(space_cluster, space_global,
-                               smem.kv[buffer][tile] + offset * kSwizzleBytes, &p.kv, from, full);
-        }
-      }
-      phases ^= 1u << buffer;
-    }
-  }
-}
-
-// One thread: Q of every piece.
-__device__ __forceinline__ void mla_load_queries(const MlaDecodeParams& p, MlaDecodeSmem& smem) {
-  using namespace cuda::ptx;
-  MlaPieces pieces(p);
-  MlaPiece piece;
-  RingPosition<1> at;
-  while (pieces.next(piece)) {
-    smem.q_ring.acquire(at, sizeof(smem.q));
-    for (int tile = 0; tile < kMlaTiles; ++tile) {
-      const int32_t from[3] = {tile * 64, int(blockIdx.x) * kMlaRows, piece.request};
-      cp_async_bulk_tensor(space_cluster, space_global, smem.q[tile], &p.q, from,
-                           &smem.q_ring.full[0]);
-    }
-    at.advance();
-  }
-}
-
-// ---- math --------------------------------------------------------------------------------------
 
 // A pair of blocks, seen by the left warpgroup. `second` is whether there is a second block.
 __device__ __forceinline__ void mla_left_pair(MlaDecodeSmem& smem, const MlaMask& mask, int block,
@@ -182,6 +124,8 @@ __device__ __forceinline__ void mla_math(const MlaDecodeParams& p, MlaDecodeSmem
 #pragma unroll
     for (float& value : o) value = 0.f;
     const MlaMask mask(p, piece);
+    if (kSide == kLeft && threadIdx.x == 0) load_queries(p, piece, smem, q_at);
+    __syncwarp();
     smem.q_ring.await(q_at);
     for (int block = piece.begin; block < piece.end; block += 2) {
       const bool second = block + 1 < piece.end;
@@ -199,28 +143,30 @@ __device__ __forceinline__ void mla_math(const MlaDecodeParams& p, MlaDecodeSmem
   }
 }
 
+template <class Cache>
 __device__ __forceinline__ void mla_decode(const MlaDecodeParams& p) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& smem = *reinterpret_cast<MlaDecodeSmem*>(shared_memory);
   static_assert(sizeof(smem) == mla_decode_shared_bytes());
+  // 65536 registers, of which a launch of 384 threads gets 168 each.
+  static_assert(2 * Cache::kMathRegisters + Cache::kProducerRegisters <= 3 * 168);
   if (threadIdx.x == 0) {
-    smem.kv_ring[0].init(kMlaWarpgroup / 32);
-    smem.kv_ring[1].init(kMlaWarpgroup / 32);
+    smem.kv_ring[0].init(kMlaWarpgroup / 32, Cache::kProducers);
+    smem.kv_ring[1].init(kMlaWarpgroup / 32, Cache::kProducers);
     smem.q_ring.init(kMlaMathThreads / 32);
   }
   __syncthreads();
 
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kMlaWarpgroup, 0);
   if (warpgroup == 0) {
-    ptx::setmaxnreg_inc<kMlaMathRegisters>();
+    ptx::setmaxnreg_inc<Cache::kMathRegisters>();
     mla_math<kLeft>(p, smem);
   } else if (warpgroup == 1) {
-    ptx::setmaxnreg_inc<kMlaMathRegisters>();
+    ptx::setmaxnreg_inc<Cache::kMathRegisters>();
     mla_math<kRight>(p, smem);
   } else {
-    ptx::setmaxnreg_dec<kMlaProducerRegisters>();
-    if (threadIdx.x / 32 == kMlaMathThreads / 32) mla_load_blocks(p, smem);
-    if (threadIdx.x == kMlaMathThreads + 32) mla_load_queries(p, smem);
+    ptx::setmaxnreg_dec<Cache::kProducerRegisters>();
+    Cache::produce(p, smem);
   }
 }
 

@@ -8,13 +8,10 @@
 // Everything in fp32, rounded once; what is quantised is not rounded before.
 #pragma once
 
+#include "cuda/tile/activation.cuh"
 #include "cuda/tile/quantize.cuh"
 
 namespace dsk {
-
-__device__ __forceinline__ float sigmoid(float x) {
-  return __fdiv_rn(1.f, __fadd_rn(1.f, expf(-x)));
-}
 
 // What a warp does next: 128 columns of one row.
 struct SwigluGroup {

@@ -41,6 +41,17 @@ int64_t planes_of_d(const GemmFp8Args& args) {
   return args.kind == GemmKind::kAlongK ? args.num_groups : planes_of_a(args);
 }
 
+GroupKind group_kind(GemmKind kind) {
+  if (kind == GemmKind::kMasked) return GroupKind::kMasked;
+  return kind == GemmKind::kAlongK ? GroupKind::kAlongK : GroupKind::kRows;
+}
+
+ClusterUse cluster_use(const GemmCluster& cluster) {
+  if (cluster.split > 1) return ClusterUse::kSplitK;
+  if (cluster.pair_m > 1) return ClusterUse::kSharedB;
+  return cluster.pair_n > 1 ? ClusterUse::kSharedA : ClusterUse::kNone;
+}
+
 int64_t columns_of_d(const GemmFp8Args& args) { return args.swiglu ? args.n / 2 : args.n; }
 
 size_t bytes_of(ElementType type) {
@@ -102,10 +113,10 @@ GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmC
   const uint64_t b_rows = uint64_t(args.n) * planes_of_b(args);
   // Of a tile that a pair shares, each CTA loads half.
   params.a = encode(context, cu::kUint8, args.a, args.k, rows, args.lda, 128,
-                    config.block_m / config.pair_n, cu::kSwizzle128B);
-  const int b_box = config.swiglu ? 64 : config.block_n;
+                    config.block_m / choice.cluster.pair_n, cu::kSwizzle128B);
+  const int b_box = config.family == GemmFamily::kSwiglu ? 64 : config.block_n;
   params.b = encode(context, cu::kUint8, args.b, args.k, b_rows, args.ldb, 128,
-                    b_box / config.pair_m, cu::kSwizzle128B);
+                    b_box / choice.cluster.pair_m, cu::kSwizzle128B);
   params.sfa = encode(context, cu::kFloat32, args.sfa, args.m, k_blocks(args) * planes_of_a(args),
                       args.ld_sfa * sizeof(float), config.block_m, 1, cu::kSwizzleNone);
   if (args.kind == GemmKind::kAlongK) {
@@ -114,14 +125,17 @@ GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmC
   } else {
     params.sfb = args.sfb;
   }
-  params.result = make_result(context, args.d, args.c, args.bias, args.m * planes_of_d(args),
-                              columns_of_d(args), config.swapped ? config.block_m : 64);
+  params.result =
+      make_result(context, args.d, args.c, args.bias, args.m * planes_of_d(args),
+                  columns_of_d(args), config.family == GemmFamily::kSwapped ? config.block_m : 64);
   params.extent.group_rows = args.group_rows;
   params.extent.runs = args.runs;
   params.extent.m = args.m;
   params.extent.n = args.n;
   params.extent.k = args.k;
   params.extent.num_groups = args.num_groups;
+  params.extent.kind = group_kind(args.kind);
+  params.extent.cluster = cluster_use(choice.cluster);
   params.extent.raster = choice.raster;
   params.extent.skip_empty = args.c.address == args.d.address && args.c.type == args.d.type;
   return params;
@@ -176,11 +190,9 @@ void gemm_fp8(Context& context, const GemmFp8Args& args, cu::Stream stream) {
   problem.num_sms = args.num_sms;
   problem.swiglu = args.swiglu;
   problem.deterministic = args.deterministic;
-  problem.forced_kernel = args.forced_kernel;
-  problem.forced_split = args.forced_split;
   if (args.kind == GemmKind::kMasked && args.expected_m > 0) problem.m = args.expected_m;
   if (problem.num_sms <= 0) problem.num_sms = context.device().num_sms();
-  const GemmChoice choice = choose_gemm(problem);
+  const GemmChoice choice = choose_gemm(problem, args.force);
 
   OperandLoans operands(context, args);
   ResultLoan result(context, args.d, args.c, args.bias, size_t(args.m) * planes_of_d(args),
@@ -190,7 +202,7 @@ void gemm_fp8(Context& context, const GemmFp8Args& args, cu::Stream stream) {
   device::LaunchShape shape;
   shape.grid.x = unsigned(choice.num_ctas);
   shape.block.x = unsigned(choice.config.threads);
-  shape.cluster.x = unsigned(choice.cluster);
+  shape.cluster.x = unsigned(choice.cluster.size());
   shape.shared_bytes = unsigned(choice.config.shared_bytes);
   void* arguments[] = {&params};
   context.device().launch(context.kernel(choice.config.kernel), shape, arguments, stream);

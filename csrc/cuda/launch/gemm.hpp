@@ -39,8 +39,7 @@ struct GemmFp8Args {
   int num_sms = 0;                                   // 0: all
   bool swiglu = false;  // d = silu(gate) * up; with type e4m3 quantised in blocks of 1x128
   bool deterministic = false;
-  std::string forced_kernel;  // see GemmProblem
-  int forced_split = 1;
+  GemmForce force;
 };
 
 // The groups in a list of each row's group: see GemmRunsParams.

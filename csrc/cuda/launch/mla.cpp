@@ -46,8 +46,14 @@ MlaDecodeParams make_params(const Context& context, const MlaDecodeArgs& args) {
   MlaDecodeParams params{};
   params.q = encode(context, args.q, args.b, rows, kMlaWidth, int64_t(rows) * kMlaWidth, kMlaWidth,
                     kMlaRows);
-  params.kv = encode(context, args.kv, args.pages, args.page, kMlaWidth, args.ld_page,
-                     args.ld_token, std::min(args.page, 64));
+  if (args.fp8) {
+    params.kv_rows = static_cast<const uint8_t*>(args.kv);
+    params.ld_page = args.ld_page;
+    params.ld_token = args.ld_token;
+  } else {
+    params.kv = encode(context, args.kv, args.pages, args.page, kMlaWidth, args.ld_page,
+                       args.ld_token, std::min(args.page, 64));
+  }
   params.out = encode(context, args.out, args.b, rows, kMlaLatent, int64_t(rows) * kMlaLatent,
                       kMlaLatent, kMlaRows);
   params.block_table = args.block_table;
@@ -107,10 +113,11 @@ void mla_decode(Context& context, const MlaDecodeArgs& args, cu::Stream stream) 
   if (args.b == 0 || rows == 0) return;
   const size_t all_rows = size_t(args.b) * rows;
   const size_t split_rows = size_t(args.max_splits) * rows;
-  const size_t kv_values =
-      size_t(args.pages - 1) * args.ld_page + size_t(args.page - 1) * args.ld_token + kMlaWidth;
+  const size_t token_bytes = args.fp8 ? kMlaFp8Bytes : kMlaWidth * 2;
+  const size_t last_token =
+      size_t(args.pages - 1) * args.ld_page + size_t(args.page - 1) * args.ld_token;
   HostLoan q(context, args.q, all_rows * kMlaWidth * 2, true);
-  HostLoan kv(context, args.kv, kv_values * 2, true);
+  HostLoan kv(context, args.kv, last_token * (args.fp8 ? 1 : 2) + token_bytes, true);
   HostLoan table(context, args.block_table, size_t(args.b) * args.max_pages * 4, true);
   HostLoan lens(context, args.seq_lens, size_t(args.b) * 4, true);
   HostLoan parts(context, args.parts, args.num_parts * sizeof(MlaPart), true);
@@ -121,7 +128,7 @@ void mla_decode(Context& context, const MlaDecodeArgs& args, cu::Stream stream) 
   HostLoan lse_partial(context, args.lse_partial, split_rows * 4, false);
 
   launch(
-      context, "mla_decode_bf16",
+      context, args.fp8 ? "mla_decode_fp8" : "mla_decode_bf16",
       shape_of(ceil_div(rows, kMlaRows), args.num_parts, kDecodeThreads, mla_decode_shared_bytes()),
       make_params(context, args), stream);
   const MlaCombineParams combine{

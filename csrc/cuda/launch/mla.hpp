@@ -23,7 +23,7 @@ struct MlaScheduleArgs {
 
 struct MlaDecodeArgs {
   const void* q = nullptr;               // [b, s, h, 576] bf16, contiguous
-  const void* kv = nullptr;              // [pages, page, 576] bf16, strides ld_page, ld_token, 1
+  const void* kv = nullptr;              // [pages, page, 576] bf16, or [pages, page, 656] bytes
   const int32_t* block_table = nullptr;  // [b, max_pages], contiguous
   const int32_t* seq_lens = nullptr;     // [b]
   const int32_t* parts = nullptr;        // [num_parts, 8] of mla_schedule
@@ -34,9 +34,10 @@ struct MlaDecodeArgs {
   float* lse_partial = nullptr;          // workspace [max_splits, s * h]
   int b = 0, s = 0, h = 0;
   int pages = 0, page = 0, max_pages = 0;
-  int64_t ld_page = 0, ld_token = 0;  // elements, multiples of 8
+  int64_t ld_page = 0, ld_token = 0;  // of kv, in its elements: multiples of 16 bytes
   int num_parts = 0, max_splits = 0;
   int split_blocks = 0;
+  bool fp8 = false;  // kv is an FP8 cache
   bool causal = true;
   float softmax_scale = 0;  // positive
 };

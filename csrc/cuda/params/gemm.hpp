@@ -9,16 +9,42 @@ namespace dsk {
 
 enum class ElementType : int32_t { kBfloat16, kFloat32, kE4m3 };  // kE4m3: with scales
 
+// How rows, or k, are divided among the groups.
+enum class GroupKind : int32_t {
+  kRows,    // groups are runs of rows of A, of any length; dense is one group of all rows
+  kMasked,  // groups have m rows each, of which the first few count
+  kAlongK,  // groups are ranges of k, in multiples of BLOCK_K
+};
+
+// What the CTAs of a cluster have in common. A pair shares a double tile; its second half may lie
+// behind the end of the group or of D, and is then computed for nothing.
+enum class ClusterUse : int32_t {
+  kNone,
+  kSharedA,  // two CTAs, side by side: each loads half of A's tile for both
+  kSharedB,  // two CTAs, one above the other: each loads half of B's tile for both
+  kSplitK,   // one tile; each CTA sums its share of k
+};
+
 // What is multiplied, and in what order. G = num_groups (1 when dense).
 struct GemmExtent {
   const int32_t* group_rows;  // [G] rows (or share of k) of each group, on the device; null: dense
-  const int32_t* runs;        // contiguous groups given row by row: see GemmRunsParams; else null
-  int32_t m;                  // rows (dense), rows allotted to each group (masked)
+  const int32_t* runs;        // groups given row by row: see GemmRunsParams; else null
+  int32_t m;                  // rows of A (kMasked: of each group; kAlongK: of D)
   int32_t n;
   int32_t k;
   int32_t num_groups;
+  GroupKind kind;
+  ClusterUse cluster;
   int32_t raster;      // blocks of rows that are walked before the next block of columns
-  int32_t skip_empty;  // groups along k: D already holds what an empty group leaves there
+  int32_t skip_empty;  // kAlongK: D already holds what an empty group leaves there
+
+  // CTAs that load for each other.
+#ifdef __CUDACC__
+  __device__ __forceinline__
+#endif
+      int sharers() const {
+    return cluster == ClusterUse::kSharedA || cluster == ClusterUse::kSharedB ? 2 : 1;
+  }
 };
 
 // Finds the groups in a list of each row's group: runs[0] = number of runs of equal entries >= 0,

@@ -31,9 +31,12 @@ struct MlaScheduleParams {
 };
 
 struct MlaDecodeParams {
-  TensorMapBytes q;            // [b, s * h, 576] bf16, box [1, 64, 64], 128B swizzle
-  TensorMapBytes kv;           // [pages, page, 576] bf16, box [1, min(page, 64), 64], 128B swizzle
-  TensorMapBytes out;          // [b, s * h, 512] bf16, box [1, 64, 64], 128B swizzle
+  TensorMapBytes q;        // [b, s * h, 576] bf16, box [1, 64, 64], 128B swizzle
+  TensorMapBytes kv;       // [pages, page, 576] bf16, box [1, min(page, 64), 64], 128B swizzle
+  TensorMapBytes out;      // [b, s * h, 512] bf16, box [1, 64, 64], 128B swizzle
+  const uint8_t* kv_rows;  // FP8 cache instead: [pages, page, 656] bytes, strides ld_page, ld_token
+  int64_t ld_page;         // bytes
+  int64_t ld_token;        // bytes
   const int32_t* block_table;  // [b, max_pages], row stride ld_table
   const int32_t* seq_lens;     // [b]
   const MlaPart* parts;        // [grid.y]

@@ -25,8 +25,8 @@ constexpr int kFp8MmaK = 32;     // e4m3 values one wgmma consumes
 // layout. left(stage) and right(stage) are the stage's operands: 64 and kN swizzled rows.
 template <int kN, class Stages, class Left, class Right, class Scales>
 __device__ __forceinline__ void promoted_sum(Stages& ring, typename Stages::Position& at,
-                                             int k_begin, int k_end, Left left, Right right,
-                                             Scales& scales, float (&sum)[kN / 2]) {
+                                             int sharers, int k_begin, int k_end, Left left,
+                                             Right right, Scales& scales, float (&sum)[kN / 2]) {
 #pragma unroll
   for (float& value : sum) value = 0.f;
 
@@ -47,7 +47,7 @@ __device__ __forceinline__ void promoted_sum(Stages& ring, typename Stages::Posi
     ptx::wgmma_wait_group<0>();
     ptx::fence_accumulators(partial);
     scales.read_rest(at.stage);
-    ring.release(at);
+    ring.release(at, sharers);
     at.advance();
 
     scales.promote(sum, partial);

@@ -16,29 +16,61 @@ namespace dsk {
 constexpr int kWarpgroup = 128;  // threads
 constexpr int kMmaM = 64;        // rows of one warpgroup's wgmma
 
-// Producer: for each tile and each of its k blocks, wait for a free stage, announce its `bytes` and
-// call load(tile, k_block, stage, barrier), which issues copies of exactly that many bytes.
+// Tiles on their way from the producer, which walks the schedule, to the math warps, which look
+// them up here whenever they need a coordinate: registers are for sums.
+struct TileQueue {
+  static constexpr int kSlots = 4;  // tiles that the producer may be ahead
+
+  GemmTile tile[kSlots];
+  Ring<kSlots> ring;
+};
+
+// Producer: queue each tile; for each of its k blocks, wait for a free stage, announce its `bytes`
+// and call load(tile, k_block, stage, barrier), which issues copies of exactly that many bytes.
 template <class Stages, class Scheduler, class Load>
-__device__ __forceinline__ void produce_tiles(Stages& ring, Scheduler scheduler, uint32_t bytes,
-                                              Load load) {
+__device__ __forceinline__ void produce_tiles(Stages& ring, TileQueue& queue, Scheduler scheduler,
+                                              uint32_t bytes, Load load) {
   typename Stages::Position at;
+  RingPosition<TileQueue::kSlots> slot;
   GemmTile tile;
-  while (scheduler.next(tile)) {
+  for (bool more = true; more; slot.advance()) {
+    more = scheduler.next(tile);
+    if (!more) tile.group = kNoMoreTiles;
+    queue.ring.await_free(slot);
+    queue.tile[slot.stage] = tile;
+    queue.ring.fill(slot);
+    if (!more) break;
     for (int k_block = tile.k_begin; k_block < tile.k_end; ++k_block) {
-      ring.acquire(at, bytes);
+      ring.acquire_in_cluster(at, bytes);
       load(tile, k_block, at.stage, &ring.full[at.stage]);
       at.advance();
     }
   }
 }
 
+// Math warps: body(tile) for each queued tile.
+template <class Body>
+__device__ __forceinline__ void for_each_tile(TileQueue& queue, Body body) {
+  RingPosition<TileQueue::kSlots> slot;
+  while (true) {
+    queue.ring.await(slot);
+    const GemmTile& tile = queue.tile[slot.stage];
+    if (tile.group == kNoMoreTiles) return;
+    body(tile);
+    __syncwarp();
+    queue.ring.release(slot, 1);
+    slot.advance();
+  }
+}
+
 // Producer: kRows swizzled rows of 128 bytes into a stage. A tile that both CTAs of a pair need
-// comes in halves (boxes of kRows / 2): each loads one for both, and each sees kRows arrive.
-template <bool kShared, int kRows>
+// (`shared`) comes in halves (boxes of kRows / 2): each loads one for both, and each sees kRows
+// arrive.
+template <int kRows>
 __device__ __forceinline__ void load_tile(uint8_t* to, const TensorMapBytes& map, int column,
-                                          int row, uint64_t* full) {
+                                          int row, bool shared, uint64_t* full) {
   using namespace cuda::ptx;
-  if constexpr (kShared) {
+  if (shared) {
     const int half = ::dsk::ptx::cluster_rank() * (kRows / 2);
     const int32_t at[2] = {column, row + half};
     cp_async_bulk_tensor(space_cluster, space_global, to + half * kSwizzleBytes, &map, at, full,
@@ -56,14 +88,17 @@ __device__ __forceinline__ void sync_cluster() {
 
 // Splits the CTA: produce() runs in one thread, compute(warpgroup) in each math thread. Every math
 // warp releases a stage once. setmaxnreg moves registers from the producer to the math warpgroups.
-template <int kMathWarpgroups, int kNumStages, int kCluster, class Produce, class Compute>
-__device__ __forceinline__ void run_roles(Ring<kNumStages, kCluster>& ring, Produce produce,
+template <int kMathWarpgroups, class Smem, class Produce, class Compute>
+__device__ __forceinline__ void run_roles(Smem& smem, int sharers, Produce produce,
                                           Compute compute) {
   constexpr int kMathThreads = kMathWarpgroups * kWarpgroup;
   constexpr int kProducerRegisters = 40;
   constexpr int kMathRegisters = kMathWarpgroups == 1 ? 248 : 232;
-  if (threadIdx.x == 0) ring.init(kMathThreads / 32);
-  if constexpr (kCluster == 1) {
+  if (threadIdx.x == 0) {
+    smem.ring.init(kMathThreads / 32, 1, sharers);
+    smem.queue.ring.init(kMathThreads / 32);
+  }
+  if (sharers == 1) {
     __syncthreads();
   } else {
     sync_cluster();
@@ -77,7 +112,7 @@ __device__ __forceinline__ void run_roles(Ring<kNumStages, kCluster>& ring, Prod
     compute(__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0));
   }
   // The peer may still write into this CTA's stages, or arrive on its barriers.
-  if constexpr (kCluster > 1) sync_cluster();
+  if (sharers > 1) sync_cluster();
 }
 
 }  // namespace dsk

@@ -11,8 +11,6 @@ namespace dsk {
 
 constexpr int kMlaWarpgroup = 128;
 constexpr int kMlaMathThreads = 2 * kMlaWarpgroup;
-constexpr int kMlaMathRegisters = 232;
-constexpr int kMlaProducerRegisters = 40;
 constexpr int kMlaTiles = kMlaWidth / 64;  // a row is nine tiles of 64 columns, 128 bytes each
 constexpr int kMlaRopeTile = 8;            // the RoPE columns; later P of the same block
 constexpr int kMlaTileBytes = kMlaRows * kSwizzleBytes;
@@ -32,6 +30,7 @@ enum MlaBarrier : uint32_t {
 struct alignas(1024) MlaDecodeSmem {
   uint8_t q[kMlaTiles][kMlaTileBytes];      // 64 rows; at a piece's end tiles 0-7 take its result
   uint8_t kv[2][kMlaTiles][kMlaTileBytes];  // 64 tokens each
+  uint4 fp8_stage[4][4][32];                // FP8 caches: for each warp, four tokens' latents
   float row_max[2][kMlaRows];               // running maximum after the first, the second block
   float row_sum[2][kMlaRows];               // by side
   Ring<2> kv_ring[2];                       // for each block; stages are its halves

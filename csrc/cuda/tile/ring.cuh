@@ -25,9 +25,9 @@ struct RingPosition {
   }
 };
 
-// With kCluster > 1 the producers of a cluster also write into each other's stages (multicast): a
-// stage is free when the consumers of every CTA have let go of it.
-template <int kNumStages, int kCluster = 1>
+// In a pair of CTAs (`sharers` = 2) the producers also write into each other's stages (multicast):
+// a stage is free when the consumers of both have let go of it.
+template <int kNumStages>
 struct Ring {
   using Position = RingPosition<kNumStages>;
 
@@ -35,12 +35,14 @@ struct Ring {
   uint64_t empty[kNumStages];
 
   // By one thread, before anyone uses the ring; a CTA (or cluster) barrier must follow.
-  // `consumers` is the number of consume() (or release()) calls of one CTA that free a stage.
-  __device__ __forceinline__ void init(uint32_t consumers) {
+  // `consumers` is the number of consume() (or release()) calls of one CTA that free a stage,
+  // `producers` that of acquire() or fill() calls that announce one.
+  __device__ __forceinline__ void init(uint32_t consumers, uint32_t producers = 1,
+                                       uint32_t sharers = 1) {
 #pragma unroll
     for (int s = 0; s < kNumStages; ++s) {
-      cuda::ptx::mbarrier_init(&full[s], 1);
-      cuda::ptx::mbarrier_init(&empty[s], consumers * kCluster);
+      cuda::ptx::mbarrier_init(&full[s], producers);
+      cuda::ptx::mbarrier_init(&empty[s], consumers * sharers);
     }
     cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
   }
@@ -48,15 +50,26 @@ struct Ring {
   // Producer: wait until the stage is free (the first round finds every stage free), then announce
   // the bytes that will land in it.
   __device__ __forceinline__ void acquire(const Position& at, uint32_t bytes) {
-    if constexpr (kCluster == 1) {
-      wait(&empty[at.stage], at.phase ^ 1);
-    } else {
-      while (!cuda::ptx::mbarrier_try_wait_parity(cuda::ptx::sem_acquire, cuda::ptx::scope_cluster,
-                                                  &empty[at.stage], at.phase ^ 1)) {
-      }
+    wait(&empty[at.stage], at.phase ^ 1);
+    announce(at, bytes);
+  }
+
+  // Producers that write a stage with their own stores: wait until it is free; afterwards, one of
+  // the `producers` arrivals that fill it.
+  __device__ __forceinline__ void await_free(const Position& at) {
+    wait(&empty[at.stage], at.phase ^ 1);
+  }
+  __device__ __forceinline__ void fill(const Position& at) {
+    cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cta,
+                               cuda::ptx::space_shared, &full[at.stage]);
+  }
+
+  // acquire() where consumers of another CTA may free the stage.
+  __device__ __forceinline__ void acquire_in_cluster(const Position& at, uint32_t bytes) {
+    while (!cuda::ptx::mbarrier_try_wait_parity(cuda::ptx::sem_acquire, cuda::ptx::scope_cluster,
+                                                &empty[at.stage], at.phase ^ 1)) {
     }
-    cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
-                                         cuda::ptx::space_shared, &full[at.stage], bytes);
+    announce(at, bytes);
   }
 
   // Consumer: wait for the stage's bytes.
@@ -68,12 +81,12 @@ struct Ring {
                                cuda::ptx::space_shared, &empty[at.stage]);
   }
 
-  // Consumer, by a whole warp: its arrival in every CTA of the cluster.
-  __device__ __forceinline__ void release(const Position& at) {
+  // Consumer, by a whole warp: its arrival in each of the CTAs that share.
+  __device__ __forceinline__ void release(const Position& at, int sharers) {
     const int lane = threadIdx.x % 32;
-    if constexpr (kCluster == 1) {
+    if (sharers == 1) {
       if (lane == 0) consume(at);
-    } else if (lane < kCluster) {
+    } else if (lane < sharers) {
       cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cluster,
                                  cuda::ptx::space_cluster,
                                  ptx::map_to_rank(&empty[at.stage], lane));
@@ -81,6 +94,11 @@ struct Ring {
   }
 
  private:
+  __device__ __forceinline__ void announce(const Position& at, uint32_t bytes) {
+    cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
+                                         cuda::ptx::space_shared, &full[at.stage], bytes);
+  }
+
   __device__ static __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
     while (!cuda::ptx::mbarrier_try_wait_parity(barrier, parity)) {
     }

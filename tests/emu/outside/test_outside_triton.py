@@ -6,12 +6,14 @@ A from registers (sm_90) and mma.sync (sm_80, sm_89) are Triton's choice.
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from mla_cases import LATENT, assert_decoded, paged_case
 from outside_support import findings, seeds_by_tier
 
 emu = pytest.importorskip("dskernels.emu")
@@ -213,3 +215,26 @@ def test_gemm_masked(compiled, target, seed):
     inside = torch.arange(80)[None] < sizes[:, None]
     assert got[~inside].isnan().all()
     check_product(got.nan_to_num(nan=0.0), a, b, target, masked_m=sizes)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_mla_decode(compiled, target, fp8, seed):
+    """Two splits of every request, joined; NaN behind the lengths and table entries that crash."""
+    q, cache, table, lens = case = paged_case([70, 1, 0, 33], 2, 7, page=16, seed=seed, fp8=fp8)
+    splits, rows = 2, 14
+    partial = torch.full((4, splits, rows, LATENT), torch.nan)
+    partial_lse = torch.full((4, splits, rows), torch.nan)
+    wide = cache.view(torch.float32) if fp8 else partial_lse
+    compiled("mla_decode_fp8" if fp8 else "mla_decode", target)(
+        (1, 4, splits),
+        q, cache, cache.view(torch.bfloat16), wide, table, lens, partial, partial_lse,
+        2, 7, 16, table.shape[1], 16, cache.shape[2], 0.1 * math.log2(math.e), seed=seed,
+    )  # fmt: skip
+    out = torch.full((4, 2, 7, LATENT), torch.nan, dtype=torch.bfloat16)
+    lse = torch.full((4, 7, 2), torch.nan)
+    compiled("mla_combine", target)(
+        (rows, 4), partial, partial_lse, out, lse, 2, 7, splits, seed=seed
+    )
+    assert_decoded((out, lse), case, softmax_scale=0.1)

@@ -1,0 +1,144 @@
+// The launchers of csrc/cuda/launch/moe.hpp, for Python. `on` is (machine, ordinal, stream,
+// num_sms).
+#include "cuda/launch/moe.hpp"
+
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "api/bind_launch.hpp"
+
+namespace py = pybind11;
+
+namespace dsk::api {
+namespace {
+
+using On = std::tuple<std::string, int, uint64_t, int>;
+using Address = uint64_t;
+
+launch::MoeLaunch launch_on(const On& on) {
+  const auto& [machine, ordinal, stream, num_sms] = on;
+  return {context_of(machine, ordinal), stream_of(stream), num_sms};
+}
+
+WideType wide(bool is_bf16) { return is_bf16 ? WideType::kBfloat16 : WideType::kFloat32; }
+
+void gate(const On& on, Address x, bool x_is_bf16, Address weight, bool weight_is_bf16,
+          Address bias, Address topk_idx, Address topk_weights, Address scores, Address counts,
+          int64_t ld_x, int tokens, int depth, int experts, int num_groups, int topk_group,
+          int topk, bool softmax, bool top2, bool renormalize, float scale) {
+  MoeGateParams p{};
+  p.x = pointer<void>(x);
+  p.weight = pointer<void>(weight);
+  p.bias = pointer<float>(bias);
+  p.topk_idx = pointer<int64_t>(topk_idx);
+  p.topk_weights = pointer<float>(topk_weights);
+  p.scores = pointer<float>(scores);
+  p.counts = pointer<int32_t>(counts);
+  p.ld_x = ld_x;
+  p.tokens = tokens;
+  p.depth = depth;
+  p.experts = experts;
+  p.num_groups = num_groups;
+  p.topk_group = topk_group;
+  p.topk = topk;
+  p.softmax = softmax;
+  p.top2 = top2;
+  p.renormalize = renormalize;
+  p.scale = scale;
+  p.weight_type = wide(weight_is_bf16);
+  launch::moe_gate(launch_on(on), p, x_is_bf16);
+}
+
+void layout(const On& on, Address topk_idx, Address first_row, Address group_sizes,
+            Address group_sizes_i32, Address finished, int slots, int experts, int alignment) {
+  const MoeLayoutParams p{pointer<int64_t>(topk_idx),
+                          pointer<int32_t>(first_row),
+                          pointer<int64_t>(group_sizes),
+                          pointer<int32_t>(group_sizes_i32),
+                          pointer<int32_t>(finished),
+                          slots,
+                          experts,
+                          alignment};
+  launch::moe_layout(launch_on(on), p);
+}
+
+void permute(const On& on, Address topk_idx, Address first_row, Address row_map, Address x,
+             Address x_perm, Address scale, Address scale_perm, int64_t ld_x, int64_t row_bytes,
+             int64_t ld_scale, int64_t ld_scale_perm, int slots, int topk, int experts,
+             int scale_groups, int64_t rows) {
+  MoePermuteParams p{};
+  p.topk_idx = pointer<int64_t>(topk_idx);
+  p.first_row = pointer<int32_t>(first_row);
+  p.row_map = pointer<int64_t>(row_map);
+  p.x = pointer<void>(x);
+  p.x_perm = pointer<void>(x_perm);
+  p.scale = pointer<float>(scale);
+  p.scale_perm = pointer<float>(scale_perm);
+  p.ld_x = ld_x;
+  p.row_bytes = row_bytes;
+  p.ld_scale = ld_scale;
+  p.ld_scale_perm = ld_scale_perm;
+  p.slots = slots;
+  p.topk = topk;
+  p.experts = experts;
+  p.scale_groups = scale_groups;
+  launch::moe_permute(launch_on(on), p, rows);
+}
+
+void unpermute(const On& on, Address y, bool is_bf16, Address row_map, Address weights, Address out,
+               int tokens, int topk, int depth, int64_t rows) {
+  const MoeUnpermuteParams p{pointer<void>(y),
+                             pointer<int64_t>(row_map),
+                             pointer<float>(weights),
+                             pointer<void>(out),
+                             tokens,
+                             topk,
+                             depth,
+                             wide(is_bf16)};
+  launch::moe_unpermute(launch_on(on), p, rows);
+}
+
+void unpermute_backward(const On& on, Address grad, Address y, bool is_bf16, Address row_map,
+                        Address weights, Address dy, Address dweights, int tokens, int topk,
+                        int depth, int64_t rows) {
+  const MoeUnpermuteBackwardParams p{pointer<void>(grad),
+                                     pointer<void>(y),
+                                     pointer<int64_t>(row_map),
+                                     pointer<float>(weights),
+                                     pointer<void>(dy),
+                                     pointer<float>(dweights),
+                                     tokens,
+                                     topk,
+                                     depth,
+                                     wide(is_bf16)};
+  launch::moe_unpermute_backward(launch_on(on), p, rows);
+}
+
+}  // namespace
+
+void bind_launch_moe(py::module_& launch) {
+  using namespace py::literals;
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  launch.attr("kMoeMaxExperts") = int(kMoeMaxExperts);
+  launch.attr("kMoeMaxGroups") = int(kMoeMaxGroups);
+  launch.def("moe_chunks", &launch::moe_chunks, "slots"_a);
+  launch.def("moe_gate", &gate, "on"_a, py::kw_only(), "x"_a, "x_is_bf16"_a, "weight"_a,
+             "weight_is_bf16"_a, "bias"_a, "topk_idx"_a, "topk_weights"_a, "scores"_a, "counts"_a,
+             "ld_x"_a, "tokens"_a, "depth"_a, "experts"_a, "num_groups"_a, "topk_group"_a, "topk"_a,
+             "softmax"_a, "top2"_a, "renormalize"_a, "scale"_a, release);
+  launch.def("moe_layout", &layout, "on"_a, py::kw_only(), "topk_idx"_a, "first_row"_a,
+             "group_sizes"_a, "group_sizes_i32"_a, "finished"_a, "slots"_a, "experts"_a,
+             "alignment"_a, release);
+  launch.def("moe_permute", &permute, "on"_a, py::kw_only(), "topk_idx"_a, "first_row"_a,
+             "row_map"_a, "x"_a, "x_perm"_a, "scale"_a, "scale_perm"_a, "ld_x"_a, "row_bytes"_a,
+             "ld_scale"_a, "ld_scale_perm"_a, "slots"_a, "topk"_a, "experts"_a, "scale_groups"_a,
+             "rows"_a, release);
+  launch.def("moe_unpermute", &unpermute, "on"_a, py::kw_only(), "y"_a, "is_bf16"_a, "row_map"_a,
+             "weights"_a, "out"_a, "tokens"_a, "topk"_a, "depth"_a, "rows"_a, release);
+  launch.def("moe_unpermute_backward", &unpermute_backward, "on"_a, py::kw_only(), "grad"_a, "y"_a,
+             "is_bf16"_a, "row_map"_a, "weights"_a, "dy"_a, "dweights"_a, "tokens"_a, "topk"_a,
+             "depth"_a, "rows"_a, release);
+}
+
+}  // namespace dsk::api

@@ -1,0 +1,80 @@
+#include "cuda/launch/ep.hpp"
+
+#include <algorithm>
+
+namespace dsk::launch {
+namespace {
+
+constexpr int kThreads = 256;  // as in instances/ep.def
+constexpr int kWarps = kThreads / 32;
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw device::DeviceError("ep: " + message);
+}
+
+void check_rows(int64_t bytes, const void* first, const char* name) {
+  require(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(first) % 16 == 0,
+          std::string(name) + ": expected 16-byte aligned rows of a multiple of 16 bytes, got " +
+              std::to_string(bytes) + " bytes");
+}
+
+void check_group(const EpGroup& g) {
+  require(g.shape.ranks <= kThreads, "ranks: expected at most " + std::to_string(kThreads) +
+                                         ", got " + std::to_string(g.shape.ranks));
+}
+
+// One CTA an SM at most: CTA 0 has to run for the others to end, so all must fit at once.
+template <class Params>
+void launch(const EpLaunch& on, const char* kernel, Params params, int64_t warps_of_work) {
+  check_group(params.group);
+  const int sms = on.num_sms > 0 ? on.num_sms : on.context.device().num_sms();
+  device::LaunchShape shape;
+  const int64_t ctas = (warps_of_work + kWarps - 1) / kWarps;
+  shape.grid.x = unsigned(std::clamp<int64_t>(ctas, 1, sms));
+  shape.block.x = kThreads;
+  void* arguments[] = {&params};
+  on.context.device().launch(on.context.kernel(kernel), shape, arguments, on.stream);
+}
+
+}  // namespace
+
+void ep_dispatch(const EpLaunch& on, const EpDispatchParams& p) {
+  check_rows(p.row.row_bytes, p.x, "x");
+  check_rows(p.ld_x, p.x, "x");
+  launch(on, "ep_dispatch", p, p.tokens);
+}
+
+void ep_combine(const EpLaunch& on, const EpCombineParams& p) {
+  check_rows(int64_t(p.elements) * 2, p.out, "y");
+  launch(on, "ep_combine_bf16", p, p.tokens);
+}
+
+void ep_low_send(const EpLaunch& on, const EpLowSendParams& p) {
+  check_rows(int64_t(p.elements) * 2, p.x, "x");
+  check_rows(p.row.row_bytes, nullptr, "x");
+  launch(on, "ep_low_send", p, int64_t(p.tokens) * p.row.topk);
+}
+
+void ep_low_receive(const EpLaunch& on, const EpLowReceiveParams& p) {
+  const int64_t experts = p.group.experts.count(p.group.rank);
+  if (experts == 0) return;
+  check_rows(p.row.row_bytes, p.x, "x");
+  // At least one CTA for each expert; they do not wait for each other.
+  const int sms = on.num_sms > 0 ? on.num_sms : on.context.device().num_sms();
+  const int64_t ctas = std::max<int64_t>(experts, sms / experts * experts);
+  EpLaunch wide = on;
+  wide.num_sms = int(ctas);
+  launch(wide, "ep_low_receive", p, ctas * kWarps);
+}
+
+void ep_low_return(const EpLaunch& on, const EpLowReturnParams& p) {
+  check_rows(p.row_bytes, p.y, "y");
+  launch(on, "ep_low_return", p, p.group.shape.max_tokens * p.group.shape.ranks);
+}
+
+void ep_low_reduce(const EpLaunch& on, const EpLowReduceParams& p) {
+  check_rows(int64_t(p.elements) * 2, p.out, "out");
+  launch(on, "ep_low_reduce_bf16", p, p.tokens);
+}
+
+}  // namespace dsk::launch

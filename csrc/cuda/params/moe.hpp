@@ -1,0 +1,94 @@
+// Parameters of the mixture-of-experts kernels. A slot is one (token, choice) pair, numbered
+// token * topk + choice; -1 as its expert means that it has none.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/params/rowwise.hpp"
+
+namespace dsk {
+
+constexpr int kMoeMaxExperts = 512;  // of the gate; a permutation takes twice as many
+constexpr int kMoeMaxGroups = 2 * kMoeMaxExperts;
+constexpr int kMoeChunk = 256;   // slots that one CTA sorts
+constexpr int kGateTokens = 32;  // tokens of a cluster of the gate
+constexpr int kGateCluster = 8;  // its CTAs
+constexpr int kGateSharedBytes = 36 * 1024 + kGateTokens * kMoeMaxExperts * 4;
+
+struct MoeGateParams {
+  const void* x;        // [tokens, depth], row stride ld_x
+  const void* weight;   // [experts, depth] of weight_type, contiguous
+  const float* bias;    // [experts], or null
+  int64_t* topk_idx;    // [tokens, topk]
+  float* topk_weights;  // [tokens, topk]
+  float* scores;        // [tokens, experts], unbiased
+  int32_t* counts;      // [experts], zeroed by the caller: tokens that chose each expert; or null
+  int64_t ld_x;         // elements
+  int32_t tokens;
+  int32_t depth;
+  int32_t experts;
+  int32_t num_groups;
+  int32_t topk_group;
+  int32_t topk;
+  int32_t softmax;      // else sigmoid
+  int32_t top2;         // a group is as good as its two best experts' sum, else as its best one
+  int32_t renormalize;  // divide the chosen weights by their sum
+  float scale;
+  WideType weight_type;
+};
+
+// Where each chunk of slots goes: counts first, then, by the last CTA to finish, first rows.
+struct MoeLayoutParams {
+  const int64_t* topk_idx;   // [slots], values in [-1, experts)
+  int32_t* first_row;        // [chunks, experts]
+  int64_t* group_sizes;      // [experts], multiples of alignment
+  int32_t* group_sizes_i32;  // the same for a kernel that reads them there; or null
+  int32_t* finished;         // [1], zeroed by the caller: CTAs that have counted
+  int32_t slots;
+  int32_t experts;
+  int32_t alignment;
+};
+
+struct MoePermuteParams {
+  const int64_t* topk_idx;   // [slots]
+  const int32_t* first_row;  // [chunks, experts], from the layout kernel
+  int64_t* row_map;          // [slots]
+  const void* x;             // [slots / topk] rows of row_bytes, ld_x bytes apart
+  void* x_perm;              // [rows] of row_bytes, contiguous
+  const float* scale;        // [tokens, groups], MN-major: strides (1, ld_scale); or null
+  float* scale_perm;         // [rows, groups], MN-major: strides (1, ld_scale_perm)
+  int64_t ld_x;
+  int64_t row_bytes;
+  int64_t ld_scale;
+  int64_t ld_scale_perm;
+  int32_t slots;
+  int32_t topk;
+  int32_t experts;
+  int32_t scale_groups;
+};
+
+struct MoeUnpermuteParams {
+  const void* y;           // [rows, depth], contiguous
+  const int64_t* row_map;  // [tokens, topk], -1 where there is no row
+  const float* weights;    // [tokens, topk], or null for plain sums
+  void* out;               // [tokens, depth] of y's type, contiguous
+  int32_t tokens;
+  int32_t topk;
+  int32_t depth;
+  WideType type;
+};
+
+struct MoeUnpermuteBackwardParams {
+  const void* grad;        // [tokens, depth] of y's type, contiguous
+  const void* y;           // [rows, depth], contiguous
+  const int64_t* row_map;  // [tokens, topk], every row at most once; -1 where there is none
+  const float* weights;    // [tokens, topk], or null for plain sums
+  void* dy;                // [rows, depth], rows without a name zeroed by the caller
+  float* dweights;         // [tokens, topk], likewise
+  int32_t tokens;
+  int32_t topk;
+  int32_t depth;
+  WideType type;
+};
+
+}  // namespace dsk

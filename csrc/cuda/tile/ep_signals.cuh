@@ -1,0 +1,81 @@
+// Signals between GPUs: raise a counter at a peer, wait for one's own, and let the last CTA of a
+// launch speak for all. Orders are system-wide release and acquire; the waits give up.
+#pragma once
+
+#include <cuda/atomic>
+
+#include "cuda/params/ep.hpp"
+
+namespace dsk {
+
+constexpr int kEpWarp = 32;
+
+using SystemWord = cuda::atomic_ref<uint64_t, cuda::thread_scope_system>;
+
+__device__ __forceinline__ uint64_t* signal_of(const EpGroup& g, int owner, proto::Counter kind,
+                                               int source) {
+  return g.signals[owner] + proto::counter_index(kind, source);
+}
+
+// Every alive peer learns that this rank has reached `value`. Called by one whole CTA whose earlier
+// stores must be visible first; thread r serves peer r.
+__device__ __forceinline__ void raise_everywhere(const EpGroup& g, proto::Counter kind,
+                                                 uint64_t value) {
+  __syncthreads();
+  const int peer = threadIdx.x;
+  if (peer < g.shape.ranks && proto::is_alive(g.alive, peer)) {
+    cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
+    SystemWord(*signal_of(g, peer, kind, g.rank)).store(value, cuda::memory_order_release);
+  }
+}
+
+// Whether this signal of ours reaches `value` within the polls allowed.
+__device__ __forceinline__ bool poll_signal(const EpGroup& g, proto::Counter kind, int source,
+                                            uint64_t value) {
+  SystemWord word(*signal_of(g, g.rank, kind, source));
+  for (uint32_t poll = 0; poll < g.max_polls; ++poll) {
+    if (word.load(cuda::memory_order_acquire) >= value) return true;
+    __nanosleep(64);
+  }
+  if (atomicExch(&g.status->failed, 1u) == 0) {
+    g.status->counter = kind;
+    g.status->source = source;
+    g.status->call = static_cast<uint32_t>(value);
+  }
+  return false;
+}
+
+// Until all alive sources have raised `kind` here. True for the whole CTA or for none of it; what
+// the sources stored before is visible to every thread then.
+__device__ __forceinline__ bool await_everyone(const EpGroup& g, proto::Counter kind,
+                                               uint64_t value) {
+  bool reached = true;
+  const int source = threadIdx.x;
+  if (source < g.shape.ranks && proto::is_alive(g.alive, source)) {
+    reached = poll_signal(g, kind, source, value);
+  }
+  return __syncthreads_and(reached);
+}
+
+// True in all threads of the CTA that arrives last; the stores of all CTAs happened before.
+__device__ __forceinline__ bool last_to_arrive(const EpGroup& g) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
+    last = atomicAdd(g.arrivals, 1u) + 1 == gridDim.x;
+    cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
+    if (last) *g.arrivals = 0;
+  }
+  __syncthreads();
+  return last;
+}
+
+// One warp copies `bytes`, a multiple of 16.
+__device__ __forceinline__ void copy_row(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  for (int64_t at = threadIdx.x % kEpWarp * 16; at < bytes; at += kEpWarp * 16) {
+    *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(from + at);
+  }
+}
+
+}  // namespace dsk

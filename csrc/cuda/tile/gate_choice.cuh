@@ -1,0 +1,135 @@
+// One warp chooses one token's experts from its logits: scores, groups, top-k, weights. The order
+// of every comparison and sum is that of dskernels.ref.moe.moe_gate.
+#pragma once
+
+#include <cfloat>
+
+#include "cuda/params/moe.hpp"
+#include "cuda/tile/activation.cuh"
+#include "cuda/tile/quantize.cuh"
+
+namespace dsk {
+
+struct GateChoiceSmem {
+  float score[kMoeMaxExperts];  // logits, then unbiased scores
+  float key[kMoeMaxExperts];    // biased, finite; NaN once out of the running
+  float group[kMoeMaxExperts];  // how good each group is; NaN once chosen
+  int chosen[kMoeMaxExperts];
+};
+
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
+
+// The index of the largest value, the lowest of equal ones; NaNs are not in the running.
+__device__ __forceinline__ int warp_arg_max(const float* value, int count) {
+  float best = -INFINITY;
+  int at = count;
+  for (int i = threadIdx.x % kWarp; i < count; i += kWarp) {
+    const float v = value[i];
+    if (v > best || (v == best && at == count)) {
+      best = v;
+      at = i;
+    }
+  }
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const float v = __shfl_xor_sync(0xffffffffu, best, offset);
+    const int i = __shfl_xor_sync(0xffffffffu, at, offset);
+    if (v > best || (v == best && i < at)) {
+      best = v;
+      at = i;
+    }
+  }
+  return at;
+}
+
+// Take the `count` best of `values`, one after another; each becomes NaN.
+template <class Take>
+__device__ __forceinline__ void take_best(float* value, int size, int count, Take&& take) {
+  for (int i = 0; i < count; ++i) {
+    const int best = warp_arg_max(value, size);
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) value[best] = not_a_number();
+    __syncwarp();
+    take(i, best);
+  }
+}
+
+__device__ __forceinline__ void scores_of_logits(const MoeGateParams& p, float* value) {
+  const int lane = threadIdx.x % kWarp;
+  if (!p.softmax) {
+    for (int e = lane; e < p.experts; e += kWarp) value[e] = sigmoid(value[e]);
+    return;
+  }
+  float largest = -INFINITY;
+  for (int e = lane; e < p.experts; e += kWarp) largest = fmaxf(largest, value[e]);
+  largest = warp_max(largest);
+  float sum = 0.f;
+  for (int e = lane; e < p.experts; e += kWarp) {
+    value[e] = expf(__fsub_rn(value[e], largest));
+    sum = __fadd_rn(sum, value[e]);
+  }
+  sum = warp_sum(sum);
+  for (int e = lane; e < p.experts; e += kWarp) value[e] = __fdiv_rn(value[e], sum);
+}
+
+// Unbiased scores to memory, biased ones to `key`. A NaN ranks behind every number.
+__device__ __forceinline__ void keys_of_scores(const MoeGateParams& p, GateChoiceSmem& s,
+                                               int token) {
+  float* out = p.scores + int64_t(token) * p.experts;
+  for (int e = threadIdx.x % kWarp; e < p.experts; e += kWarp) {
+    out[e] = s.score[e];
+    const float biased = p.bias ? __fadd_rn(s.score[e], __ldg(p.bias + e)) : s.score[e];
+    s.key[e] = biased == biased ? fminf(fmaxf(biased, -FLT_MAX), FLT_MAX) : -FLT_MAX;
+  }
+  __syncwarp();
+}
+
+// Leave only the experts of the best groups in the running.
+__device__ __forceinline__ void limit_groups(const MoeGateParams& p, GateChoiceSmem& s) {
+  const int size = p.experts / p.num_groups;
+  const int lane = threadIdx.x % kWarp;
+  for (int g = lane; g < p.num_groups; g += kWarp) {
+    float first = -INFINITY, second = -INFINITY;
+    for (int e = g * size; e < (g + 1) * size; ++e) {
+      second = fmaxf(second, fminf(first, s.key[e]));
+      first = fmaxf(first, s.key[e]);
+    }
+    s.group[g] = p.top2 && size > 1 ? __fadd_rn(first, second) : first;
+  }
+  __syncwarp();
+  take_best(s.group, p.num_groups, p.topk_group, [](int, int) {});
+  for (int e = lane; e < p.experts; e += kWarp) {
+    const float group = s.group[e / size];
+    if (group == group) s.key[e] = not_a_number();
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ void choose_experts(const MoeGateParams& p, GateChoiceSmem& s,
+                                               int token) {
+  constexpr float kWeightSumFloor = 1e-20f;  // keeps the division finite when all scores are 0
+  const int lane = threadIdx.x % kWarp;
+  scores_of_logits(p, s.score);
+  __syncwarp();
+  keys_of_scores(p, s, token);
+  if (p.num_groups > 1) limit_groups(p, s);
+
+  float sum = 0.f;  // in the order of the choices
+  take_best(s.key, p.experts, p.topk, [&](int i, int expert) {
+    sum = __fadd_rn(sum, s.score[expert]);
+    if (lane != 0) return;
+    s.chosen[i] = expert;
+    if (p.counts) atomicAdd(p.counts + expert, 1);
+  });
+  __syncwarp();
+  const int64_t at = int64_t(token) * p.topk;
+  for (int i = lane; i < p.topk; i += kWarp) {
+    const int expert = s.chosen[i];
+    float weight = s.score[expert];
+    if (p.renormalize) weight = __fdiv_rn(weight, __fadd_rn(sum, kWeightSumFloor));
+    p.topk_idx[at + i] = expert;
+    p.topk_weights[at + i] = __fmul_rn(weight, p.scale);
+  }
+}
+
+}  // namespace dsk

@@ -1,0 +1,77 @@
+// Loads of MLA decode by TMA: queries, and blocks of a bf16 cache.
+#pragma once
+
+#include <cuda/ptx>
+
+#include "cuda/params/mla.hpp"
+#include "cuda/tile/mla_pieces.cuh"
+#include "cuda/tile/mla_smem.cuh"
+
+namespace dsk {
+
+// By one thread: a piece's 64 query rows; those behind the request's last come as zeros.
+__device__ __forceinline__ void load_queries(const MlaDecodeParams& p, const MlaPiece& piece,
+                                             MlaDecodeSmem& smem, const RingPosition<1>& at) {
+  using namespace cuda::ptx;
+  smem.q_ring.acquire(at, sizeof(smem.q));
+#pragma unroll
+  for (int tile = 0; tile < kMlaTiles; ++tile) {
+    const int32_t from[3] = {tile * 64, int(blockIdx.x) * kMlaRows, piece.request};
+    cp_async_bulk_tensor(space_cluster, space_global, smem.q[tile], &p.q, from,
+                         &smem.q_ring.full[0]);
+  }
+}
+
+struct MlaBf16Cache {
+  static constexpr int kMathRegisters = 232;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kProducers = 1;
+
+  // One warp: lane i loads the i-th page (or piece of a page) of a block.
+  __device__ static __forceinline__ void produce(const MlaDecodeParams& p, MlaDecodeSmem& smem) {
+    if (threadIdx.x >= kMlaMathThreads + 32) return;
+    const int lane = threadIdx.x % 32;
+    const int box_tokens = min(p.page, kMlaBlock);
+    const int offset = lane * box_tokens;  // of this lane's tokens within a block
+    MlaPieces pieces(p);
+    MlaPiece piece;
+    uint32_t phases = 0;  // bit i: of buffer i
+    while (pieces.next(piece)) {
+      const int32_t* table = p.block_table + int64_t(piece.request) * p.ld_table;
+      for (int block = piece.begin; block < piece.end; ++block) {
+        const int buffer = (block - piece.begin) % 2;
+        const int token = block * kMlaBlock + offset;
+        const bool mine = offset < kMlaBlock && token < piece.length;
+        const int page = mine ? __ldg(table + token / p.page) : 0;
+        const int filled = min(piece.length - block * kMlaBlock, kMlaBlock);
+        const int boxes = (filled + box_tokens - 1) / box_tokens;
+        for (int half = 0; half < 2; ++half) {
+          const RingPosition<2> at{half, phases >> buffer & 1};
+          const int tiles = mla_tiles_of(buffer, half);
+          if (lane == 0) {
+            smem.kv_ring[buffer].acquire(at, boxes * box_tokens * kSwizzleBytes * tiles);
+          }
+          __syncwarp();
+          if (mine) load_half(p, smem, buffer, half, tiles, offset, token % p.page, page);
+        }
+        phases ^= 1u << buffer;
+      }
+    }
+  }
+
+ private:
+  __device__ static __forceinline__ void load_half(const MlaDecodeParams& p, MlaDecodeSmem& smem,
+                                                   int buffer, int half, int tiles, int offset,
+                                                   int row, int page) {
+    using namespace cuda::ptx;
+    for (int i = 0; i < tiles; ++i) {
+      const int tile = i == 4 ? kMlaRopeTile : half * 4 + i;
+      const int32_t from[3] = {tile * 64, row, page};
+      cp_async_bulk_tensor(space_cluster, space_global,
+                           smem.kv[buffer][tile] + offset * kSwizzleBytes, &p.kv, from,
+                           &smem.kv_ring[buffer].full[half]);
+    }
+  }
+};
+
+}  // namespace dsk

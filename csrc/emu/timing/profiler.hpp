@@ -1,0 +1,35 @@
+// Records every launch of the process while it is on.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "emu/timing/record.hpp"
+
+namespace dsk::emu::timing {
+
+class Profiler {
+ public:
+  // sample: clusters of each grid that run and are recorded (0: all); the others do not run, so the
+  // results are incomplete. check: hazard checking as the launch asks for it, instead of none.
+  Profiler(u32 sample, bool check, bool fast) : sample_(sample), check_(check), fast_(fast) {}
+  ~Profiler() { stop(); }
+  Profiler(const Profiler&) = delete;
+  Profiler& operator=(const Profiler&) = delete;
+
+  // Throws Error if another one is on.
+  void start();
+  void stop();
+  std::vector<std::shared_ptr<Recording>> recordings() const;
+
+ private:
+  void on_launch(Grid& grid);
+  const u32 sample_;
+  const bool check_, fast_;
+  bool on_ = false;
+  mutable std::mutex mutex_;
+  std::vector<std::shared_ptr<Recording>> recordings_;
+};
+
+}  // namespace dsk::emu::timing

@@ -1,0 +1,234 @@
+"""Mixture of experts on the sm_90a kernels: gate, permute, unpermute, experts.
+
+Names, arguments and meaning are those of dskernels.ref.moe; what a kernel does not cover raises
+Unsupported. Dimension letters: t tokens, d model width, e experts, k chosen experts per token,
+m permuted rows, i expert width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..types import ScaledTensor, Support, Unsupported
+from . import gemm, launchers, rowwise
+from ._tensor import device_of, stream_of
+
+GROUP = 128
+FLOATS = (torch.bfloat16, torch.float32)
+
+
+def _float(name: str, x: torch.Tensor) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
+        raise Unsupported(f"{name}: expected bf16 or fp32, got {getattr(x, 'dtype', type(x))}")
+    return x
+
+
+def _experts(count: int, most: int) -> int:
+    if count > most:
+        raise Unsupported(f"experts: expected at most {most}, got {count}")
+    return count
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+class _Layout(NamedTuple):
+    """Where sorted slots go; see csrc/cuda/kernels/moe_layout.cuh."""
+
+    topk_idx: torch.Tensor  # int64 [t, k], contiguous
+    first_row: torch.Tensor  # int32 [chunks, e]
+    group_sizes: torch.Tensor  # int64 [e]
+    group_sizes_i32: torch.Tensor  # the same as int32
+
+
+class Moe:
+    """The functions of this module on one machine, "cuda" or "emu"."""
+
+    def __init__(self, machine: str) -> None:
+        self.machine = machine
+        self.rowwise = rowwise.Rowwise(machine)
+        self.grouped_gemm = gemm.GemmKernels(machine).grouped_gemm
+
+    def _on(self, x: torch.Tensor) -> tuple[str, int, int, int]:
+        return self.machine, device_of(x), stream_of(x), 0
+
+    def moe_gate(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        n_group: int = 1,
+        topk_group: int = 1,
+        topk: int,
+        scale: float = 1.0,
+        score: str = "sigmoid",
+        group_score: str | None = None,
+        renormalize: bool | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As dskernels.ref.moe.moe_gate, at most 512 experts. Every token's result is the same
+        whatever the batch around it."""
+        x, weight = _rows(_float("x", x)), _float("weight", weight).contiguous()
+        (tokens, depth), experts = x.shape, weight.shape[0]
+        _experts(experts, launchers().kMoeMaxExperts)
+        topk_idx = torch.empty(tokens, topk, dtype=torch.int64, device=x.device)
+        weights = torch.empty(tokens, topk, dtype=torch.float32, device=x.device)
+        scores = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+        bias = None if bias is None else bias.float().contiguous()
+        sigmoid = score == "sigmoid"
+        launchers().moe_gate(
+            self._on(x), x=x.data_ptr(), x_is_bf16=x.dtype == torch.bfloat16,
+            weight=weight.data_ptr(), weight_is_bf16=weight.dtype == torch.bfloat16,
+            bias=0 if bias is None else bias.data_ptr(), topk_idx=topk_idx.data_ptr(),
+            topk_weights=weights.data_ptr(), scores=scores.data_ptr(), counts=0,
+            ld_x=x.stride(0), tokens=tokens, depth=depth, experts=experts,
+            num_groups=n_group, topk_group=topk_group, topk=topk, softmax=not sigmoid,
+            top2=(group_score or ("top2" if sigmoid else "max")) == "top2",
+            renormalize=sigmoid if renormalize is None else renormalize, scale=scale,
+        )  # fmt: skip
+        return topk_idx, weights, scores
+
+    def _layout(self, topk_idx: torch.Tensor, experts: int, alignment: int) -> _Layout:
+        _experts(experts, launchers().kMoeMaxGroups)
+        topk_idx = topk_idx.to(torch.int64).contiguous()
+        slots = topk_idx.numel()
+
+        def zeros(*shape, dtype=torch.int32):
+            return torch.zeros(*shape, dtype=dtype, device=topk_idx.device)
+
+        first_row = zeros(launchers().moe_chunks(slots), experts)
+        sizes, sizes_i32 = zeros(experts, dtype=torch.int64), zeros(experts)
+        finished = zeros(1)
+        launchers().moe_layout(
+            self._on(topk_idx), topk_idx=topk_idx.data_ptr(), first_row=first_row.data_ptr(),
+            group_sizes=sizes.data_ptr(), group_sizes_i32=sizes_i32.data_ptr(),
+            finished=finished.data_ptr(), slots=slots, experts=experts, alignment=alignment,
+        )  # fmt: skip
+        return _Layout(topk_idx, first_row, sizes, sizes_i32)
+
+    def _copy(self, layout: _Layout, data, x_perm, scale=None, scale_perm=None) -> torch.Tensor:
+        """Rows of data [t, d] to their places in x_perm, scales along; returns row_map [t, k]."""
+        topk_idx = layout.topk_idx
+        row_map = torch.full_like(topk_idx, -1)
+        element = data.element_size()
+        launchers().moe_permute(
+            self._on(data), topk_idx=topk_idx.data_ptr(), first_row=layout.first_row.data_ptr(),
+            row_map=row_map.data_ptr(), x=data.data_ptr(), x_perm=x_perm.data_ptr(),
+            scale=0 if scale is None else scale.data_ptr(),
+            scale_perm=0 if scale is None else scale_perm.data_ptr(),
+            ld_x=data.stride(0) * element, row_bytes=data.shape[1] * element,
+            ld_scale=0 if scale is None else scale.stride(1),
+            ld_scale_perm=0 if scale is None else scale_perm.stride(1),
+            slots=topk_idx.numel(), topk=topk_idx.shape[1],
+            experts=layout.group_sizes.numel(),
+            scale_groups=0 if scale is None else scale.shape[1], rows=x_perm.shape[0],
+        )  # fmt: skip
+        return row_map
+
+    def moe_permute(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int, *, alignment: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As dskernels.ref.moe.moe_permute, any element type, at most 1024 experts.
+
+        The number of rows is a result, so the call waits for the device.
+        """
+        layout = self._layout(topk_idx, num_experts, alignment)
+        rows = int(layout.group_sizes.sum())
+        x_perm = x.new_zeros(rows, x.shape[1]) if alignment > 1 else x.new_empty(rows, x.shape[1])
+        row_map = self._copy(layout, _rows(x), x_perm)
+        return x_perm, layout.group_sizes, row_map
+
+    def _permute_scaled(
+        self, x: ScaledTensor, topk_idx: torch.Tensor, num_experts: int
+    ) -> tuple[ScaledTensor, torch.Tensor, torch.Tensor]:
+        """moe_permute for e4m3 with 1 x 128 scales, without waiting for the device: room for every
+        slot; rows behind the last group hold nothing."""
+        layout = self._layout(topk_idx, num_experts, 1)
+        rows, groups = layout.topk_idx.numel(), x.scale.shape[1]
+        data = x.data.new_empty(rows, x.shape[1])
+        ld = -(-rows // 4) * 4
+        scale = x.scale.new_empty(groups, ld).transpose(0, 1)[:rows]
+        row_map = self._copy(layout, x.data, data, x.scale, scale)
+        return ScaledTensor(data, scale, (1, GROUP), "e4m3"), layout.group_sizes_i32, row_map
+
+    def moe_unpermute(
+        self, y: torch.Tensor, row_map: torch.Tensor, topk_weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As dskernels.ref.moe.moe_unpermute for bf16 and fp32, the same bits."""
+        y, row_map = _float("y", y).contiguous(), row_map.to(torch.int64).contiguous()
+        (tokens, topk), depth = row_map.shape, y.shape[1]
+        if topk_weights is not None:
+            topk_weights = topk_weights.float().contiguous()
+        out = torch.empty(tokens, depth, dtype=y.dtype, device=y.device)
+        launchers().moe_unpermute(
+            self._on(y), y=y.data_ptr(), is_bf16=y.dtype == torch.bfloat16,
+            row_map=row_map.data_ptr(),
+            weights=0 if topk_weights is None else topk_weights.data_ptr(), out=out.data_ptr(),
+            tokens=tokens, topk=topk, depth=depth, rows=y.shape[0],
+        )  # fmt: skip
+        return out
+
+    def moe_unpermute_backward(
+        self,
+        grad: torch.Tensor,
+        y: torch.Tensor,
+        row_map: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As dskernels.ref.moe_backward.moe_unpermute_backward, for a row_map that names no row
+        twice, as moe_permute's; dy has the reference's bits."""
+        y, grad = _float("y", y).contiguous(), grad.to(y.dtype).contiguous()
+        row_map = row_map.to(torch.int64).contiguous()
+        (tokens, topk), depth = row_map.shape, y.shape[1]
+        weights = None if topk_weights is None else topk_weights.float().contiguous()
+        dy, dweights = torch.zeros_like(y), torch.zeros_like(row_map, dtype=torch.float32)
+        launchers().moe_unpermute_backward(
+            self._on(y), grad=grad.data_ptr(), y=y.data_ptr(), is_bf16=y.dtype == torch.bfloat16,
+            row_map=row_map.data_ptr(), weights=0 if weights is None else weights.data_ptr(),
+            dy=dy.data_ptr(), dweights=dweights.data_ptr(), tokens=tokens, topk=topk,
+            depth=depth, rows=y.shape[0],
+        )  # fmt: skip
+        return dy, dweights.to(y.dtype if topk_weights is None else topk_weights.dtype)
+
+    def moe_experts(
+        self,
+        x: torch.Tensor,
+        w13: torch.Tensor | ScaledTensor,
+        w2: torch.Tensor | ScaledTensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """As dskernels.ref.moe.moe_experts with e4m3 weights in blocks of 128 x 128.
+
+        Six launches, none of which waits for another one's result on the host: quantise, layout,
+        permute, gate-up product with SwiGLU and quantisation, down product, weighted sum. A token
+        is quantised once, however many experts it goes to.
+        """
+        for name, weight in (("w13", w13), ("w2", w2)):
+            if not isinstance(weight, ScaledTensor):
+                raise Unsupported(f"{name}: expected a ScaledTensor, got a plain tensor")
+        if x.shape[0] == 0 or topk_idx.shape[1] == 0:
+            return torch.zeros_like(x)
+        tokens = self.rowwise.quantize(_float("x", x))
+        tokens, sizes, row_map = self._permute_scaled(tokens, topk_idx, w13.shape[0])
+        hidden = self.grouped_gemm(tokens, w13, group_sizes=sizes, epilogue="swiglu_quant")
+        y = self.grouped_gemm(hidden, w2, group_sizes=sizes, out_dtype=x.dtype)
+        return self.moe_unpermute(y, row_map, topk_weights)
+
+    def supports(self, op: str, **shapes) -> Support:
+        limits = launchers()
+        most = limits.kMoeMaxExperts if op == "moe_gate" else limits.kMoeMaxGroups
+        if shapes.get("e", 1) > most:
+            return Support(False, f"expected at most {most} experts, got e={shapes['e']}")
+        if shapes.get("dtype", torch.bfloat16) not in FLOATS:
+            return Support(False, f"expected bf16 or fp32, got dtype={shapes['dtype']}")
+        return Support(True, f"{self.machine}: native kernels")
+
+
+_cuda = Moe("cuda")
+moe_gate, moe_permute, moe_unpermute = _cuda.moe_gate, _cuda.moe_permute, _cuda.moe_unpermute
+moe_unpermute_backward = _cuda.moe_unpermute_backward
+moe_experts, supports = _cuda.moe_experts, _cuda.supports

@@ -1,0 +1,168 @@
+"""The expert-parallel kernels on virtual GPUs: exactly the reference, no hazards, faults named."""
+
+import os
+
+import pytest
+import torch
+from ep_workers import KINDS, routing, same
+
+import dskernels as dsk
+from dskernels.ref import ep as ref
+
+emu = pytest.importorskip("dskernels.emu")
+if not emu.available():
+    pytest.skip(emu.available().reason, allow_module_level=True)
+from dskernels.cuda.ep import PeerGroup  # noqa: E402
+
+pytestmark = pytest.mark.timeout(300)
+K, T = 3, 9
+
+
+@pytest.fixture
+def seed(monkeypatch):
+    def set_seed(value):
+        monkeypatch.setitem(os.environ, "DSK_EMU_SEED", str(value))
+
+    set_seed(0)
+    return set_seed
+
+
+def make(ranks, hidden=256, *, experts=None, num_sms=2, **options):
+    experts = 4 * ranks if experts is None else experts
+    return PeerGroup(
+        "emu", ranks, num_experts=experts, max_tokens=T, hidden=hidden, topk=K, num_sms=num_sms,
+        **options,
+    )  # fmt: skip
+
+
+def compare_normal(group, case, hidden, *, fp8=False, alive=None):
+    xs, idxs, weights = case
+    if fp8:
+        xs = [dsk.quantize(x) for x in xs]
+    experts = sum(group.experts_of_rank)
+    want = ref.dispatch(xs, idxs, weights, num_experts=experts, expert_alignment=4, alive=alive)
+    got = group.dispatch(xs, idxs, weights, expert_alignment=4)
+    for r in range(group.num_ranks):
+        if alive is not None and not alive[r]:
+            continue
+        if fp8:
+            same(got[r].x.data, want[r].x.data, "data")
+            same(got[r].x.scale, want[r].x.scale.contiguous(), "scale")
+        else:
+            same(got[r].x, want[r].x, "x")
+        same(got[r].topk_idx, want[r].topk_idx, "topk_idx")
+        same(got[r].topk_weights, want[r].topk_weights, "topk_weights")
+        same(got[r].source, want[r].source, "source")
+        assert got[r].tokens_per_expert == want[r].tokens_per_expert
+    plain = [w.x.dequantize(torch.bfloat16) if fp8 else w.x for w in want]
+    ys = [(p.float() * (r + 1.25)).bfloat16() for r, p in enumerate(plain)]
+    biases = [torch.full((len(i), hidden), 0.5).bfloat16() for i in idxs]
+    back, back_weights = ref.combine(
+        ys, want, [len(i) for i in idxs], topk_weights=[w.topk_weights for w in want], bias=biases
+    )
+    outs, out_weights = group.combine(
+        ys, got, topk_weights=[w.topk_weights for w in want], bias=biases
+    )
+    for r in range(group.num_ranks):
+        if alive is None or alive[r]:
+            same(outs[r], back[r], "combined")
+            same(out_weights[r], back_weights[r], "combined weights")
+
+
+def compare_low_latency(group, case, *, alive=None, **options):
+    xs, idxs, weights = case
+    experts = sum(group.experts_of_rank)
+    want = ref.low_latency_dispatch(
+        xs, idxs, max_tokens=T, num_experts=experts, alive=alive, **options
+    )
+    got, hook = group.low_latency_dispatch(xs, idxs, **options)
+    hook()
+    for r in range(group.num_ranks):
+        if alive is not None and not alive[r]:
+            continue
+        for name in ("count", "source", "layout_range"):
+            same(getattr(got[r], name), getattr(want[r], name), name)
+        for expert, n in enumerate(got[r].count.tolist()):
+            if options["use_fp8"]:
+                same(got[r].x.data[expert, :n], want[r].x.data[expert, :n], "data")
+                same(got[r].x.scale[expert, :n], want[r].x.scale[expert, :n], "scale")
+            else:
+                same(got[r].x[expert, :n], want[r].x[expert, :n], "x")
+    ys = [(w.x.dequantize() if options["use_fp8"] else w.x.float()).bfloat16() for w in want]
+    for y, w in zip(ys, want):
+        for expert, n in enumerate(w.count.tolist()):
+            y[expert, n:] = torch.nan  # must not be read
+    back = ref.low_latency_combine(ys, idxs, weights, want, max_tokens=T)
+    outs, hook = group.low_latency_combine(ys, idxs, weights, got)
+    hook()
+    for r in range(group.num_ranks):
+        if alive is None or alive[r]:
+            same(outs[r], back[r], "combined")
+
+
+def run_case(group, ranks, n, hidden):
+    kind = KINDS[n % len(KINDS)]
+    case = routing(kind, ranks, sum(group.experts_of_rank), K, T, hidden, n)
+    compare_normal(group, case, hidden, fp8=n % 2 == 1)
+    options = [dict(use_fp8=False), dict(use_fp8=True), dict(use_fp8=True, round_scale=True)]
+    compare_low_latency(group, case, **options[n % 3])
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_equal_to_the_reference(ranks, seed):
+    group = make(ranks)
+    for n in range(6 if ranks < 8 else 3):
+        seed(n % 3)
+        run_case(group, ranks, n, 256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_fifty_random_routings(ranks, seed):
+    group = make(ranks)
+    for n in range(50):
+        seed(n)
+        run_case(group, ranks, n, 256)
+
+
+def test_ragged_width_and_many_ctas(seed):
+    """656 = 5 groups of 128 and 16 values; more CTAs than tokens."""
+    group = make(2, 656, num_sms=5)
+    for n in (1, 5):
+        seed(n)
+        run_case(group, 2, n, 656)
+
+
+def test_dead_ranks_are_masked(seed):
+    group = make(3)
+    alive = group.alive = [True, False, True]
+    for n in (0, 1):
+        case = routing("even", 3, 12, K, T, 256, n)
+        compare_normal(group, case, 256, alive=alive)
+        compare_low_latency(group, case, use_fp8=True, alive=alive)
+
+
+class Stalled(PeerGroup):
+    """One rank does not launch."""
+
+    stalled = None
+
+    def _order(self):
+        return [r for r in super()._order() if r != self.stalled]
+
+
+def test_a_rank_that_stays_away_is_reported_and_masked(seed):
+    seed(1)  # one host thread takes turns: how often a wait polls does not depend on the machine
+    group = Stalled(
+        "emu", 3, num_experts=12, max_tokens=T, hidden=256, topk=K, num_sms=2, max_polls=20000
+    )
+    case = routing("even", 3, 12, K, T, 256, 0)
+    compare_normal(group, case, 256)
+    group.stalled = 1
+    with pytest.raises(dsk.ep.PeerSilent, match="rank 1 is silent") as caught:
+        group.dispatch(case[0], case[1], case[2])
+    report = caught.value.report
+    assert report["phase"] == "notice" and caught.value.ranks == [1]
+    assert report["counters"]["notice"] == [3, 1, 3]  # the epochs of dispatch, combine, dispatch
+    group.alive = [True, False, True]
+    compare_normal(group, case, 256, alive=group.alive)

@@ -1,0 +1,70 @@
+"""Planted ordering faults in the expert-parallel kernels' PTX: the emulator must object."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+emu = pytest.importorskip("dskernels.emu")
+if not emu.available():
+    pytest.skip(emu.available().reason, allow_module_level=True)
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parent / "dskernels" / "_kernels"
+RUN = """
+import os, sys
+from dskernels import cuda
+cuda.launchers().set_kernel_directory(sys.argv[1])
+from test_ep_cuda import make, run_case
+group = make(2)
+for n in range(8):
+    os.environ["DSK_EMU_SEED"] = str(n)
+    run_case(group, 2, n, 256)
+"""
+
+
+def run(folder: Path) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", RUN, str(folder)],
+        env=dict(os.environ, PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "kernel, old, new",
+    [
+        ("ep_dispatch", "ld.acquire.sys", "ld.relaxed.sys"),
+        ("ep_combine_bf16", "ld.acquire.sys", "ld.relaxed.sys"),
+        ("ep_low_send", "fence.acq_rel.sys;", "// planted"),
+        ("ep_low_receive", "ld.acquire.sys", "ld.relaxed.sys"),
+    ],
+)
+def test_a_missing_order_is_a_hazard(tmp_path, kernel, old, new):
+    folder = shutil.copytree(KERNELS, tmp_path / "kernels")
+    file = folder / f"{kernel}.ptx"
+    text = file.read_text()
+    assert old in text
+    mutant = text.replace(old, new)
+    if kernel == "ep_low_send":
+        mutant = mutant.replace("st.release.sys", "st.relaxed.sys")
+    file.write_text(mutant)
+    result = run(folder)
+    assert result.returncode != 0
+    assert "HazardError" in result.stderr or "AssertionError" in result.stderr, result.stderr[
+        -2000:
+    ]
+
+
+@pytest.mark.slow
+def test_the_shipped_kernels_pass_the_same_run():
+    result = run(KERNELS)
+    assert result.returncode == 0, result.stderr[-2000:]
