@@ -10,7 +10,7 @@ SMOKE ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv build demo test test-full lint format bench verify-gpu venv-peers clean
+.PHONY: help venv build demo test test-full sanitize lint format bench verify-gpu venv-peers clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ test: venv ## the default test tier (under 10 minutes on 2 cores)
 
 test-full: venv ## nightly: everything, mutation scripts included
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+sanitize: venv ## the emulator's tests under AddressSanitizer and UBSan (a build beside the normal one)
+	sh cmake/sanitize.sh $(PY) -m "not slow" tests/emu tests/emu_num $(PYTEST_ARGS)
 
 lint: venv ## ruff and clang-format, both pinned
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,6 @@
 """dskernels: the kernels and systems behind DeepSeek-V3."""
 
-from . import env, ep, eplb, ops, ref
+from . import env, ep, eplb, nn, ops, ref
 from .backend import (
     BackendError,
     Unsupported,
@@ -26,6 +26,7 @@ __all__ = [
     "env",
     "ep",
     "eplb",
+    "nn",
     "ops",
     "ref",
     "supports",

@@ -36,7 +36,8 @@ def build_info() -> dict[str, Any]:
     cuda_kernels             {name: figures} of the cubins in dskernels/_kernels: registers, stack,
                              spill_stores, spill_loads (a thread's, the last three in bytes),
                              static_smem (bytes; a launch adds its dynamic ring), threads of a CTA,
-                             bytes of the file
+                             bytes of the file; in builds that had nvdisasm also instructions, and
+                             qgmma and hgmma, the tensor core's FP8 and 16-bit ones among them
     """
     core = backend._module("_C")
     info = getattr(backend._module("cpu"), "info", None)
@@ -66,6 +67,19 @@ def _figures(cubin: Path) -> dict[str, int]:
         **ptxas_figures(cubin.with_suffix(".ptxas.txt").read_text()),
         "threads": int(threads[1]) if threads else 0,
         "bytes": cubin.stat().st_size,
+        **_machine_code(cubin.with_suffix(".sass.txt")),
+    }
+
+
+def _machine_code(summary: Path) -> dict[str, int]:
+    """From "OPCODE count" lines; empty where there is no such file."""
+    if not summary.exists():
+        return {}
+    count = {opcode: int(n) for opcode, n in map(str.split, summary.read_text().splitlines())}
+    return {
+        "instructions": sum(count.values()),
+        "qgmma": count.get("QGMMA", 0),
+        "hgmma": count.get("HGMMA", 0),
     }
 
 

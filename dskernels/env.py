@@ -105,6 +105,14 @@ VARIABLES: dict[str, Variable] = {
             when="native",
         ),
         Variable(
+            "DSK_EMU_SEEDS",
+            "",
+            "a positive integer",
+            "Every launch on the emulator also runs under that many random schedules from the same "
+            "memory; results that differ in a bit raise HazardError (order-dependent-result).",
+            when="native",
+        ),
+        Variable(
             "DSK_EMU_THREADS",
             "",
             "a positive integer",

@@ -68,6 +68,16 @@ class Weight(nn.Module):
         rows, cols = -(-self.part_rows // FP8_BLOCK), -(-self.k // FP8_BLOCK)
         return data, self.weight_scale_inv[lead][row : row + rows, :cols]
 
+    def keep_leading(self, part: slice) -> None:
+        """Drop all but `part` of the first dimension of a stack of weights."""
+        if self.is_fp8:
+            self.weight = self.weight[part].clone()
+            self.weight_scale_inv = self.weight_scale_inv[part].clone()
+        else:
+            kept = self.weight.detach()[part].clone()
+            self.weight = nn.Parameter(kept, self.weight.requires_grad)
+        self.lead = [self.weight.shape[0], *self.lead[1:]]
+
     def zero_padding(self) -> None:
         """Clear what no checkpoint tensor covers (called once, before a load fills the rest)."""
         if not self.is_fp8:
@@ -107,7 +117,7 @@ class Linear(Weight):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_fp8:
-            return dsk.gemm(dsk.quantize(x, (1, FP8_BLOCK)), self.value(), out_dtype=x.dtype)
+            return dsk.nn.fp8_linear(x, self.value())
         return dsk.gemm(x, self.weight)
 
 

@@ -111,14 +111,9 @@ class Experts(nn.Module):
 
         Every rank must hold the same weights before, and call the layer in step with the others
         afterwards, each with tokens of its own (as many as it likes, also none)."""
-        if self.w13.is_fp8:
-            raise NotImplementedError("distribute: expected bf16 or fp32 experts, got FP8")
         first = sum(group.experts_of_rank[: group.rank])
-        mine = slice(first, first + group.num_local_experts)
         for weight in (self.w13, self.w2):
-            weight.weight = nn.Parameter(
-                weight.weight.detach()[mine].clone(), weight.weight.requires_grad
-            )
+            weight.keep_leading(slice(first, first + group.num_local_experts))
         self.group = group
 
 

@@ -93,9 +93,10 @@ def test_the_shipped_summaries_agree_with_the_machine_code():
     summaries = machine_code()
     if not summaries:
         pytest.skip("built without nvdisasm: no summaries")
-    assert set(summaries) == {name for name, _ in INSTANCES}
-    assert not any(counts.get(op) for counts in summaries.values() for op in sass.LOCAL_MEMORY)
-    for name in sorted(summaries)[:2]:
+    assert set(summaries) >= {name for name, _ in INSTANCES}  # a build folder may keep old ones
+    local = [n for n, _ in INSTANCES if any(summaries[n].get(op) for op in sass.LOCAL_MEMORY)]
+    assert local == []
+    for name, _ in INSTANCES[:2]:
         assert summaries[name] == sass.disassemble(KERNELS / f"{name}.cubin").count
 
 

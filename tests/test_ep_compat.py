@@ -168,5 +168,37 @@ def worker_model(store, rank, ranks):
     return True
 
 
+def worker_fp8_experts(store, rank, ranks):
+    from model import DeepseekConfig
+    from model.moe import Experts
+
+    config = DeepseekConfig.tiny()
+    torch.manual_seed(0)
+    experts = Experts(config)
+    for weight in (experts.w13, experts.w2):
+        weight.use_fp8()
+        weight.weight.copy_(torch.randn(weight.weight.shape).to(torch.float8_e4m3fn))
+        weight.zero_padding()
+        weight.weight_scale_inv.copy_(torch.rand(weight.weight_scale_inv.shape) * 0.1)
+    k, e = config.num_experts_per_tok, config.n_routed_experts
+    xs = torch.randn(ranks, 5, config.hidden_size).bfloat16()
+    idx = torch.rand(ranks, 5, e).topk(k, -1).indices
+    weights = torch.rand(ranks, 5, k)
+    group = make_group(
+        store, rank, ranks, num_experts=e, max_tokens=5, hidden=config.hidden_size, topk=k
+    )
+    with torch.no_grad():
+        want = experts(xs[rank], idx[rank], weights[rank])
+        experts.distribute(group)
+        got = experts(xs[rank], idx[rank], weights[rank])
+    # Per-rank partial sums are rounded to bf16 on their way.
+    torch.testing.assert_close(got.float(), want.float(), rtol=2**-6, atol=2**-6 * want.abs().max())
+    return True
+
+
+def test_fp8_experts_over_ranks():
+    assert all(run_ranks(worker_fp8_experts, 2))
+
+
 def test_the_model_runs_expert_parallel():
     assert all(run_ranks(worker_model, 2))

@@ -91,7 +91,8 @@ py::dict stats_dict(const LaunchStats& s) {
 
 u64 launch(u64 stream, std::shared_ptr<const Module> module, const std::string& kernel,
            const Triple& grid, const Triple& block, const Triple& cluster, u32 shared,
-           const py::bytes& params, u64 seed, bool check, int numerics, bool programmatic) {
+           const py::bytes& params, u64 seed, bool check, int numerics, bool programmatic,
+           u64 max_instructions) {
   LaunchConfig config;
   config.grid = dim(grid);
   config.block = dim(block);
@@ -100,11 +101,13 @@ u64 launch(u64 stream, std::shared_ptr<const Module> module, const std::string& 
   config.seed = seed;
   config.check = check;
   config.programmatic = programmatic;
+  config.max_instructions = max_instructions;
   if (numerics < 0 || numerics > static_cast<int>(Numerics::Worst)) {
     throw py::value_error("numerics: expected 0..2, got " + std::to_string(numerics));
   }
   config.numerics = static_cast<Numerics>(numerics);
-  const std::string_view bytes = params;
+  const std::string bytes = params;
+  const py::gil_scoped_release unlocked;  // with DSK_EMU_SEEDS the launch runs to its end
   return System::instance().launch(stream, std::move(module), kernel, config, bytes.data(),
                                    bytes.size());
 }
@@ -160,6 +163,7 @@ void bind_errors(py::module_& m) {
       .def_readonly("kind", &Hazard::kind)
       .def_readonly("kernel", &Hazard::kernel)
       .def_readonly("warp", &Hazard::warp)
+      .def_readonly("role", &Hazard::role)
       .def_readonly("lanes", &Hazard::lanes)
       .def_readonly("ptx_line", &Hazard::ptx_line)
       .def_readonly("source_file", &Hazard::source_file)
@@ -176,6 +180,7 @@ void bind_errors(py::module_& m) {
       .def_readonly("kernel", &StuckWarp::kernel)
       .def_readonly("device", &StuckWarp::device)
       .def_readonly("warp", &StuckWarp::warp)
+      .def_readonly("role", &StuckWarp::role)
       .def_readonly("lanes", &StuckWarp::lanes)
       .def_readonly("ptx_line", &StuckWarp::ptx_line)
       .def_readonly("source_file", &StuckWarp::source_file)
@@ -188,7 +193,10 @@ void bind_errors(py::module_& m) {
 
 void bind_system(py::module_& m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  m.def("launch", &launch);
+  m.def("launch", &launch, py::arg("stream"), py::arg("module"), py::arg("kernel"), py::arg("grid"),
+        py::arg("block"), py::arg("cluster"), py::arg("shared"), py::arg("params"), py::arg("seed"),
+        py::arg("check"), py::arg("fast"), py::arg("programmatic"),
+        py::arg("max_instructions") = 0);
   m.def("synchronize", [] { System::instance().synchronize(); }, Unlocked());
   m.def("synchronize", [](u64 s) { System::instance().synchronize(s); }, Unlocked());
   m.def("create_stream", [](u32 device) { return System::instance().create_stream(device); });

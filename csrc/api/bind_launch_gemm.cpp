@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "api/bind_launch.hpp"
+#include "cuda/launch/gemm_bf16.hpp"
 
 namespace py = pybind11;
 
@@ -78,6 +79,32 @@ void gemm_fp8(const std::string& machine, int ordinal, uint64_t stream, const st
   launch::gemm_fp8(context_of(machine, ordinal), args, stream_of(stream));
 }
 
+void gemm_bf16(const std::string& machine, int ordinal, uint64_t stream, const std::string& kind,
+               uint64_t a, uint64_t b, const TensorArgument& d, const TensorArgument& c,
+               const TensorArgument& bias, uint64_t group_rows, uint64_t runs, int m, int n, int k,
+               int expected_m, int num_groups, int64_t lda, int64_t ldb, int num_sms,
+               const std::string& kernel) {
+  launch::GemmBf16Args args;
+  args.kind = kind_of(kind);
+  args.a = pointer<void>(a);
+  args.b = pointer<void>(b);
+  args.d = tensor_of(d);
+  args.c = tensor_of(c);
+  args.bias = tensor_of(bias);
+  args.group_rows = pointer<int32_t>(group_rows);
+  args.runs = pointer<int32_t>(runs);
+  args.m = m;
+  args.n = n;
+  args.k = k;
+  args.expected_m = expected_m;
+  args.num_groups = num_groups;
+  args.lda = lda;
+  args.ldb = ldb;
+  args.num_sms = num_sms;
+  args.kernel = kernel;
+  launch::gemm_bf16(context_of(machine, ordinal), args, stream_of(stream));
+}
+
 void gemm_runs(const std::string& machine, int ordinal, uint64_t stream, uint64_t m_indices,
                uint64_t runs, int rows) {
   launch::gemm_runs(context_of(machine, ordinal),
@@ -146,6 +173,9 @@ void bind_launch_gemm(py::module_& launch) {
              "b"_a, "sfb"_a, "d"_a, "c"_a, "bias"_a, "group_rows"_a, "runs"_a, "m"_a, "n"_a, "k"_a,
              "expected_m"_a, "num_groups"_a, "lda"_a, "ldb"_a, "ld_sfa"_a, "ld_sfb"_a, "num_sms"_a,
              "swiglu"_a, "deterministic"_a, "force"_a, release);
+  launch.def("gemm_bf16", &gemm_bf16, "machine"_a, "ordinal"_a, "stream"_a, "kind"_a, "a"_a, "b"_a,
+             "d"_a, "c"_a, "bias"_a, "group_rows"_a, "runs"_a, "m"_a, "n"_a, "k"_a, "expected_m"_a,
+             "num_groups"_a, "lda"_a, "ldb"_a, "num_sms"_a, "kernel"_a, release);
   launch.def("gemm_runs", &gemm_runs, "machine"_a, "ordinal"_a, "stream"_a, "m_indices"_a, "runs"_a,
              "rows"_a, release);
   launch.def("gemm_config", &gemm_config, "kind"_a, "m"_a, "n"_a, "k"_a, "num_groups"_a = 1,

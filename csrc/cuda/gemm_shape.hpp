@@ -1,4 +1,4 @@
-// Sizes of the FP8 GEMM's tiles, known to the kernel (which asserts them) and to the launcher.
+// Sizes of the GEMMs' tiles, known to the kernel (which asserts them) and to the launcher.
 #pragma once
 
 namespace dsk {
@@ -37,6 +37,13 @@ constexpr int gemm_fp8_swiglu_shared_bytes(int num_stages) {
   const int result = 64 * 128 * 2;
   const int maxima = 2 * 2 * 64 * 4;
   return gemm_round_up(stages + result + maxima + gemm_barrier_bytes(num_stages), 1024);
+}
+
+// Bytes of GemmBf16Smem: ring stages of A and B, the bf16 result tile, the barriers.
+constexpr int gemm_bf16_shared_bytes(int block_m, int block_n, int num_stages) {
+  const int stages = num_stages * (block_m + block_n) * 128;
+  const int result = block_m * block_n * 2;
+  return gemm_round_up(stages + result + gemm_barrier_bytes(num_stages), 1024);
 }
 
 }  // namespace dsk

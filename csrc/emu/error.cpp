@@ -15,6 +15,10 @@ std::string block_text(const u32* b) {
   return "(" + std::to_string(b[0]) + "," + std::to_string(b[1]) + "," + std::to_string(b[2]) + ")";
 }
 
+std::string warp_text(u32 warp, const std::string& role) {
+  return " warp " + std::to_string(warp) + (role.empty() ? "" : " (" + role + ")") + " ";
+}
+
 std::string lanes_text(u32 lanes) {
   char buffer[32];
   std::snprintf(buffer, sizeof buffer, "lanes 0x%08x", lanes);
@@ -32,9 +36,9 @@ std::string join(const std::string& headline, const std::vector<StuckWarp>& warp
   std::string s = headline;
   for (std::size_t k = 0; k < warps.size() && k < kShown; ++k) {
     const StuckWarp& w = warps[k];
-    s += "\n  " + w.kernel + " block " + block_text(w.block) + " warp " + std::to_string(w.warp) +
-         " " + lanes_text(w.lanes) + " at " + place(w.ptx_line, w.source_file, w.source_line) +
-         ": " + w.state;
+    s += "\n  " + w.kernel + " block " + block_text(w.block) + warp_text(w.warp, w.role) +
+         lanes_text(w.lanes) + " at " + place(w.ptx_line, w.source_file, w.source_line) + ": " +
+         w.state;
   }
   if (warps.size() > kShown) {
     s += "\n  ... and " + std::to_string(warps.size() - kShown) + " more";
@@ -46,8 +50,8 @@ std::string join(const std::string& headline, const std::vector<StuckWarp>& warp
 
 std::string Hazard::text() const {
   return std::string(severity == Severity::Error ? "error" : "formal") + " [" + kind + "] " +
-         kernel + " block " + block_text(block) + " warp " + std::to_string(warp) + " " +
-         lanes_text(lanes) + " at " + place(ptx_line, source_file, source_line) + ": " + message;
+         kernel + " block " + block_text(block) + warp_text(warp, role) + lanes_text(lanes) +
+         " at " + place(ptx_line, source_file, source_line) + ": " + message;
 }
 
 HazardError::HazardError(std::vector<Hazard> hazards)

@@ -38,7 +38,8 @@ struct Hazard {
   std::string kernel;
   u32 block[3] = {0, 0, 0};
   u32 warp = 0;
-  u32 lanes = 0;  // mask of the lanes concerned
+  std::string role;  // what the warp does, where that shows: "warpgroup 1, wgmma"
+  u32 lanes = 0;     // mask of the lanes concerned
   u32 ptx_line = 0;
   std::string source_file;
   u32 source_line = 0;
@@ -63,6 +64,7 @@ struct StuckWarp {
   u32 device = 0;
   u32 block[3] = {0, 0, 0};
   u32 warp = 0;
+  std::string role;
   u32 lanes = 0;
   u32 ptx_line = 0;
   std::string source_file;

@@ -27,6 +27,18 @@ std::string offset_text(u32 offset) {
   return "mbarrier at shared offset " + std::to_string(offset - kSharedReserved);
 }
 
+// Warpgroups matter to a reader only where there are some; what a warp has done so far says the
+// rest.
+std::string role_of(const Warp& w) {
+  const bool groups = w.cta->cluster->grid->program->uses_wgmma && w.cta->warps.size() > 4;
+  std::string role = groups ? "warpgroup " + std::to_string(w.index / 4) : "";
+  const char* work = w.wgmma.committed != 0 || !w.wgmma.open.empty() ? "wgmma"
+                     : w.copies                                      ? "bulk copies"
+                                                                     : "";
+  if (*work != 0) role += (role.empty() ? "" : ", ") + std::string(work);
+  return role;
+}
+
 }  // namespace
 
 Hazard make_hazard(const Warp& w, u32 pc, u32 lanes, const char* kind, const std::string& message) {
@@ -37,6 +49,7 @@ Hazard make_hazard(const Warp& w, u32 pc, u32 lanes, const char* kind, const std
   h.kernel = grid.program->name;
   h.block[0] = w.cta->index.x, h.block[1] = w.cta->index.y, h.block[2] = w.cta->index.z;
   h.warp = w.index;
+  h.role = role_of(w);
   h.lanes = lanes;
   h.ptx_line = info.ptx_line;
   h.source_line = info.source.line;
@@ -185,6 +198,7 @@ AsyncPtr issue_async(Warp& w, u32 lane, AsyncKind kind, u64 bytes,
   auto op = std::make_shared<AsyncOp>();
   op->info = {cluster.next_async_id++, kind, &w, lane, w.current_pc, bytes, map};
   op->born = cluster.rounds;
+  w.copies |= kind != AsyncKind::CpAsync && kind != AsyncKind::StAsync;
   op->read = std::move(read);
   op->write = std::move(write);
   for (auto& o : cluster.observers) o->on_async_issue(op->info, footprint);

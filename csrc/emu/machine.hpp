@@ -110,6 +110,7 @@ struct Warp {
   u32 cluster_arrived = 0;  // lanes between arrive and wait
   u32 carry = 0;            // the condition code of add.cc and its kin, one bit per lane
   u32 current_pc = 0;       // of the instruction being executed, for reports
+  bool copies = false;      // has issued bulk or tensor copies
 
   template <class T>
   T* reg(u32 offset) {
@@ -124,7 +125,8 @@ struct NamedBarrier {
   bool whole_cta = false;
   u32 arrived = 0;
   u64 generation = 0;
-  u32 last_pc = 0;
+  u32 last_pc = 0, last_warp = 0;
+  u32 warps = 0;  // that have arrived, a bit each
   // bar.red of the generation under way, and the finished one's results.
   u32 and_all = 1, or_any = 0, popc = 0;
   u32 result_and = 0, result_or = 0, result_popc = 0;

@@ -103,6 +103,15 @@ bool AddressSpace::find(u64 address, u64 bytes, Allocation* out) const {
   return true;
 }
 
+std::vector<Allocation> AddressSpace::writable() const {
+  const std::shared_lock lock(mutex_);
+  std::vector<Allocation> out;
+  for (const Allocation& r : ranges_) {
+    if (!r.read_only && r.bytes != 0) out.push_back(r);
+  }
+  return out;
+}
+
 std::string AddressSpace::describe(u64 address) const {
   const std::shared_lock lock(mutex_);
   const Allocation* best = nullptr;

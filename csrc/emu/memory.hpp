@@ -57,6 +57,8 @@ class AddressSpace {
   u64 generation() const { return generation_.load(std::memory_order_acquire); }
   // The range that contains [address, address+bytes), if any.
   bool find(u64 address, u64 bytes, Allocation* out) const;
+  // Every range that kernels may write.
+  std::vector<Allocation> writable() const;
   // Nearest allocations around an address, in words, for reports.
   std::string describe(u64 address) const;
 

@@ -20,6 +20,7 @@ struct Cluster;
 struct Grid;
 struct Inst;
 struct Warp;
+enum class Wait : u8;
 
 enum class AccessKind : u8 { Read, Write, ReadWrite };
 enum class Proxy : u8 { Generic, Async, TensorMap };
@@ -138,6 +139,8 @@ class ClusterObserver {
   virtual void on_async_done(const AsyncInfo&) {}
   virtual void on_mbarrier_complete(u32 rank, u32 offset, u64 phase) {}
   virtual void on_cluster_end() {}
+  // More about a warp that cannot go on, or polls, for the report; "" or "; ...".
+  virtual std::string describe_wait(const Warp&, Wait) { return ""; }
 };
 
 class Observer {

@@ -26,6 +26,27 @@ double now() {
   return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
 }
 
+void check_limit(const Cluster& cluster) {
+  const u64 limit = cluster.grid->config.max_instructions;
+  if (limit == 0) return;
+  u64 executed = 0;
+  for (const auto& cta : cluster.ctas) {
+    for (const auto& w : cta->warps) executed += w->instructions;
+  }
+  if (executed <= limit) return;
+  throw DeadlockError("endless: a cluster executed " + std::to_string(executed) +
+                          " warp-instructions, the launch allows " + std::to_string(limit),
+                      describe(cluster));
+}
+
+// The first CTA of a grid that has not started.
+std::string first_block(const Grid& grid) {
+  const Dim3 size = grid.config.cluster, dim = grid.config.grid;
+  const u32 x = dim.x / size.x, y = dim.y / size.y, c = grid.clusters_started;
+  return "block (" + std::to_string(c % x * size.x) + "," + std::to_string(c / x % y * size.y) +
+         "," + std::to_string(c / x / y * size.z) + ")";
+}
+
 }  // namespace
 
 const std::vector<u64>& System::Impl::symbol_addresses(const std::shared_ptr<const Module>& m,
@@ -247,12 +268,15 @@ bool System::Impl::pick(Task* task) {
   ++picks;
   const bool seeded = !active.empty() && active.front()->config.seed != 0;
   if (seeded) {  // any resident cluster, or a new one
-    rng = rng * 6364136223846793005ull + active.front()->config.seed * 2 + 1;
-    const u64 r = rng >> 33;
-    if ((ready.size() + idle.size() < 2 || r % 4 == 0) && pick_new(task)) return true;
+    const auto draw = [&] {
+      rng = rng * 6364136223846793005ull + active.front()->config.seed * 2 + 1;
+      return rng >> 33;
+    };
+    // Clusters are there before they first run: short ones must not always run in their order.
+    for (Task fresh; draw() % 4 != 0 && pick_new(&fresh);) ready.push_back(std::move(fresh));
     const std::size_t n = ready.size() + idle.size();
     if (n != 0) {
-      const std::size_t at = r / 4 % n;
+      const std::size_t at = draw() % n;
       return at < ready.size() ? take(ready, at) : take(idle, at - ready.size());
     }
     return pick_new(task);
@@ -274,6 +298,7 @@ void System::Impl::run(Task task, std::unique_lock<std::mutex>& lock) {
   std::exception_ptr error;
   try {
     slice = run_cluster(*task.cluster, budget);
+    if (slice != Slice::Done) check_limit(*task.cluster);
     if (slice == Slice::Done) {
       for (auto& o : task.cluster->observers) o->on_cluster_end();
       account(*task.grid, *task.cluster);
@@ -318,9 +343,10 @@ void System::Impl::check_livelock() {
   for (const auto& grid : active) {
     if (grid->clusters_started < grid->clusters_total) {
       headline += "; " + std::to_string(grid->clusters_total - grid->clusters_started) +
-                  " clusters of '" + grid->program->name +
-                  "' cannot start because the device is full (CTAs that are waited for must be "
-                  "co-resident)";
+                  " clusters of '" + grid->program->name + "', the first with " +
+                  first_block(*grid) + ", cannot start because the device is full: it holds " +
+                  std::to_string(resident_clusters(*grid, devices[grid->device])) +
+                  " at once, and CTAs that are waited for must be co-resident";
     }
   }
   const std::vector<std::shared_ptr<Grid>> all = active;

@@ -59,6 +59,8 @@ struct LaunchConfig {
   // over host threads. Any other: a random schedule that the seed reproduces, on one host thread.
   u64 seed = 0;
   bool check = true;  // hazard observers on
+  // Warp-instructions of one cluster after which it counts as endless; 0: no limit.
+  u64 max_instructions = 0;
   Numerics numerics = Numerics::Exact;
   std::vector<std::shared_ptr<Observer>> observers;
   std::vector<u32> only;  // clusters to run, by number; empty: all (profiling runs a sample)
@@ -178,6 +180,9 @@ class System {
   // offsets). Returns the launch's number for stats(). Throws Error on an illegal configuration.
   u64 launch(StreamId s, std::shared_ptr<const Module> m, const std::string& kernel,
              const LaunchConfig& config, const void* params, std::size_t param_bytes);
+  // The same, whatever DSK_EMU_SEEDS says.
+  u64 launch_once(StreamId s, std::shared_ptr<const Module> m, const std::string& kernel,
+                  const LaunchConfig& config, const void* params, std::size_t param_bytes);
   void enqueue(StreamId s, std::function<void()> host_work);  // copies, fills, callbacks
   // The host wrote device memory: its bytes are no longer uninitialized.
   void written_by_host(u64 address, u64 bytes);

@@ -9,6 +9,7 @@
 #include "emu/check/race.hpp"
 #include "emu/launch.hpp"
 #include "emu/memory.hpp"
+#include "emu/seeds.hpp"
 #include "emu/system_impl.hpp"
 
 namespace dsk::emu {
@@ -107,6 +108,13 @@ StreamId System::default_stream(u32 device) {
 
 u64 System::launch(StreamId s, std::shared_ptr<const Module> m, const std::string& kernel,
                    const LaunchConfig& config, const void* params, std::size_t param_bytes) {
+  const u32 seeds = config.seed == 0 ? seeds_wanted() : 0;
+  if (seeds == 0) return launch_once(s, std::move(m), kernel, config, params, param_bytes);
+  return launch_over_seeds(*this, s, m, kernel, config, params, param_bytes, seeds);
+}
+
+u64 System::launch_once(StreamId s, std::shared_ptr<const Module> m, const std::string& kernel,
+                        const LaunchConfig& config, const void* params, std::size_t param_bytes) {
   const Program& program = m->kernel(kernel);
   const std::lock_guard lock(impl_->mutex);
   Stream& stream = impl_->stream(s);

@@ -18,8 +18,10 @@ bool warpgroup_committed(const Warp& w, u64 groups) {
 }
 
 std::string location(const Warp& w, u32 pc) {
-  const Program& p = *w.cta->cluster->grid->program;
-  return "PTX line " + std::to_string(p.info[pc].ptx_line);
+  const InstInfo& info = w.cta->cluster->grid->program->info[pc];
+  std::string text = "PTX line " + std::to_string(info.ptx_line);
+  if (info.source.line != 0) text += ", source line " + std::to_string(info.source.line);
+  return text;
 }
 
 std::string mbarrier_text(const Warp& w, const Split& s) {
@@ -37,9 +39,17 @@ std::string mbarrier_text(const Warp& w, const Split& s) {
 
 std::string barrier_text(const Warp& w, const Split& s) {
   const NamedBarrier& b = w.cta->barriers[s.id];
+  std::string arrived, missing;
+  for (u32 k = 0; k < w.cta->warps.size(); ++k) {
+    if (b.warps >> k & 1)
+      arrived += " " + std::to_string(k);
+    else if (!w.cta->warps[k]->done)
+      missing += " " + std::to_string(k);
+  }
   return "waits at barrier " + std::to_string(s.id) + ": " + std::to_string(b.arrived) + " of " +
-         std::to_string(b.expected) + " threads have arrived (last at " + location(w, b.last_pc) +
-         ")";
+         std::to_string(b.expected) + " threads have arrived (warps" + arrived + "; last warp " +
+         std::to_string(b.last_warp) + " at " + location(w, b.last_pc) + "), not warps" +
+         (missing.empty() ? " that have left" : missing);
 }
 
 std::string state_text(const Warp& w, const Split& s) {
@@ -116,7 +126,9 @@ std::vector<StuckWarp> describe(const Cluster& cluster) {
         stuck.ptx_line = h.ptx_line;
         stuck.source_file = h.source_file;
         stuck.source_line = h.source_line;
+        stuck.role = h.role;
         stuck.state = h.message + state_text(*warp, s);
+        for (const auto& o : cluster.observers) stuck.state += o->describe_wait(*warp, s.wait);
         out.push_back(std::move(stuck));
       }
     }

@@ -1,4 +1,4 @@
-"""FP8 GEMM on the sm_90a kernels: dense, grouped contiguous, masked, grouped along k,
+"""FP8 and BF16 GEMM on the sm_90a kernels: dense, grouped contiguous, masked, grouped along k,
 and SwiGLU with quantisation in the epilogue.
 
 Dimension letters: m rows, n columns, k depth, g groups.
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from ..types import ScaledTensor, Support, Unsupported
-from . import launchers
+from . import _gemm_bf16, launchers
 from ._operands import (
     addend,
     address,
@@ -26,6 +26,7 @@ from ._operands import (
 )
 from ._tensor import device_of, stream_of
 
+Operand = torch.Tensor | ScaledTensor
 N_ALIGN, K_ALIGN = 8, 16  # TMA: rows of D (bf16) and of A and B (e4m3) start at 16-byte boundaries
 BY_BLOCK, BY_ROW = (128, 128), (1, 128)  # blocks of b: "1d2d" and "1d1d"
 
@@ -48,8 +49,11 @@ def forced_kernel(name: str, *, pair_m: int = 1, pair_n: int = 1, split: int = 1
         _forced = outer
 
 
-def _check(a: ScaledTensor, b: ScaledTensor, b_blocks: tuple) -> None:
+def _check(a: Operand, b: Operand, b_blocks: tuple, epilogue: str | None = None) -> None:
     """Raise Unsupported, naming what is given, for a call the kernels do not cover."""
+    if isinstance(a, torch.Tensor):
+        _gemm_bf16.check(a, b, epilogue)
+        return
     for name, operand, blocks in (("a", a, (BY_ROW,)), ("b", b, b_blocks)):
         if not isinstance(operand, ScaledTensor):
             raise Unsupported(f"{name}: expected a ScaledTensor, got {type(operand).__name__}")
@@ -89,6 +93,12 @@ class GemmKernels:
         self, kind, a, b, d, *, c, bias=None, counts=None, runs=None, expected_m=None, num_groups=1,
         swiglu=False, deterministic=False, num_sms=None,
     ):  # fmt: skip
+        if isinstance(a, torch.Tensor):  # every bf16 sum is in one order: deterministic already
+            _gemm_bf16.launch(
+                self.machine, kind, a, b, d, c=c, bias=bias, counts=counts, runs=runs,
+                expected_m=expected_m, num_groups=num_groups, num_sms=num_sms,
+            )  # fmt: skip
+            return
         data, weight = tma_rows(a.data), tma_rows(b.data)
         sfa = mn_major(a.scale)
         sfb = mn_major(b.scale) if kind == "along_k" else b.scale.contiguous()
@@ -155,8 +165,8 @@ class GemmKernels:
 
     def gemm(
         self,
-        a: ScaledTensor,
-        b: ScaledTensor,
+        a: Operand,
+        b: Operand,
         *,
         out: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
@@ -166,18 +176,18 @@ class GemmKernels:
         deterministic: bool = False,
         num_sms: int | None = None,
     ) -> torch.Tensor:
-        """As dskernels.ref.gemm.gemm for e4m3 operands.
+        """As dskernels.ref.gemm.gemm for e4m3 operands, or plain bf16.
 
         Every run gives the same bits. With few tiles and b in blocks (128, 128), k is split over
         several SMs whose sums are added in order, which the reference's order does not have and
         which depends on m; deterministic=True never splits.
         """
-        _check(a, b, (BY_BLOCK, BY_ROW))
+        _check(a, b, (BY_BLOCK, BY_ROW), epilogue)
         if epilogue is not None:  # one group of all rows
             return self._launch_swiglu(
                 "contiguous", a, b, epilogue, out, out_dtype, c, bias, num_sms=num_sms
             )
-        by_row = tuple(b.block) == BY_ROW
+        by_row = isinstance(b, ScaledTensor) and tuple(b.block) == BY_ROW
         default = torch.float32 if by_row else torch.bfloat16
         dtype = out.dtype if out is not None else out_dtype or default
         d = result_tensor((a.shape[0], b.shape[0]), out, dtype, a.device)
@@ -195,8 +205,8 @@ class GemmKernels:
 
     def grouped_gemm(
         self,
-        a: ScaledTensor,
-        b: ScaledTensor,
+        a: Operand,
+        b: Operand,
         *,
         group_sizes: torch.Tensor | Sequence[int] | None = None,
         m_indices: torch.Tensor | None = None,
@@ -210,12 +220,13 @@ class GemmKernels:
         deterministic: bool = False,
         num_sms: int | None = None,
     ) -> torch.Tensor:
-        """As dskernels.ref.gemm.grouped_gemm for e4m3 operands, in any of the three forms.
+        """As dskernels.ref.gemm.grouped_gemm for e4m3 operands or plain bf16, in any of
+        the three forms.
 
         Group sizes may lie on the device and are never waited for; no alignment is asked of them
         or of m_indices. Every output is one ordered sum, whatever the batch around it.
         """
-        _check(a, b, (BY_BLOCK,))
+        _check(a, b, (BY_BLOCK,), epilogue)
         kind = "contiguous" if masked_m is None else "masked"
         groups = {"expected_m": expected_m, "num_groups": b.shape[0], "num_sms": num_sms}
         if m_indices is not None:
@@ -236,8 +247,8 @@ class GemmKernels:
 
     def grouped_gemm_k(
         self,
-        a: ScaledTensor,
-        b: ScaledTensor,
+        a: Operand,
+        b: Operand,
         group_sizes: torch.Tensor | Sequence[int],
         *,
         c: torch.Tensor | None = None,
@@ -246,13 +257,16 @@ class GemmKernels:
         deterministic: bool = False,
         num_sms: int | None = None,
     ) -> torch.Tensor:
-        """As dskernels.ref.gemm.grouped_gemm_k for e4m3 operands in blocks (1, 128).
+        """As dskernels.ref.gemm.grouped_gemm_k for e4m3 operands in blocks (1, 128), or bf16.
 
-        Group sizes may lie on the device, where a size that is no multiple of 128 stops the kernel
-        with a trap. An empty group loads nothing, and with c = out it is not even visited.
+        Group sizes may lie on the device, where a size that is no multiple of 128 (bf16: 64) stops
+        the kernel with a trap. An empty group loads nothing, and with c = out it is not even
+        visited.
         """
         _check(a, b, (BY_ROW,))
         counts = int32_counts(group_sizes, a.device)
+        if isinstance(a, torch.Tensor):
+            _gemm_bf16.check_k_groups(counts)
         dtype = out.dtype if out is not None else out_dtype
         d = result_tensor((counts.shape[0], a.shape[0], b.shape[0]), out, dtype, a.device)
         self._launch(
@@ -269,7 +283,7 @@ class GemmKernels:
         blocks = "a (1, 128), b (128, 128)" + (" or (1, 128)" if op == "gemm" else "")
         if op == "grouped_gemm_k":
             blocks = "both (1, 128)"
-        return Support(True, f"{self.machine}: e4m3 operands in blocks {blocks}")
+        return Support(True, f"{self.machine}: e4m3 operands in blocks {blocks}, or bf16")
 
 
 _kernels = GemmKernels("cuda")

@@ -5,6 +5,7 @@ Dimension letters: b requests, s query tokens of a request, h heads.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 
 from ..types import Support, Unsupported
 from . import launchers
+from . import mla_prefill as _prefill
 from ._tensor import device_of, stream_of
 
 WIDTH, LATENT = 576, 512  # values of a cached token; of which these are also its value vector
@@ -61,8 +63,26 @@ def _check(q, kv_cache, head_dim_v, softmax_scale) -> None:
         raise Unsupported(f"softmax_scale: expected a positive number, got {softmax_scale}")
 
 
+def _supports(machine: str, op: str, **shapes) -> Support:
+    if op == "mla_prefill":
+        return _prefill.supports(machine, **shapes)
+    if op != "mla_decode":
+        return Support(False, f"the {machine} backend has no implementation of {op}")
+    for letter, expected in (("dl", LATENT), ("r", WIDTH - LATENT), ("v", LATENT)):
+        if shapes.get(letter, expected) != expected:
+            return Support(False, f"expected {letter} = {expected}, got {shapes[letter]}")
+    refusal = page_refusal(shapes.get("page", BLOCK))
+    if refusal:
+        return Support(False, refusal)
+    if shapes.get("dtype", torch.bfloat16) not in (torch.bfloat16, torch.uint8):
+        return Support(
+            False, f"dtype: expected torch.bfloat16 or torch.uint8, got {shapes['dtype']}"
+        )
+    return Support(True, f"{machine}: mla_decode (bf16 or FP8 cache)")
+
+
 def on(machine: str):
-    """mla_schedule(), mla_decode() and supports() for "cuda" or "emu"."""
+    """mla_schedule(), mla_decode(), mla_prefill() and supports() for "cuda" or "emu"."""
 
     def where(x: torch.Tensor) -> dict:
         return dict(machine=machine, ordinal=device_of(x), stream=stream_of(x))
@@ -160,22 +180,9 @@ def on(machine: str):
         )
         return out, lse
 
-    def supports(op: str, **shapes) -> Support:
-        if op != "mla_decode":
-            return Support(False, f"the {machine} backend has no implementation of {op}")
-        for letter, expected in (("dl", LATENT), ("r", WIDTH - LATENT), ("v", LATENT)):
-            if shapes.get(letter, expected) != expected:
-                return Support(False, f"expected {letter} = {expected}, got {shapes[letter]}")
-        refusal = page_refusal(shapes.get("page", BLOCK))
-        if refusal:
-            return Support(False, refusal)
-        if shapes.get("dtype", torch.bfloat16) not in (torch.bfloat16, torch.uint8):
-            return Support(
-                False, f"dtype: expected torch.bfloat16 or torch.uint8, got {shapes['dtype']}"
-            )
-        return Support(True, f"{machine}: mla_decode (bf16 or FP8 cache)")
-
-    return mla_schedule, mla_decode, supports
+    supports = functools.partial(_supports, machine)
+    mla_prefill = functools.partial(_prefill.prefill, machine)
+    return mla_schedule, mla_decode, mla_prefill, supports
 
 
-mla_schedule, mla_decode, supports = on("cuda")
+mla_schedule, mla_decode, mla_prefill, supports = on("cuda")

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import dskernels.emu as emu
+from dskernels.emu.findings import error_dict, launch_dict, launch_text
 
 _DTYPES = {
     "f32": np.float32, "f64": np.float64, "f16": np.float16, "i8": np.int8, "u8": np.uint8,
@@ -96,18 +97,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _finding(error: Exception) -> dict:
-    fields = ("kind", "kernel", "block", "warp", "lanes", "ptx_line", "source_file", "source_line")
-    out = {"error": type(error).__name__, "message": str(error)}
-    if isinstance(error, emu.HazardError):
-        out["hazards"] = [{f: getattr(h, f) for f in (*fields, "message")} for h in error.hazards]
-    if isinstance(error, emu.DeadlockError):
-        out["warps"] = [{f: getattr(w, f) for f in (*fields[1:], "state")} for w in error.warps]
-    if isinstance(error, emu.PtxError):
-        out["line"] = error.line
-    return out
-
-
 def _copy(args: list) -> list:
     return [_aligned(a) if isinstance(a, np.ndarray) else a for a in args]
 
@@ -128,6 +117,24 @@ def _profile(options: argparse.Namespace, module: emu.Module) -> None:
     print(json.dumps(result.to_dict()) if options.json else result.report())
 
 
+def _schedules(options: argparse.Namespace, launch) -> tuple:
+    """The fixed schedule's arrays and statistics, with every schedule's formal findings."""
+    first, seen = None, set()
+    for seed in [None, *range(options.seeds)]:
+        args = _copy(options.args)
+        stats = launch(*args, seed=seed, cluster=options.cluster, shared=options.shared)
+        arrays = [a for a in args if isinstance(a, np.ndarray)]
+        first = first or (arrays, stats)
+        for k, (a, b) in enumerate(zip(arrays, first[0], strict=True)):
+            if a.tobytes() != b.tobytes():
+                raise emu.EmuError(f"array {k} depends on the schedule: seed {seed} differs")
+        fresh = [h for h in stats.hazards if (h.kind, h.ptx_line) not in seen]
+        seen.update((h.kind, h.ptx_line) for h in fresh)
+        if stats is not first[1]:
+            first[1].hazards.extend(fresh)
+    return first
+
+
 def _execute(options: argparse.Namespace) -> None:
     text = options.file.read_text()
     ptx = emu.compile(text) if options.file.suffix == ".cu" else text
@@ -139,28 +146,18 @@ def _execute(options: argparse.Namespace) -> None:
     if options.command in ("stat", "trace"):
         return _profile(options, module)
     if options.kernel is None:
-        print(f"{options.file}: {len(module.kernels)} kernels load: {', '.join(module.kernels)}")
+        found = {"ok": True, "kernels": module.kernels}
+        words = f"{options.file}: {len(module.kernels)} kernels load: {', '.join(module.kernels)}"
+        print(json.dumps(found) if options.json else words)
         return
-    launch = module.kernel(options.kernel)[options.grid, options.block]
-    keywords = {"cluster": options.cluster, "shared": options.shared}
-    first = None
-    for seed in [None, *range(options.seeds)]:
-        args = _copy(options.args)
-        stats = launch(*args, seed=seed, **keywords)
-        arrays = [a for a in args if isinstance(a, np.ndarray)]
-        first = first or (arrays, stats)
-        for k, (a, b) in enumerate(zip(arrays, first[0], strict=True)):
-            if a.tobytes() != b.tobytes():
-                raise emu.EmuError(f"array {k} depends on the schedule: seed {seed} differs")
-    arrays, stats = first
+    arrays, stats = _schedules(options, module.kernel(options.kernel)[options.grid, options.block])
+    if options.json:
+        print(json.dumps(launch_dict(stats, options.seeds + 1)))
+        return
     if options.command == "run":
         for k, a in enumerate(arrays):
             print(f"array {k}: {a}")
-    print(
-        f"{stats.kernel}: {stats.warp_instructions} warp-instructions, "
-        f"{stats.async_operations} asynchronous operations, {stats.wgmma} wgmma groups, "
-        f"{stats.seconds * 1e3:.2f} ms on the host"
-    )
+    print(launch_text(stats, options.seeds + 1))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -172,7 +169,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _execute(options)
     except emu.EmuError as error:
-        print(json.dumps(_finding(error)) if options.json else error, file=sys.stderr)
+        if options.json:
+            print(json.dumps(error_dict(error)))
+        else:
+            print(error, file=sys.stderr)
         return 1
     return 0
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dskernels._C import emu as _emu
 from dskernels.emu.arrays import Lent, describe, is_array
+from dskernels.emu.errors import STRICT_KINDS, raise_for
 from dskernels.emu.stat import LaunchProfile, profiling
 from dskernels.emu.tensor_map import TensorMap
 
@@ -145,25 +146,30 @@ class Launcher:
         cluster: int | Sequence[int] = (1, 1, 1),
         shared: int = 0,
         seed: int | None = None,
-        check: bool = True,
+        check: bool | str = True,
         numerics: str = "exact",
         device: int = 0,
         profile: bool = False,
+        max_instructions: int = 0,
     ) -> LaunchStats:
         """Runs the kernel to its end.
 
         args: arrays (NumPy, torch CPU), Python or NumPy scalars, bytes, tensor maps, None for a
         null pointer. cluster: CTAs per cluster. shared: dynamic shared memory, bytes. seed: None
         for the fixed schedule on all host threads, a number for a random schedule that this seed
-        reproduces. check: look for hazards. numerics: "exact" (tensor cores as on Hopper, the
-        approximate functions correctly rounded), "fast" (tensor cores in fp32) or "worst" (as
-        exact, but approximate functions are off by the largest documented error, up or down by
-        seed and input). profile: record the launch in full, for LaunchStats.profile (use
-        `emu.profiling` for a sample, another part or launches made elsewhere). Raises HazardError,
-        DeadlockError, EmuError; ValueError for bad arguments.
+        reproduces. check: look for hazards; "strict" also raises for reads of memory that nobody
+        has written, which are formal findings otherwise. numerics: "exact" (tensor cores as on
+        Hopper, the approximate functions correctly rounded), "fast" (tensor cores in fp32) or
+        "worst" (as exact, but approximate functions are off by the largest documented error, up or
+        down by seed and input). profile: record the launch in full, for LaunchStats.profile (use
+        `emu.profiling` for a sample, another part or launches made elsewhere). max_instructions:
+        warp-instructions of one cluster after which it counts as endless (DeadlockError); 0: no
+        limit. Raises HazardError, DeadlockError, EmuError; ValueError for bad arguments.
         """
         if numerics not in NUMERICS:
             raise ValueError(f"numerics: expected one of {NUMERICS}, got {numerics!r}")
+        if check not in (True, False, "strict"):
+            raise ValueError(f"check must be True, False or 'strict', got {check!r}")
         if seed is not None and not 0 <= seed < 1 << 63:
             raise ValueError(f"seed must be in 0..2**63-1, got {seed}")
         with ExitStack() as stack:
@@ -182,14 +188,17 @@ class Launcher:
                 shared,
                 params,
                 0 if seed is None else seed + 1,
-                check,
+                bool(check),
                 NUMERICS.index(numerics),
                 False,
+                max_instructions,
             )
             _emu.synchronize(device)
         stats = LaunchStats(**_emu.stats(number))
         if recorded is not None:
             (stats.profile,) = recorded.launches
+        if check == "strict":
+            raise_for(stats.hazards, STRICT_KINDS)
         return stats
 
 

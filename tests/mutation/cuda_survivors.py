@@ -3,4 +3,28 @@
 Keyed by (file, source line, mutated line); an entry that no longer applies is reported as stale.
 """
 
-EXPLAINED: dict[tuple[str, str, str], str] = {}
+EXPLAINED: dict[tuple[str, str, str], str] = {
+    (
+        "cuda/kernels/rowwise_quantize_transpose.cuh",
+        "const bool inside = first_row + row < p.rows && left > 0;",
+        "const bool inside = first_row + row < p.rows && left >= 0;",
+    ): "The column behind the last one reads no element (left is 0 either way), and its scale is that "
+    "of the last: a tile reaches behind x only where cols is no multiple of 64, so cols / 128 is "
+    "the last group.",
+    (
+        "cuda/kernels/rowwise_rms_norm.cuh",
+        "const float4 x = left > 0 ? *kept : make_float4(0.f, 0.f, 0.f, 0.f);",
+        "const float4 x = left >= 0 ? *kept : make_float4(0.f, 0.f, 0.f, 0.f);",
+    ): "The lane just behind the row's end multiplies whatever it reads from its own slot by a weight "
+    "of 0: 0, or a NaN, which amax drops; and it stores nothing.",
+    (
+        "cuda/tile/quantize.cuh",
+        "const uint32_t code = magnitude < 6.103515625e-05f ? subnormal : normal;",
+        "const uint32_t code = magnitude <= 6.103515625e-05f ? subnormal : normal;",
+    ): "2^-14 itself has the same code on both branches: 64 units of 2^-20 are the smallest normal.",
+    (
+        "cuda/tile/quantize.cuh",
+        "return left >= kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
+        "return left > kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
+    ): "The row's last whole run then goes element by element: slower, the same values.",
+}

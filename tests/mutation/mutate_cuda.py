@@ -27,6 +27,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -47,8 +48,9 @@ SHIPPED = ROOT / "dskernels" / "_kernels"
 STEMS = ("gemm", "rowwise", "mla", "moe", "ep")
 GOAL = 0.95
 MUTATED = ("cuda/kernels/", "cuda/tile/")
-# Generous: a mutant that hangs is caught late, one that is merely slow must not look caught.
-TIMEOUT_FLOOR, TIMEOUT_FACTOR = 60.0, 20.0
+# Seconds of CPU time, so that a busy machine does not look like a hang; WALL times as many pass
+# before a process that sleeps is given up.
+TIMEOUT_FLOOR, TIMEOUT_FACTOR, WALL = 30.0, 10.0, 20
 
 
 class Test(NamedTuple):
@@ -91,9 +93,13 @@ def run_tests(nodes: list[str], kernels: Path, seed: int, timeout: float) -> dic
     result = Path(name)
     child = os.fork()
     if child == 0:
-        _test_and_exit(nodes, kernels, seed, result)
-    deadline = time.monotonic() + timeout
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        _test_and_exit(nodes, kernels, seed, timeout, result)
+    deadline = time.monotonic() + WALL * timeout
+    status = 0
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
         if time.monotonic() > deadline:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -102,13 +108,19 @@ def run_tests(nodes: list[str], kernels: Path, seed: int, timeout: float) -> dic
         time.sleep(0.02)
     text = result.read_text()
     result.unlink()
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
+        text = json.dumps({"code": 1, "failure": f"no end after {timeout:.0f} s", "tests": []})
     return json.loads(text) if text else {"code": 1, "failure": "the process died", "tests": []}
 
 
-def _test_and_exit(nodes: list[str], kernels: Path, seed: int, result: Path) -> None:
+def _test_and_exit(
+    nodes: list[str], kernels: Path, seed: int, timeout: float, result: Path
+) -> None:  # fmt: skip
     code = 70
     try:
         os.setpgid(0, 0)
+        limit = int(timeout) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)

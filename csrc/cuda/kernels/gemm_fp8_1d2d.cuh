@@ -88,7 +88,8 @@ class RowAndBlockScales {
                                           const float (&partial)[Shape::kBlockN / 2]) const {
 #pragma unroll
     for (int column = 0; column < Shape::kBlockN; column += 8) {
-      const bool second = Shape::kTwoScales && column >= boundary_;
+      // Tiles start at multiples of 64 columns, so the scale changes between panels, if at all.
+      const bool second = Shape::kTwoScales && column / kPanelColumns * kPanelColumns >= boundary_;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // rows r and r + 8 of the fragment
         const float scale = second ? scale_[1][half] : scale_[0][half];

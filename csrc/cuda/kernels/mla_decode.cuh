@@ -112,21 +112,16 @@ __device__ __forceinline__ void mla_right_pair(MlaDecodeSmem& smem, const MlaMas
   release(smem, 1, kRight, phase);
 }
 
-template <MlaSide kSide>
-__device__ __forceinline__ void mla_math(const MlaDecodeParams& p, MlaDecodeSmem& smem) {
-  MlaPieces pieces(p);
-  MlaPiece piece;
-  uint32_t phase[2] = {0, 0};
-  RingPosition<1> q_at;
-  while (pieces.next(piece)) {
+// One side's work on a piece whose queries are there: wgmma's rows are up to 64 query rows.
+struct MlaManyRows {
+  template <MlaSide kSide>
+  __device__ static __forceinline__ void run(const MlaDecodeParams& p, const MlaPiece& piece,
+                                             MlaDecodeSmem& smem, uint32_t (&phase)[2]) {
     MlaRows rows;
     float o[128];
 #pragma unroll
     for (float& value : o) value = 0.f;
     const MlaMask mask(p, piece);
-    if (kSide == kLeft && threadIdx.x == 0) load_queries(p, piece, smem, q_at);
-    __syncwarp();
-    smem.q_ring.await(q_at);
     for (int block = piece.begin; block < piece.end; block += 2) {
       const bool second = block + 1 < piece.end;
       if constexpr (kSide == kLeft) {
@@ -138,12 +133,26 @@ __device__ __forceinline__ void mla_math(const MlaDecodeParams& p, MlaDecodeSmem
       if (second) phase[1] ^= 1;
     }
     store_result<kSide>(p, piece, smem, rows, o);
+  }
+};
+
+template <class Tile, MlaSide kSide>
+__device__ __forceinline__ void mla_math(const MlaDecodeParams& p, MlaDecodeSmem& smem) {
+  MlaPieces pieces(p);
+  MlaPiece piece;
+  uint32_t phase[2] = {0, 0};
+  RingPosition<1> q_at;
+  while (pieces.next(piece)) {
+    if (kSide == kLeft && threadIdx.x == 0) load_queries(p, piece, smem, q_at);
+    __syncwarp();
+    smem.q_ring.await(q_at);
+    Tile::template run<kSide>(p, piece, smem, phase);
     if (threadIdx.x % 32 == 0) smem.q_ring.consume(q_at);
     q_at.advance();
   }
 }
 
-template <class Cache>
+template <class Cache, class Tile>
 __device__ __forceinline__ void mla_decode(const MlaDecodeParams& p) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& smem = *reinterpret_cast<MlaDecodeSmem*>(shared_memory);
@@ -160,10 +169,10 @@ __device__ __forceinline__ void mla_decode(const MlaDecodeParams& p) {
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kMlaWarpgroup, 0);
   if (warpgroup == 0) {
     ptx::setmaxnreg_inc<Cache::kMathRegisters>();
-    mla_math<kLeft>(p, smem);
+    mla_math<Tile, kLeft>(p, smem);
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_inc<Cache::kMathRegisters>();
-    mla_math<kRight>(p, smem);
+    mla_math<Tile, kRight>(p, smem);
   } else {
     ptx::setmaxnreg_dec<Cache::kProducerRegisters>();
     Cache::produce(p, smem);

@@ -1,33 +1,11 @@
 #include "cuda/launch/gemm.hpp"
 
-#include <cstring>
-#include <optional>
+#include "cuda/launch/gemm_tensors.hpp"
 
 namespace dsk::launch {
 namespace {
 
 namespace cu = device::cu;
-
-// A row-major matrix seen by TMA: [rows, columns], one box of [box_rows, box_columns].
-TensorMapBytes encode(Context& context, cu::TensorMapDataType type, const void* address,
-                      uint64_t columns, uint64_t rows, uint64_t row_bytes, uint32_t box_columns,
-                      uint32_t box_rows, cu::TensorMapSwizzle swizzle) {
-  device::TensorMapSpec spec;
-  spec.type = type;
-  spec.rank = 2;
-  spec.address = reinterpret_cast<cu::DevicePtr>(address);
-  spec.dims[0] = columns;
-  spec.dims[1] = rows;
-  spec.strides[0] = row_bytes;
-  spec.box[0] = box_columns;
-  spec.box[1] = box_rows;
-  spec.swizzle = swizzle;
-  const cu::TensorMap map = context.device().encode(spec);
-  TensorMapBytes bytes;
-  static_assert(sizeof(bytes) == sizeof(map));
-  std::memcpy(&bytes, &map, sizeof(map));
-  return bytes;
-}
 
 int64_t k_blocks(const GemmFp8Args& args) { return (args.k + 127) / 128; }
 // Groups with rows of A, B and D of their own.
@@ -41,70 +19,7 @@ int64_t planes_of_d(const GemmFp8Args& args) {
   return args.kind == GemmKind::kAlongK ? args.num_groups : planes_of_a(args);
 }
 
-GroupKind group_kind(GemmKind kind) {
-  if (kind == GemmKind::kMasked) return GroupKind::kMasked;
-  return kind == GemmKind::kAlongK ? GroupKind::kAlongK : GroupKind::kRows;
-}
-
-ClusterUse cluster_use(const GemmCluster& cluster) {
-  if (cluster.split > 1) return ClusterUse::kSplitK;
-  if (cluster.pair_m > 1) return ClusterUse::kSharedB;
-  return cluster.pair_n > 1 ? ClusterUse::kSharedA : ClusterUse::kNone;
-}
-
 int64_t columns_of_d(const GemmFp8Args& args) { return args.swiglu ? args.n / 2 : args.n; }
-
-size_t bytes_of(ElementType type) {
-  switch (type) {
-    case ElementType::kFloat32:
-      return 4;
-    case ElementType::kBfloat16:
-      return 2;
-    case ElementType::kE4m3:
-      return 1;
-  }
-  return 0;
-}
-
-// D, C and bias, and the memory that the kernel may touch for them.
-class ResultLoan {
- public:
-  ResultLoan(Context& context, const GemmTensor& d, const GemmTensor& c, const GemmTensor& bias,
-             size_t rows, size_t n, size_t num_groups, size_t scale_rows)
-      : d_(context, d.address, rows * n * bytes_of(d.type), false),
-        scale_(context, d.scale, d.scale ? scale_rows * d.ld_scale * sizeof(float) : 0, false) {
-    if (c.address && c.address != d.address)
-      c_.emplace(context, c.address, rows * n * bytes_of(c.type), true);
-    if (bias.address)
-      bias_.emplace(context, bias.address, num_groups * n * bytes_of(bias.type), true);
-  }
-
- private:
-  HostLoan d_, scale_;
-  std::optional<HostLoan> c_, bias_;
-};
-
-// A box of D is 128 bytes of `box_rows` rows.
-GemmResult make_result(Context& context, const GemmTensor& d, const GemmTensor& c,
-                       const GemmTensor& bias, uint64_t rows, uint64_t n, uint32_t box_rows) {
-  GemmResult result{};
-  if (d.type == ElementType::kBfloat16) {
-    result.map =
-        encode(context, cu::kBfloat16, d.address, n, rows, n * 2, 64, box_rows, cu::kSwizzle128B);
-  } else if (d.type == ElementType::kE4m3) {
-    result.map =
-        encode(context, cu::kUint8, d.address, n, rows, n, 128, box_rows, cu::kSwizzle128B);
-  }
-  result.d = d.address;
-  result.c = c.address;
-  result.bias = bias.address;
-  result.scale = d.scale;
-  result.ld_scale = d.ld_scale;
-  result.d_type = d.type;
-  result.c_type = c.type;
-  result.bias_type = bias.type;
-  return result;
-}
 
 GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmChoice& choice) {
   const GemmConfig& config = choice.config;
@@ -112,16 +27,18 @@ GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmC
   const uint64_t rows = uint64_t(args.m) * planes_of_a(args);
   const uint64_t b_rows = uint64_t(args.n) * planes_of_b(args);
   // Of a tile that a pair shares, each CTA loads half.
-  params.a = encode(context, cu::kUint8, args.a, args.k, rows, args.lda, 128,
-                    config.block_m / choice.cluster.pair_n, cu::kSwizzle128B);
+  params.a = encode_matrix(context, cu::kUint8, args.a, args.k, rows, args.lda, 128,
+                           config.block_m / choice.cluster.pair_n, cu::kSwizzle128B);
   const int b_box = config.family == GemmFamily::kSwiglu ? 64 : config.block_n;
-  params.b = encode(context, cu::kUint8, args.b, args.k, b_rows, args.ldb, 128,
-                    b_box / choice.cluster.pair_m, cu::kSwizzle128B);
-  params.sfa = encode(context, cu::kFloat32, args.sfa, args.m, k_blocks(args) * planes_of_a(args),
-                      args.ld_sfa * sizeof(float), config.block_m, 1, cu::kSwizzleNone);
+  params.b = encode_matrix(context, cu::kUint8, args.b, args.k, b_rows, args.ldb, 128,
+                           b_box / choice.cluster.pair_m, cu::kSwizzle128B);
+  params.sfa =
+      encode_matrix(context, cu::kFloat32, args.sfa, args.m, k_blocks(args) * planes_of_a(args),
+                    args.ld_sfa * sizeof(float), config.block_m, 1, cu::kSwizzleNone);
   if (args.kind == GemmKind::kAlongK) {
-    params.sfb_map = encode(context, cu::kFloat32, args.sfb, args.n, k_blocks(args),
-                            args.ld_sfb * sizeof(float), config.block_n, 1, cu::kSwizzleNone);
+    params.sfb_map =
+        encode_matrix(context, cu::kFloat32, args.sfb, args.n, k_blocks(args),
+                      args.ld_sfb * sizeof(float), config.block_n, 1, cu::kSwizzleNone);
   } else {
     params.sfb = args.sfb;
   }

@@ -73,6 +73,13 @@ MlaDecodeParams make_params(const Context& context, const MlaDecodeArgs& args) {
   return params;
 }
 
+// The instance for so many query rows of a request.
+const char* decode_kernel(bool fp8, int rows) {
+  if (rows > 32) return fp8 ? "mla_decode_fp8" : "mla_decode_bf16";
+  if (fp8) return "mla_decode_fp8_32";
+  return rows <= 16 ? "mla_decode_bf16_16" : "mla_decode_bf16_32";
+}
+
 template <typename Params>
 void launch(Context& context, const char* kernel, const device::LaunchShape& shape, Params params,
             cu::Stream stream) {
@@ -128,7 +135,7 @@ void mla_decode(Context& context, const MlaDecodeArgs& args, cu::Stream stream) 
   HostLoan lse_partial(context, args.lse_partial, split_rows * 4, false);
 
   launch(
-      context, args.fp8 ? "mla_decode_fp8" : "mla_decode_bf16",
+      context, decode_kernel(args.fp8, rows),
       shape_of(ceil_div(rows, kMlaRows), args.num_parts, kDecodeThreads, mla_decode_shared_bytes()),
       make_params(context, args), stream);
   const MlaCombineParams combine{

@@ -80,4 +80,12 @@ struct GemmFp8Params {
   GemmExtent extent;
 };
 
+// BF16 GEMM. Boxes are those of the tiles, 64 values of BLOCK_M rows of A or BLOCK_N of B.
+struct GemmBf16Params {
+  TensorMapBytes a;  // [rows of A, k] bf16, 128B swizzle
+  TensorMapBytes b;  // [G * n, k] bf16 (along k: [n, k]), 128B swizzle
+  GemmResult result;
+  GemmExtent extent;
+};
+
 }  // namespace dsk

@@ -194,9 +194,11 @@ __device__ __forceinline__ void finish_tile(const GemmResult& to, int n, const R
     store_bf16<kN>(to, n, at, panels, kEpilogueBarrier + warpgroup, sum);
 }
 
-// Before a math warpgroup exits: shared memory must outlive the last store's reads.
+// Before a math warpgroup exits: shared memory must outlive the last store's reads. Its writes need
+// not be waited for: the grid is not complete before they are.
 __device__ __forceinline__ void drain_stores() {
-  if (threadIdx.x % kWarpgroup == 0) cuda::ptx::cp_async_bulk_wait_group(cuda::ptx::n32_t<0>{});
+  if (threadIdx.x % kWarpgroup == 0)
+    cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
 }
 
 }  // namespace dsk

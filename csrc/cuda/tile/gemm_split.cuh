@@ -53,10 +53,30 @@ __device__ __forceinline__ void store_four(void* to, ElementType type, int64_t i
   if (type == ElementType::kFloat32) {
     *reinterpret_cast<float4*>(static_cast<float*>(to) + index) = x;
   } else {
-    auto* pair = reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(to) + index);
-    pair[0] = __floats2bfloat162_rn(x.x, x.y);
-    pair[1] = __floats2bfloat162_rn(x.z, x.w);
+    const __nv_bfloat162 low = __floats2bfloat162_rn(x.x, x.y);
+    const __nv_bfloat162 high = __floats2bfloat162_rn(x.z, x.w);
+    *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(to) + index) = make_uint2(
+        *reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
   }
+}
+
+// The sum of the shares' partial sums at `own`, in order. Four loads are under way at once.
+__device__ __forceinline__ float4 sum_shares(float* own, int shares) {
+  constexpr int kAtOnce = 4;
+  float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int first = 0; first < shares; first += kAtOnce) {
+    float4 part[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int share = min(first + i, shares - 1);  // a few loads too many, no branches
+      part[i] = *reinterpret_cast<const float4*>(ptx::map_to_rank(own, share));
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i < shares) total = first + i == 0 ? part[0] : add(total, part[i]);
+    }
+  }
+  return total;
 }
 
 // By all kThreads math threads of every CTA, after each has written its PartialTile. `at` is the
@@ -73,10 +93,7 @@ __device__ __forceinline__ void reduce_and_store(const GemmResult& to, int n, co
     const int column = i % kFours * 4;
     if (at.column + column >= n) continue;
     float* own = &mine.value[row][column];
-    float4 total = *reinterpret_cast<const float4*>(ptx::map_to_rank(own, 0));
-    for (int share = 1; share < shares; ++share) {
-      total = add(total, *reinterpret_cast<const float4*>(ptx::map_to_rank(own, share)));
-    }
+    float4 total = sum_shares(own, shares);
     const int64_t index = (at.row + row) * n + at.column + column;
     const int64_t bias_index = int64_t(at.group) * n + at.column + column;
     if (to.c) total = add(total, load_four(to.c, to.c_type, index));

@@ -30,10 +30,26 @@ __device__ __forceinline__ void join_sums(MlaDecodeSmem& smem, MlaSide side, con
   }
 }
 
+// One side's half of the result, which its warps have written to Q's tiles, on its way to memory.
+__device__ __forceinline__ void send_result(const MlaDecodeParams& p, const MlaPiece& piece,
+                                            MlaDecodeSmem& smem, MlaSide side) {
+  using namespace cuda::ptx;
+  fence_proxy_async(space_shared);
+  ptx::named_barrier_sync(kMlaWarpgroupOnly + side, kMlaWarpgroup);
+  if (threadIdx.x % kMlaWarpgroup != 0) return;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int tile = side * 4 + i;
+    const int32_t to[3] = {tile * 64, int(blockIdx.x) * kMlaRows, piece.request};
+    cp_async_bulk_tensor(space_global, space_shared, &p.out, to, smem.q[tile]);
+  }
+  cp_async_bulk_commit_group();
+  cp_async_bulk_wait_group_read(n32_t<0>{});  // before Q is loaded again, or shared memory is gone
+}
+
 template <MlaSide kSide>
 __device__ __forceinline__ void store_whole(const MlaDecodeParams& p, const MlaPiece& piece,
                                             MlaDecodeSmem& smem, const float (&o)[128]) {
-  using namespace cuda::ptx;
   const int thread = threadIdx.x % kMlaWarpgroup;
   const int lane = thread % 32;
   const int row = thread / 32 * 16 + lane % 16;
@@ -50,16 +66,7 @@ __device__ __forceinline__ void store_whole(const MlaDecodeParams& p, const MlaP
     ptx::stmatrix_x4(tile + swizzle128(row, column % 64 / 8 + lane / 16), packed[0], packed[1],
                      packed[2], packed[3]);
   }
-  fence_proxy_async(space_shared);
-  ptx::named_barrier_sync(kMlaWarpgroupOnly + kSide, kMlaWarpgroup);
-  if (thread != 0) return;
-#pragma unroll
-  for (int tile = kSide * 4; tile < kSide * 4 + 4; ++tile) {
-    const int32_t to[3] = {tile * 64, int(blockIdx.x) * kMlaRows, piece.request};
-    cp_async_bulk_tensor(space_global, space_shared, &p.out, to, smem.q[tile]);
-  }
-  cp_async_bulk_commit_group();
-  cp_async_bulk_wait_group_read(n32_t<0>{});  // before Q is loaded again, or shared memory is gone
+  send_result(p, piece, smem, kSide);
 }
 
 template <MlaSide kSide>
@@ -79,23 +86,27 @@ __device__ __forceinline__ void store_split(const MlaDecodeParams& p, const MlaP
   }
 }
 
+// A row's log-sum-exp: peak and the logarithm of its sum of weights.
+__device__ __forceinline__ void store_row_lse(const MlaDecodeParams& p, const MlaPiece& piece,
+                                              int row, float peak, float total) {
+  const bool nothing = total == 0.f;
+  const float lse = peak + ptx::log2_approx(total);
+  if (piece.slot < 0) {
+    const int64_t head = int64_t(piece.request) * p.h + row % p.h;
+    p.lse[head * p.s + row / p.h] = nothing ? INFINITY : lse * kMlaLn2;
+  } else {
+    p.lse_partial[int64_t(piece.slot) * p.s * p.h + row] = nothing ? -INFINITY : lse;
+  }
+}
+
 // The thread that holds a row's first columns writes its lse.
 __device__ __forceinline__ void store_lse(const MlaDecodeParams& p, const MlaPiece& piece,
                                           const MlaRows& state, const float (&total)[2]) {
   if (threadIdx.x % 4 != 0) return;
-  const int rows = p.s * p.h;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = int(blockIdx.x) * kMlaRows + mla_first_row() + 8 * half;
-    if (row >= rows) continue;
-    const bool nothing = total[half] == 0.f;
-    const float lse = state.peak[half] + ptx::log2_approx(total[half]);
-    if (piece.slot < 0) {
-      const int64_t head = int64_t(piece.request) * p.h + row % p.h;
-      p.lse[head * p.s + row / p.h] = nothing ? INFINITY : lse * kMlaLn2;
-    } else {
-      p.lse_partial[int64_t(piece.slot) * rows + row] = nothing ? -INFINITY : lse;
-    }
+    if (row < p.s * p.h) store_row_lse(p, piece, row, state.peak[half], total[half]);
   }
 }
 

@@ -32,6 +32,7 @@ struct alignas(1024) MlaDecodeSmem {
   uint8_t kv[2][kMlaTiles][kMlaTileBytes];  // 64 tokens each
   uint4 fp8_stage[4][4][32];                // FP8 caches: for each warp, four tokens' latents
   float row_max[2][kMlaRows];               // running maximum after the first, the second block
+  float column[2][4][32];                   // few rows: statistics of a side's warps
   float row_sum[2][kMlaRows];               // by side
   Ring<2> kv_ring[2];                       // for each block; stages are its halves
   Ring<1> q_ring;

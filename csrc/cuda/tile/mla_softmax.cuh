@@ -94,6 +94,19 @@ __device__ __forceinline__ void rescale(float (&o)[128], const float (&factor)[2
   for (int i = 0; i < 128; ++i) o[i] *= factor[i / 2 % 2];
 }
 
+// Zeroes the rows of V from `filled` on, in one side's four tiles. By that warpgroup.
+__device__ __forceinline__ void mla_clear_tail(uint8_t (*tiles)[kMlaTileBytes], int filled,
+                                               MlaSide side) {
+  if (filled >= kMlaBlock) return;
+  const int thread = threadIdx.x % kMlaWarpgroup;
+  const int tile = thread / 8 % 4, chunk = thread % 8;
+  for (int row = filled + thread / 32; row < kMlaBlock; row += 4) {
+    *reinterpret_cast<uint4*>(tiles[tile] + swizzle128(row, chunk)) = uint4{0, 0, 0, 0};
+  }
+  cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+  ptx::named_barrier_sync(kMlaWarpgroupOnly + side, kMlaWarpgroup);
+}
+
 // Which tokens this thread's rows attend.
 class MlaMask {
  public:
@@ -117,18 +130,9 @@ class MlaMask {
     }
   }
 
-  // Zeroes the rows of V behind the request's end, in one side's four tiles. By that warpgroup.
   __device__ __forceinline__ void clear_tail(uint8_t (*tiles)[kMlaTileBytes], int block,
                                              MlaSide side) const {
-    const int filled = length_ - block * kMlaBlock;
-    if (filled >= kMlaBlock) return;
-    const int thread = threadIdx.x % kMlaWarpgroup;
-    const int tile = thread / 8 % 4, chunk = thread % 8;
-    for (int row = filled + thread / 32; row < kMlaBlock; row += 4) {
-      *reinterpret_cast<uint4*>(tiles[tile] + swizzle128(row, chunk)) = uint4{0, 0, 0, 0};
-    }
-    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-    ptx::named_barrier_sync(kMlaWarpgroupOnly + side, kMlaWarpgroup);
+    mla_clear_tail(tiles, length_ - block * kMlaBlock, side);
   }
 
  private:

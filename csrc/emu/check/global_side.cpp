@@ -1,6 +1,7 @@
 #include "emu/check/global_side.hpp"
 
 #include <bit>
+#include <cstring>
 
 #include "emu/machine.hpp"
 #include "emu/memory.hpp"
@@ -238,8 +239,13 @@ std::string GlobalSide::who(const GlobalTouch& touch) const {
   return text + ")";
 }
 
-std::string GlobalSide::describe(u64 address) const {
+std::string GlobalSide::describe(u64 address, u32 bytes) const {
   std::string text = place_text(address);
+  if (AddressCache cache; global_pointer_or_null(cache, address, bytes) != nullptr) {
+    u64 value = 0;
+    std::memcpy(&value, reinterpret_cast<const void*>(address), std::min<u32>(bytes, 8));
+    text += " (holds " + std::to_string(value) + ")";
+  }
   const auto region = GlobalMemory::instance().region(address);
   const GlobalTouch last = region ? region->last_write(address) : GlobalTouch{};
   return text + ", last written by " + (last.who ? who(last) : std::string("nobody on a device"));

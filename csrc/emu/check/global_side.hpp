@@ -34,8 +34,8 @@ class GlobalSide {
   void report(const Warp& w, u32 pc, u32 lanes, AccessKind kind, const std::string& what);
   // "block (1,0,0) warp 2 (PTX line 7, source line 3)"
   std::string who(const GlobalTouch& touch) const;
-  // What lies at an address, and who wrote it last.
-  std::string describe(u64 address) const;
+  // What lies at an address, what it holds, and who wrote it last.
+  std::string describe(u64 address, u32 bytes) const;
 
  private:
   struct MapAcquire {

@@ -1,5 +1,6 @@
 #include "emu/check/race.hpp"
 
+#include <bit>
 #include <deque>
 #include <map>
 #include <optional>
@@ -42,6 +43,8 @@ struct WarpState : SyncState {
   std::vector<Epoch> wgmma;  // issued, not committed
   Epoch writer;              // all bulk stores' writes to global memory; clock 0: none yet
   u64 wgmma_over = 0;        // groups
+  u64 looked_at = 0;         // the last global address read: what a polling warp polls
+  u32 looked_bytes = 0;
 };
 
 constexpr u32 kWarpsPerGroup = 4;
@@ -103,6 +106,10 @@ class RaceChecker : public ClusterObserver {
     const Agent agent = agent_of(w);
     WarpState& state = warps_[agent];
     if (access.space == Space::Global) {
+      if (access.kind != AccessKind::Write) {
+        state.looked_at = place[std::countr_zero(mask)];
+        state.looked_bytes = access.size;
+      }
       if (global_->access(w, agent, state, pc, mask, access, place)) tick(agent);
       global_->report(w, pc, mask, access.kind, "");
       return;
@@ -259,6 +266,12 @@ class RaceChecker : public ClusterObserver {
     slots_[it->second.agent - first_slot_].busy = false;
     running_.erase(it);
     landing_ = Epoch{};
+  }
+
+  std::string describe_wait(const Warp& w, Wait wait) override {
+    const WarpState& state = warps_[agent_of(w)];
+    if (wait != Wait::None || state.looked_at == 0) return "";
+    return "; last read " + global_->describe(state.looked_at, state.looked_bytes);
   }
 
   void on_mbarrier_complete(u32 rank, u32 offset, u64 phase) override {

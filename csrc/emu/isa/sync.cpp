@@ -14,7 +14,7 @@ u32 whole_cta_threads(const Cta& cta) {
 void complete(Cta& cta, NamedBarrier& bar) {
   bar.result_and = bar.and_all, bar.result_or = bar.or_any, bar.result_popc = bar.popc;
   bar.and_all = 1, bar.or_any = 0, bar.popc = 0;
-  bar.arrived = bar.expected = 0;
+  bar.arrived = bar.expected = bar.warps = 0;
   ++bar.generation;
   ++cta.cluster->changes;
 }
@@ -41,6 +41,8 @@ u64 arrive(Warp& w, const Inst& i, u32 mask) {
   bar.expected = expected;
   bar.whole_cta = whole;
   bar.last_pc = w.current_pc;
+  bar.last_warp = w.index;
+  bar.warps |= 1u << w.index % kLanes;
   // The whole warp counts 32 even where its last lanes do not exist.
   bar.arrived += (mask & w.active_lanes()) == w.active_lanes()
                      ? static_cast<u32>(kLanes)

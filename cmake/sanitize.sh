@@ -1,0 +1,25 @@
+#!/bin/sh
+# Builds the module with AddressSanitizer and UBSan in the emulator, beside the normal build, and
+# runs tests on it: sh cmake/sanitize.sh PYTHON [pytest arguments]. The normal build is not touched.
+set -eu
+python=$1
+shift
+root=$(cd "$(dirname "$0")/.." && pwd)
+build=$root/build/sanitize
+site=$build/site
+suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+mkdir -p "$site"
+cmake -S "$root" -B "$build" -G Ninja -DDSK_SANITIZE=emu -DCMAKE_BUILD_TYPE=Release \
+  -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
+  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
+  -DDSK_MODULE_PATH="$site/dskernels/_C$suffix" ${DSK_CMAKE_ARGS:-} > "$build/configure.log"
+cmake --build "$build" --target _C > "$build/build.log" || { tail -40 "$build/build.log"; exit 1; }
+# The package as it is, with the other module; kernels come from the normal build, if there is one.
+(cd "$root" && find dskernels -name '*.py' -o -path 'dskernels/_kernels/*' -type f | tar cf - -T -) |
+  tar xf - -C "$site"
+# The runtimes must come before everything else in the process; Python itself leaks by design.
+cxx=${CXX:-g++}
+LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libstdc++.so.6)" \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+  PYTHONSAFEPATH=1 PYTHONPATH="$site" "$python" -m pytest "$@"

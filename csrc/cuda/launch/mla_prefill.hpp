@@ -1,0 +1,28 @@
+// Host launcher of prefill attention.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/launch/context.hpp"
+
+namespace dsk::launch {
+
+struct MlaPrefillArgs {
+  const void* q = nullptr;                // [t, h, 192] bf16, contiguous
+  const void* k = nullptr;                // [keys, h, 192] bf16, contiguous
+  const void* v = nullptr;                // [keys, h, 128] bf16, contiguous
+  const int32_t* cu_seqlens_q = nullptr;  // [b + 1], ascending from 0, at most t
+  const int32_t* cu_seqlens_k = nullptr;  // [b + 1], ascending from 0, at most keys
+  void* out = nullptr;                    // [t, h, 128] bf16, contiguous
+  float* lse = nullptr;                   // [h, t]
+  int t = 0, keys = 0, h = 0, b = 0;
+  bool causal = true;
+  float softmax_scale = 0;  // positive
+};
+
+// Addresses are multiples of 16 bytes; keys is at least 1. On the emulator the call returns when
+// the kernel has run, on a GPU it is queued on `stream`. Without rows it launches nothing. Throws
+// DeviceError.
+void mla_prefill(Context& context, const MlaPrefillArgs& args, device::cu::Stream stream);
+
+}  // namespace dsk::launch

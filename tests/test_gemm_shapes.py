@@ -1,0 +1,222 @@
+"""FP8 GEMM in the emulator over many shapes: DeepGEMM's own tests', and random ones off that
+list. Each result: DeepGEMM's bar against fp64, and bitwise the reference in exact tensor-core
+arithmetic and the kernel's order, over all elements or 32 rows x 32 columns of them; canaries
+whole. A launch with a hazard raises.
+"""
+
+import math
+import random
+
+import pytest
+import torch
+from backend_axis import need
+
+import dskernels as dsk
+from dskernels.cuda import launchers
+from dskernels.ref import gemm as ref
+from dskernels.ref import rowwise
+from dskernels.testing import assert_bitwise_equal, calc_diff, guarded_empty
+
+ALL_ELEMENTS = 2**22  # products up to which every element is compared; the reference is slow
+SAMPLE = 32
+
+
+@pytest.fixture(autouse=True)
+def emulator():
+    need("gemm", "emu")
+
+
+def sample(size, whole):
+    """Indices to compare: all, or 32 of them with both ends."""
+    if whole or size <= SAMPLE:
+        return torch.arange(size)
+    return torch.cat([torch.tensor([0, size - 1]), torch.randperm(size)[: SAMPLE - 2]])
+
+
+def rows_of(x, rows):
+    """Rows of a ScaledTensor as one in blocks (1, 128): the same values and scales."""
+    data = x.data.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
+    return dsk.ScaledTensor(data, x.scale[rows // x.block[0]], (1, 128))
+
+
+def columns_of(x, start, end):
+    return dsk.ScaledTensor(
+        x.data[:, start:end], x.scale[:, start // 128 : -(-end // 128)], x.block
+    )
+
+
+def exact_product(a, b, split, dtype):
+    """a b^T in the kernel's arithmetic, k in `split` shares added in order."""
+    k = a.shape[1]
+    share = math.ceil(math.ceil(k / 128) / split) * 128
+    total = None
+    for start in range(0, k, share):
+        piece = (columns_of(x, start, min(start + share, k)) for x in (a, b))
+        product = ref.gemm(*piece, accumulate="hopper", out_dtype=torch.float32)
+        total = product if total is None else total + product
+    return total.to(dtype)
+
+
+def check(got, a, b, split=1):
+    """got [m, n] against a [m, k] and b [n, k]."""
+    (m, k), n = a.shape, b.shape[0]
+    if m == 0:
+        return
+    whole = m * n * k <= ALL_ELEMENTS
+    rows, columns = sample(m, whole), sample(n, whole)
+    got = got[rows][:, columns]
+    a, b = rows_of(a, rows), rows_of(b, columns)
+    assert calc_diff(got, ref.gemm(a, b, accumulate="fp64", out_dtype=torch.float64)) < 1e-3
+    assert_bitwise_equal(got, exact_product(a, b, split, got.dtype))
+
+
+def activations(*shape):
+    return rowwise.quantize(torch.randn(shape))
+
+
+def weights(*shape):
+    return rowwise.quantize(torch.randn(shape), (128, 128))
+
+
+def group(b, index):
+    return dsk.ScaledTensor(b.data[index], b.scale[index], b.block)
+
+
+def run_dense(m, n, k):
+    a, b = activations(m, k), weights(n, k)
+    out, canaries = guarded_empty((m, n), torch.bfloat16)
+    dsk.gemm(a, b, out=out, backend="emu")
+    canaries()
+    check(out, a, b, launchers().gemm_config("dense", m=m, n=n, k=k)["split"])
+
+
+def run_contiguous(sizes, n, k, by_index=False):
+    m = sum(sizes)
+    a, b = activations(m, k), weights(len(sizes), n, k)
+    out, canaries = guarded_empty((m, n), torch.bfloat16)
+    groups = {"group_sizes": torch.tensor(sizes)}
+    if by_index:
+        experts = torch.arange(len(sizes), dtype=torch.int32)
+        groups = {"m_indices": experts.repeat_interleave(torch.tensor(sizes))}
+    dsk.grouped_gemm(a, b, out=out, backend="emu", **groups)
+    canaries()
+    start = 0
+    for index, size in enumerate(sizes):
+        rows = torch.arange(start, start + size)
+        check(out[rows], rows_of(a, rows), group(b, index))
+        start += size
+
+
+def run_masked(counts, max_m, n, k):
+    a, b = activations(len(counts), max_m, k), weights(len(counts), n, k)
+    out, canaries = guarded_empty((len(counts), max_m, n), torch.bfloat16)
+    expected = sum(counts) // len(counts)
+    masked_m = torch.tensor(counts, dtype=torch.int32)
+    dsk.grouped_gemm(a, b, masked_m=masked_m, expected_m=expected, out=out, backend="emu")
+    canaries()
+    for index, count in enumerate(counts):
+        check(out[index, :count], rows_of(group(a, index), torch.arange(count)), group(b, index))
+
+
+def run_along_k(m, n, sizes):
+    k = sum(sizes)
+    a, b = activations(m, k), activations(n, k)
+    c = torch.randn(len(sizes), m, n)
+    out, canaries = guarded_empty(c.shape, torch.float32)
+    out.copy_(c)
+    dsk.grouped_gemm_k(a, b, sizes, c=out, out=out, backend="emu")
+    canaries()
+    start = 0
+    for index, size in enumerate(sizes):
+        whole = m * n * size <= ALL_ELEMENTS
+        rows, columns = sample(m, whole), sample(n, whole)
+        x = columns_of(rows_of(a, rows), start, start + size)
+        y = columns_of(rows_of(b, columns), start, start + size)
+        addend = c[index][rows][:, columns]
+        got = out[index][rows][:, columns]
+        exact = ref.gemm(x, y, accumulate="hopper", c=addend) if size else addend
+        assert_bitwise_equal(got, exact)
+        start += size
+
+
+# ---- DeepGEMM's shapes ---------------------------------------------------------------------------
+
+SLOW = pytest.mark.slow
+NK = [(576, 7168), (7168, 2048), (2112, 7168), (24576, 1536), (32768, 512), (4096, 7168)]
+NK += [(7168, 16384)]
+# The emulator does about 5e8 products a second: 4096 rows where that stays under a minute.
+DENSE = [pytest.param(1, *NK[0]), pytest.param(128, *NK[0])]
+DENSE += [pytest.param(m, *nk, marks=SLOW) for m in (1, 128) for nk in NK[1:]]
+DENSE += [pytest.param(4096, *nk, marks=SLOW) for nk in NK[:1]]
+
+
+@pytest.mark.parametrize("m,n,k", DENSE)
+def test_dense(m, n, k):
+    run_dense(m, n, k)
+
+
+# Their 4 x 8192 and 8 x 4096 rows, each group's size off by up to 30 %, cut to 128 and 64 rows.
+@SLOW
+@pytest.mark.parametrize("n,k", [(4096, 7168), (7168, 2048)])
+@pytest.mark.parametrize("groups,rows", [(4, 128), (8, 64)])
+@pytest.mark.parametrize("by_index", [False, True], ids=["sizes", "indices"])
+def test_contiguous(groups, rows, n, k, by_index):
+    sizes = [int(rows * random.uniform(0.7, 1.3)) for _ in range(groups)]
+    run_contiguous(sizes, n, k, by_index)
+
+
+@pytest.mark.parametrize(
+    "groups,expected,n,k",
+    [
+        pytest.param(2, 20, 576, 2048),
+        *(pytest.param(6, 20, *nk, marks=SLOW) for nk in ((4096, 7168), (7168, 2048))),
+        *(pytest.param(2, 192, *nk, marks=SLOW) for nk in ((4096, 7168), (7168, 2048))),
+        pytest.param(1, 1024, 7168, 2048, marks=SLOW),
+    ],
+)
+def test_masked(groups, expected, n, k):
+    counts = [int(expected * random.uniform(0.7, 1.3)) for _ in range(groups)]
+    run_masked(counts, 4096 if expected > 20 else 64, n, k)
+
+
+@pytest.mark.parametrize(
+    "m,n,sizes",
+    [
+        pytest.param(256, 384, [128, 0, 384]),
+        *(pytest.param(*mn, [128, 0, 384, 256], marks=SLOW) for mn in ((4096, 7168), (7168, 2048))),
+    ],
+)
+def test_along_k(m, n, sizes):
+    run_along_k(m, n, sizes)
+
+
+# ---- off the list --------------------------------------------------------------------------------
+
+
+def random_case(seed):
+    """A runner and its arguments: m from 0 up, n any multiple of 8, k any of 16 (along k: 128)."""
+    rng = random.Random(seed)
+
+    def size(limit):
+        return int(2 ** rng.uniform(0, math.log2(limit)))
+
+    n, k = size(60) * 8, size(70) * 16
+    sizes = [rng.choice([0, size(100), size(300)]) for _ in range(rng.randint(1, 5))]
+    kind = seed % 5
+    if kind == 0:
+        return run_dense, (rng.choice([size(300), size(40), 1, 0]), n, k)
+    if kind == 1:
+        return run_contiguous, (sizes, n, k)
+    if kind == 2:
+        return run_contiguous, (sizes, n, k, True)
+    if kind == 3:
+        return run_masked, (sizes, max(sizes) + rng.randint(1, 9), n, k)
+    return run_along_k, (size(260), n, [rng.choice([0, 128, 256]) for _ in range(3)] + [128])
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(s, marks=SLOW if s >= 20 else ()) for s in range(200)]
+)
+def test_random_shapes(seed):
+    run, arguments = random_case(seed)
+    run(*arguments)
