@@ -63,7 +63,8 @@ def test_softmax(run, target, seed):
     y = torch.full_like(x, torch.nan)
     run("softmax", target, 5, x, y, 784, 784, seed=seed)
     exact = torch.softmax(x.double(), -1)
-    assert ((y.double() - exact).abs() <= 2.0**-19 * exact + 1e-30).all()
+    # The exponent, below 64 in size, is rounded twice: 2^-19 absolute, times ln 2, and once more.
+    assert ((y.double() - exact).abs() <= 2.0**-18 * exact + 1e-30).all()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
