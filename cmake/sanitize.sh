@@ -17,9 +17,16 @@ cmake --build "$build" --target _C > "$build/build.log" || { tail -40 "$build/bu
 # The package as it is, with the other module; kernels come from the normal build, if there is one.
 (cd "$root" && find dskernels -name '*.py' -o -path 'dskernels/_kernels/*' -type f | tar cf - -T -) |
   tar xf - -C "$site"
+# nvcc must not inherit what is preloaded here.
+if nvcc=$(command -v nvcc); then
+  mkdir -p "$build/bin"
+  printf '#!/bin/sh\nunset LD_PRELOAD\nexec "%s" "$@"\n' "$nvcc" > "$build/bin/nvcc"
+  chmod +x "$build/bin/nvcc"
+fi
+# A finding ends the process; pytest has its stderr, so the report goes to build/sanitize/report.*.
 # The runtimes must come before everything else in the process; Python itself leaks by design.
 cxx=${CXX:-g++}
 LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libstdc++.so.6)" \
-  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-  PYTHONSAFEPATH=1 PYTHONPATH="$site" "$python" -m pytest "$@"
+  ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1:log_path=$build/report" \
+  UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1:log_path=$build/report" \
+  PATH="$build/bin:$PATH" PYTHONSAFEPATH=1 PYTHONPATH="$site" "$python" -m pytest "$@"

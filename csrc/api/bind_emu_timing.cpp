@@ -20,7 +20,7 @@ const std::map<std::string, double Model::*> kNumbers = {
     {"hbm_efficiency", &Model::hbm_efficiency},
     {"l2_bytes", &Model::l2_bytes},
     {"l2_port", &Model::l2_port},
-    {"l2_capacity", &Model::l2_capacity},
+    {"burst", &Model::burst},
     {"launch_us", &Model::launch_us},
     {"alu", &Model::alu},
     {"predicate", &Model::predicate},
@@ -268,7 +268,8 @@ void bind_emu_timing(py::module_& root) {
       .def("replay", &run_replay, py::arg("model"), py::arg("ctas_per_sm") = 0,
            py::arg("registers") = 0, py::arg("unique_bytes") = 0.0, py::arg("trace") = false);
   py::class_<Profiler>(m, "Profiler")
-      .def(py::init<u32, bool, bool>(), py::arg("sample"), py::arg("check"), py::arg("fast"))
+      .def(py::init<u32, bool, bool, bool>(), py::arg("sample"), py::arg("complete"),
+           py::arg("check"), py::arg("fast"))
       .def("start", &Profiler::start)
       .def("stop", &Profiler::stop)
       .def("recordings", &Profiler::recordings);

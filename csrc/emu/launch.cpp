@@ -201,8 +201,10 @@ std::unique_ptr<Cluster> make_cluster(Grid& grid, u32 linear) {
   const u32 n = static_cast<u32>(grid.config.cluster.count());
   for (u32 r = 0; r < n; ++r) cluster->ctas.push_back(make_cta(*cluster, grid, r));
   for (const auto& observer : grid.config.observers) {
+    auto o = observer->on_cluster(*cluster);
+    if (!o) continue;  // this cluster need not be watched
     cluster->watch_instructions |= observer->wants_instructions();
-    if (auto o = observer->on_cluster(*cluster)) cluster->observers.push_back(std::move(o));
+    cluster->observers.push_back(std::move(o));
   }
   return cluster;
 }

@@ -90,8 +90,14 @@ def model_of(part: str, **overrides: float) -> dict[str, float]:
     return {**model, **PARTS[part], **overrides}
 
 
-def _scaled(model: dict[str, float], by: dict[str, float]) -> dict[str, float]:
-    return {name: value * by.get(name, 1.0) for name, value in model.items()}
+def _bracket(model: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """The model with its assumptions at their most optimistic and most pessimistic."""
+    low, high = (
+        {name: value * by.get(name, 1.0) for name, value in model.items()}
+        for by in (_OPTIMIST, _PESSIMIST)
+    )
+    # Bandwidth that one SM leaves unused may serve another, as far as SMs are out of step.
+    return {**low, "burst": max(model["burst"], 1000)}, high
 
 
 @dataclass
@@ -164,9 +170,7 @@ class LaunchProfile:
         part = part or self.part
         model = model_of(part, **{**self.overrides, **overrides})
         nominal = self._recording.replay(model)
-        others = [
-            self._recording.replay(_scaled(model, by))["us"] for by in (_OPTIMIST, _PESSIMIST)
-        ]
+        others = [self._recording.replay(m)["us"] for m in _bracket(model)]
         us = nominal["us"]
         return Timing(
             modelled_us=us,
@@ -274,11 +278,12 @@ class profiling:
     """Context manager: records every launch of the emulator inside it.
 
     part: "h100", "h800", "h200" or "h100-pcie". sample_ctas: how many CTAs of each grid run and
-    are recorded (whole clusters, evenly spread, the first among them); None runs the grid in full.
-    With a sample the launch's RESULTS ARE INCOMPLETE, and a kernel whose CTAs wait for each other
-    across clusters stops with DeadlockError: run it in full. numerics: of the tensor cores, "fast"
-    or "exact". check: look for hazards, as slow as ever. overrides: parameters of the model, e.g.
-    clock_ghz. One profile at a time, process-wide.
+    are recorded (whole clusters, evenly spread, the first among them); None takes the whole grid.
+    With a sample the launch's RESULTS ARE INCOMPLETE, a later launch that depends on them goes
+    astray, and a kernel whose CTAs wait for each other across clusters stops with DeadlockError.
+    complete=True runs the whole grid and records only the sample. numerics: of the tensor cores,
+    "fast" or "exact". check: look for hazards, as slow as ever. overrides: parameters of the
+    model, e.g. clock_ghz. One profile at a time, process-wide.
     """
 
     def __init__(
@@ -286,6 +291,7 @@ class profiling:
         part: str = "h800",
         *,
         sample_ctas: int | None = 2,
+        complete: bool = False,
         check: bool = False,
         numerics: str = "fast",
         **overrides: float,
@@ -296,7 +302,7 @@ class profiling:
             raise ValueError(f"numerics must be 'exact' or 'fast', got {numerics!r}")
         self._sms = int(model_of(part, **overrides)["num_sms"])
         self._profile = Profile(part, overrides)
-        self._profiler = _timing.Profiler(sample_ctas or 0, check, numerics == "fast")
+        self._profiler = _timing.Profiler(sample_ctas or 0, complete, check, numerics == "fast")
 
     def __enter__(self) -> Profile:
         self._profiler.start()

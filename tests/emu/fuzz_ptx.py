@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-BATCH = 40
-BATCH_SECONDS = 120
+BATCH = 500
+BATCH_SECONDS = 900
 
 # Small kernels that between them use most of the machine; the seeds of all mutants.
 BARRIER = """

@@ -187,6 +187,31 @@ def test_a_sample_stands_for_the_grid():
     assert part.bytes == whole.bytes
 
 
+def test_a_complete_run_records_the_sample_only():
+    x, y = aligned(264 * 1024), aligned(264 * 1024)
+    x[:] = 1
+    module = emu.Module(text(COPY, 2))
+    with emu.profiling("h100", sample_ctas=3, complete=True) as recorded:
+        module.kernel("k")[264, 256](x, y)
+    (launch,) = recorded.launches
+    assert launch.sampled == (3, 264)
+    assert (y == 1).all()
+    assert launch.modelled_us == copy(264, sample=3).modelled_us
+
+
+def test_waves_follow_one_another():
+    """A CTA that fills its SM: one wave, then ten, each a CTA's time and its start."""
+    body = FLOATS + dependent(2000)
+
+    def us(ctas):
+        options = {"shared": 200 * 1024, "sample": 2, "launch_us": 0, "cta_start": 0}
+        return profile(body, grid=ctas, **options).modelled_us
+
+    assert us(132) == pytest.approx(us(1), rel=0.01)
+    assert us(1320) == pytest.approx(10 * us(132), rel=0.02)
+    assert us(133) == pytest.approx(2 * us(132), rel=0.02)
+
+
 def test_barrier_waits_are_named():
     # Warp 0 computes before it arrives: the others wait at barrier 3.
     body = FLOATS + "setp.lt.u32 %p0, %t, 32; @!%p0 bra MEET;" + dependent(500)
@@ -237,6 +262,9 @@ def test_a_grid_whose_ctas_wait_for_each_other_needs_all_of_them():
     )
     with pytest.raises(emu.DeadlockError):
         profile(body, np.zeros(1, np.uint32), grid=2, sample=1)
+    with emu.profiling("h100", sample_ctas=1, complete=True) as recorded:
+        emu.Module(text(body, 1)).kernel("k")[2, 32](np.zeros(1, np.uint32))
+    assert recorded.launches[0].sampled == (1, 2)
     assert profile(body, np.zeros(1, np.uint32), grid=2).modelled_us > 0
 
 

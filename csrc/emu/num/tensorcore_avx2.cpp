@@ -214,7 +214,9 @@ void exact_row_f32(const Task& t, const std::byte* block, const Row& row, int co
     }
   }
   for (int j = 0; j < columns; ++j) {
-    x.total[j] = std::bit_cast<int32_t>(plus[j]) - std::bit_cast<int32_t>(minus[j]);
+    // Sums that leave the format wrap here; those columns are done again exactly.
+    x.total[j] =
+        static_cast<int32_t>(std::bit_cast<uint32_t>(plus[j]) - std::bit_cast<uint32_t>(minus[j]));
   }
   add_c_quanta(13, columns, x);
   write_row(t, index, columns, x, redo);

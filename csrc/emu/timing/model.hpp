@@ -15,7 +15,7 @@ struct Model {
   double hbm_efficiency = 0.90;  // fitted: what streams reach of it
   double l2_bytes = 5500;        // fitted: per cycle, all SMs
   double l2_port = 64;           // per cycle, one SM
-  double l2_capacity = 50e6;
+  double burst = 0;              // cycles for which an SM's unused share of L2 and HBM keeps
   u32 shared_per_sm = 233472;
   u32 registers_per_sm = 65536;
   u32 max_threads_per_sm = 2048;

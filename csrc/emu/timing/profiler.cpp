@@ -23,7 +23,8 @@ void Profiler::on_launch(Grid& grid) {
   auto r = std::make_shared<Recording>();
   LaunchConfig& config = grid.config;
   const u32 total = static_cast<u32>(config.grid.count() / config.cluster.count());
-  config.only = sample_of(total, sample_);
+  r->sample = sample_of(total, sample_);
+  if (!complete_) config.only = r->sample;
   if (!check_) config.check = false;
   if (fast_) config.numerics = Numerics::Fast;
   r->module = grid.module;

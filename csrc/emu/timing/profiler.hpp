@@ -11,9 +11,11 @@ namespace dsk::emu::timing {
 
 class Profiler {
  public:
-  // sample: clusters of each grid that run and are recorded (0: all); the others do not run, so the
-  // results are incomplete. check: hazard checking as the launch asks for it, instead of none.
-  Profiler(u32 sample, bool check, bool fast) : sample_(sample), check_(check), fast_(fast) {}
+  // sample: clusters of each grid that are recorded (0: all). complete: the others run too;
+  // otherwise they do not, and the results are incomplete. check: hazard checking as the launch
+  // asks for it, instead of none. fast: tensor cores in plain fp32.
+  Profiler(u32 sample, bool complete, bool check, bool fast)
+      : sample_(sample), complete_(complete), check_(check), fast_(fast) {}
   ~Profiler() { stop(); }
   Profiler(const Profiler&) = delete;
   Profiler& operator=(const Profiler&) = delete;
@@ -26,7 +28,7 @@ class Profiler {
  private:
   void on_launch(Grid& grid);
   const u32 sample_;
-  const bool check_, fast_;
+  const bool complete_, check_, fast_;
   bool on_ = false;
   mutable std::mutex mutex_;
   std::vector<std::shared_ptr<Recording>> recordings_;

@@ -383,7 +383,10 @@ class RecordingObserver : public Observer {
   explicit RecordingObserver(std::shared_ptr<Recording> into) : into_(std::move(into)) {}
   bool wants_instructions() const override { return true; }
   std::unique_ptr<ClusterObserver> on_cluster(const Cluster& cluster) override {
-    return std::make_unique<Recorder>(cluster, into_);
+    const auto& sample = into_->sample;
+    const bool wanted =
+        sample.empty() || std::find(sample.begin(), sample.end(), cluster.linear) != sample.end();
+    return wanted ? std::make_unique<Recorder>(cluster, into_) : nullptr;
   }
   void on_grid_end(const Grid& grid) override {
     const std::lock_guard lock(into_->mutex);

@@ -108,7 +108,8 @@ struct Recording {
   u32 num_sms = 132;
   u32 shared_bytes = 0;
   u32 clusters_total = 0;
-  bool complete = false;  // the grid ended
+  std::vector<u32> sample;  // clusters recorded, by number; empty: all
+  bool complete = false;    // the grid ended
   LaunchStats launch;
   std::vector<ClusterRecord> clusters;  // the sample
   std::vector<PcCount> counts;

@@ -46,6 +46,8 @@ void Replay::plan() {
   for (u32 k = 0; k < cluster_size_; ++k) {
     auto sm = std::make_unique<Sm>();
     sm->l2_rate = std::min(m_.l2_port, m_.l2_bytes / active_sms_);
+    sm->port_rate = m_.l2_port;
+    sm->burst = m_.burst;
     sm->hbm_rate = hbm / active_sms_;
     sms_.push_back(std::move(sm));
   }
