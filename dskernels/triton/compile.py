@@ -23,6 +23,7 @@ class Variant(NamedTuple):
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
+    options: dict[str, Any] | None = None  # of the compiler, where the launch sets them
 
 
 def gemm_variant(kind: int, native_fp8: bool, block_m: int) -> Variant:
@@ -39,6 +40,39 @@ def gemm_variant(kind: int, native_fp8: bool, block_m: int) -> Variant:
 
 def _integers(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "i32")
+
+
+def moe_variants() -> dict[str, Variant]:
+    """V3's gate from bf16 hidden states, the three kernels of the permutation, the weighted sum."""
+    from . import moe
+    from . import moe_kernels as kernels
+
+    gate = {"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "topk_idx_ptr": "*i64"}
+    gate |= {"topk_weights_ptr": "*fp32", "scores_ptr": "*fp32"}
+    gate |= _integers("tokens", "depth", "experts", "ld_x", "num_groups", "topk_group", "topk")
+    gate_constants = {"SOFTMAX": False, "HAS_BIAS": True, "TOP2": True, "RENORMALIZE": True}
+    gate_constants |= {"TOKENS": moe.GATE_TOKENS, "EXPERTS": 256, "GROUPS": 8, "TOPK": 8}
+    gate_constants |= {"SLAB": moe.GATE_SLAB}
+    slots = {"topk_idx_ptr": "*i64"}
+    counts = {"counts_ptr": "*i32"} | _integers("slots", "experts")
+    places = {"first_row_ptr": "*i64", "row_map_ptr": "*i64"} | _integers("slots", "experts")
+    copy = {"x_ptr": "*u8", "row_map_ptr": "*i64", "out_ptr": "*u8"}
+    copy |= _integers("topk", "columns", "x_row", "x_column", "out_row", "out_column")
+    rows = {"y_ptr": "*bf16", "row_map_ptr": "*i64", "weights_ptr": "*fp32", "out_ptr": "*bf16"}
+    return {
+        "moe_gate": Variant(
+            kernels.gate_kernel, gate | {"scale": "fp32"}, gate_constants, moe.GATE_OPTIONS
+        ),
+        "moe_count": Variant(
+            kernels.count_kernel, slots | counts, {"CHUNK": moe.CHUNK, "BLOCK": moe.EXPERTS_BLOCK}
+        ),
+        "moe_place": Variant(kernels.place_kernel, slots | places, {"CHUNK": moe.CHUNK}),
+        "moe_copy_rows": Variant(kernels.copy_rows_kernel, copy, {"BLOCK": moe.RUN}),
+        "moe_unpermute": Variant(
+            kernels.unpermute_kernel, rows | _integers("topk", "depth"),
+            {"WEIGHTED": True, "BLOCK": moe.RUN}, moe.EXACT,
+        ),
+    }  # fmt: skip
 
 
 def mla_variants() -> dict[str, Variant]:
@@ -143,7 +177,7 @@ def variants(target: str) -> dict[str, Variant]:
             {"BLOCK": 1024},
         ),
     }
-    found |= mla_variants()
+    found |= mla_variants() | moe_variants()
     for kind, name in enumerate(("dense", "contiguous", "masked")):
         found[f"gemm_{name}"] = gemm_variant(kind, native, 128 if kind < 2 else 64)
     return found
@@ -180,7 +214,7 @@ def compile_for(variant: Variant, target: str) -> Any:
         constexprs=variant.constants,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    return triton.compile(source, target=gpu)
+    return triton.compile(source, target=gpu, options=variant.options)
 
 
 def launch_facts(variant: Variant, compiled: Any) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from .moe_kernels import (
 
 GATE_TOKENS = 16  # of a program: the least that tl.dot takes
 GATE_SLAB = 32  # of the depth
+GATE_OPTIONS = {"num_warps": 4, "num_stages": 2}
+EXACT = {"enable_fp_fusion": False}  # products and sums round apart, as in the reference
 MAX_EXPERTS = 512  # of the gate: scores of a program's tokens stay in registers
 CHUNK = 128  # slots that one program sorts
 EXPERTS_BLOCK = 64
@@ -69,7 +71,7 @@ def moe_gate(
             RENORMALIZE=sigmoid if renormalize is None else renormalize,
             TOKENS=GATE_TOKENS, EXPERTS=max(16, triton.next_power_of_2(experts)),
             GROUPS=triton.next_power_of_2(n_group), TOPK=triton.next_power_of_2(topk),
-            SLAB=GATE_SLAB, num_warps=8, num_stages=2,
+            SLAB=GATE_SLAB, **GATE_OPTIONS,
         )  # fmt: skip
     return topk_idx, weights, scores
 
@@ -130,7 +132,7 @@ def moe_unpermute(
         block = min(RUN, triton.next_power_of_2(depth))
         unpermute_kernel[(tokens, triton.cdiv(depth, block))](
             y, row_map, weights, out, topk, depth,
-            WEIGHTED=topk_weights is not None, BLOCK=block, enable_fp_fusion=False,
+            WEIGHTED=topk_weights is not None, BLOCK=block, **EXACT,
         )  # fmt: skip
     return out
 

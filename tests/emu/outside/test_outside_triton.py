@@ -18,6 +18,7 @@ from outside_support import findings, seeds_by_tier
 
 emu = pytest.importorskip("dskernels.emu")
 from dskernels.ref import gemm as ref_gemm  # noqa: E402
+from dskernels.ref import moe as ref_moe  # noqa: E402
 from dskernels.ref import rowwise  # noqa: E402
 from dskernels.testing import assert_bitwise_equal, assert_close_to_exact  # noqa: E402
 
@@ -238,3 +239,34 @@ def test_mla_decode(compiled, target, fp8, seed):
         (rows, 4), partial, partial_lse, out, lse, 2, 7, splits, seed=seed
     )
     assert_decoded((out, lse), case, softmax_scale=0.1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_moe_permute_and_unpermute(compiled, target, seed):
+    t, k, e, d = 70, 4, 33, 96
+    generator = torch.Generator().manual_seed(seed)
+    topk_idx = torch.randint(-1, e, (t, k), generator=generator)
+    x = torch.randint(0, 256, (t, d), dtype=torch.uint8, generator=generator)
+    x_perm, sizes, row_map = ref_moe.moe_permute(x, topk_idx, e)
+
+    count, place = compiled("moe_count", target), compiled("moe_place", target)
+    chunks = -(-topk_idx.numel() // place.constants["CHUNK"])
+    counts = torch.full((chunks, e), -7, dtype=torch.int32)
+    blocks = -(-e // count.constants["BLOCK"])
+    count((chunks, blocks), topk_idx, counts, topk_idx.numel(), e, seed=seed)
+    assert_bitwise_equal(counts.sum(0), sizes)
+    first_row = counts.cumsum(0) - counts + (sizes.cumsum(0) - sizes)
+    places = torch.full_like(topk_idx, -7)
+    place(chunks, topk_idx, first_row, places, topk_idx.numel(), e, seed=seed)
+    assert_bitwise_equal(places, row_map)
+    copied = torch.zeros_like(x_perm)
+    copy = compiled("moe_copy_rows", target)
+    copy((t * k, 1), x, row_map, copied, k, d, d, 1, d, 1, seed=seed)
+    assert_bitwise_equal(copied, x_perm)
+
+    y = normal(x_perm.shape[0], d, seed=seed)
+    weights = torch.rand(t, k, generator=generator)
+    out = torch.full((t, d), torch.nan, dtype=torch.bfloat16)
+    compiled("moe_unpermute", target)((t, 1), y, row_map, weights, out, k, d, seed=seed)
+    assert_bitwise_equal(out, ref_moe.moe_unpermute(y, row_map, weights))
