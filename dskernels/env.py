@@ -84,6 +84,20 @@ VARIABLES: dict[str, Variable] = {
             when="native",
         ),
         Variable(
+            "DSK_EMU_CHECK",
+            "",
+            "0 or 1",
+            "0 turns the happens-before checker off for kernels that ops launch on the emulator.",
+            when="native",
+        ),
+        Variable(
+            "DSK_EMU_NUMERICS",
+            "",
+            "exact | fast | worst",
+            "Arithmetic of kernels that ops launch on the emulator; see docs/emulator_numerics.md.",
+            when="native",
+        ),
+        Variable(
             "DSK_EMU_SEED",
             "",
             "an integer; 0 is the fixed schedule",

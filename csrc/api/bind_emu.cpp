@@ -91,7 +91,7 @@ py::dict stats_dict(const LaunchStats& s) {
 
 u64 launch(u64 stream, std::shared_ptr<const Module> module, const std::string& kernel,
            const Triple& grid, const Triple& block, const Triple& cluster, u32 shared,
-           const py::bytes& params, u64 seed, bool check, bool fast, bool programmatic,
+           const py::bytes& params, u64 seed, bool check, int numerics, bool programmatic,
            u64 max_instructions) {
   LaunchConfig config;
   config.grid = dim(grid);
@@ -102,7 +102,10 @@ u64 launch(u64 stream, std::shared_ptr<const Module> module, const std::string& 
   config.check = check;
   config.programmatic = programmatic;
   config.max_instructions = max_instructions;
-  config.numerics = fast ? Numerics::Fast : Numerics::Exact;
+  if (numerics < 0 || numerics > static_cast<int>(Numerics::Worst)) {
+    throw py::value_error("numerics: expected 0..2, got " + std::to_string(numerics));
+  }
+  config.numerics = static_cast<Numerics>(numerics);
   const std::string bytes = params;
   const py::gil_scoped_release unlocked;  // with DSK_EMU_SEEDS the launch runs to its end
   return System::instance().launch(stream, std::move(module), kernel, config, bytes.data(),

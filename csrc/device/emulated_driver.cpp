@@ -188,11 +188,28 @@ void apply_attributes(const cu::LaunchConfig& config, emu::LaunchConfig& launch)
   }
 }
 
-// The seed comes from the environment of the process so that a launcher needs to know nothing of
-// the emulator; Python's registry of variables documents it.
-uint64_t environment_seed() {
-  const char* text = std::getenv("DSK_EMU_SEED");
-  return text ? std::strtoull(text, nullptr, 10) : 0;
+// Seed, checks and numerics come from the environment of the process so that a launcher needs to
+// know nothing of the emulator; Python's registry of variables documents them.
+std::string environment(const char* name) {
+  const char* text = std::getenv(name);
+  return text ? text : "";
+}
+
+void apply_environment(emu::LaunchConfig& launch) {
+  launch.seed = std::strtoull(environment("DSK_EMU_SEED").c_str(), nullptr, 10);
+  const std::string check = environment("DSK_EMU_CHECK");
+  if (check != "" && check != "0" && check != "1") {
+    throw emu::Error("DSK_EMU_CHECK: expected 0 or 1, got " + check);
+  }
+  launch.check = check != "0";
+  const std::string numerics = environment("DSK_EMU_NUMERICS");
+  if (numerics == "fast") {
+    launch.numerics = emu::Numerics::Fast;
+  } else if (numerics == "worst") {
+    launch.numerics = emu::Numerics::Worst;
+  } else if (numerics != "" && numerics != "exact") {
+    throw emu::Error("DSK_EMU_NUMERICS: expected exact, fast or worst, got " + numerics);
+  }
 }
 
 cu::Result launch_kernel_ex(const cu::LaunchConfig* config, cu::Function function, void** params,
@@ -208,7 +225,7 @@ cu::Result launch_kernel_ex(const cu::LaunchConfig* config, cu::Function functio
     launch.grid = {config->grid_x, config->grid_y, config->grid_z};
     launch.block = {config->block_x, config->block_y, config->block_z};
     launch.dynamic_shared = config->shared_bytes;
-    launch.seed = environment_seed();
+    apply_environment(launch);
     apply_attributes(*config, launch);
     system().launch(stream_id(config->stream), kernel.module, kernel.name, launch, block.data(),
                     block.size());

@@ -26,6 +26,7 @@ Program Decoder::run() {
   is_matrix_.assign(function_.registers.size(), 0);
   bind_all();
   mark_matrix_users();
+  measure_runs();
   allocate_registers();
   patch();
   return std::move(program_);
@@ -371,6 +372,23 @@ void Decoder::mark_matrix_users() {
       return std::any_of(regs.begin(), regs.end(), [&](u32 r) { return is_matrix_[r] != 0; });
     };
     if (touches(info.reads) || touches(info.writes)) i.flags |= kTouchesMatrix;
+    if (touches(info.writes)) i.flags |= kWritesMatrix;
+  }
+}
+
+void Decoder::measure_runs() {
+  constexpr u16 kLongest = 1024;
+  u16 run = 0, quiet = 0;
+  for (std::size_t k = program_.code.size(); k-- > 0;) {
+    Inst& i = program_.code[k];
+    const bool plain = i.kind == Kind::Plain && i.pred == kNoReg;
+    const auto grow = [&](u16& length, int excluded) {
+      length = plain && (i.flags & excluded) == 0 ? std::min<u16>(length + 1, kLongest) : 0;
+    };
+    grow(run, kAligned | kMemberMask | kTouchesMatrix);
+    grow(quiet, kAligned | kMemberMask | kWritesMatrix);
+    i.run = run;
+    i.quiet_run = quiet;
   }
 }
 

@@ -82,6 +82,7 @@ class Decoder {
   void note_read(u32 handle);
   void note_write(u32 handle);
   void mark_matrix_users();
+  void measure_runs();
   void allocate_registers();  // regalloc.cpp
   void patch();
   u32 offset_of(u32 handle) const;

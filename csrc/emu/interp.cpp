@@ -132,6 +132,15 @@ class WarpRunner {
         return leave(n);
       }
       const Inst& i = code[pc];
+      if (const u32 run = run_length(i); run > 1 && !watch) {
+        const u32 last = pc + static_cast<u32>(std::min<u64>({run, end - n, stop - pc}));
+        n += last - pc;
+        for (; pc < last; ++pc) {
+          w_.current_pc = pc;
+          code[pc].fn(w_, code[pc], mask);
+        }
+        continue;
+      }
       u32 m = mask;
       if (i.pred != kNoReg) m &= i.flags & kPredNegated ? ~w_.pred(i.pred) : w_.pred(i.pred);
       w_.current_pc = pc;
@@ -185,6 +194,12 @@ class WarpRunner {
       if (w_.done) return;
       ++pc;
     }
+  }
+
+  // How many instructions need nothing but their handlers.
+  u32 run_length(const Inst& i) const {
+    const bool quiet = !w_.cta->cluster->check || w_.wgmma.idle();
+    return quiet ? i.quiet_run : i.run;
   }
 
   void notify_instruction(u32 pc, u32 m) {
@@ -248,9 +263,19 @@ class WarpRunner {
     return false;
   }
 
+  static bool all_named(const u32* masks, u32 m) {
+    for (u32 rest = m; rest != 0; rest &= rest - 1) {
+      const int l = std::countr_zero(rest);
+      if ((masks[l] >> l & 1) == 0) return false;
+    }
+    return true;
+  }
+
   // Lanes of one instruction may name different groups of lanes (tiles of a warp).
   void run_groups(const Inst& i, u32 m) {
     const u32* masks = w_.reg<u32>(i.e);
+    // Undefined in PTX; hardware lets whoever executes it take part.
+    if (!w_.cta->cluster->check && !all_named(masks, m)) return i.fn(w_, i, m);
     while (m != 0) {
       const u32 group = masks[std::countr_zero(m)] & m;
       if (group == 0) fail(w_, m, "member-mask", "a lane is not named by its own member mask");

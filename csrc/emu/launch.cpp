@@ -144,6 +144,10 @@ std::unique_ptr<Cta> make_cta(Cluster& cluster, Grid& grid, u32 rank) {
 
 }  // namespace
 
+Grid::~Grid() {
+  if (workspace != 0) AddressSpace::instance().release(workspace);
+}
+
 u32 Grid::shared_bytes() const { return program->static_shared + config.dynamic_shared; }
 
 void check_launch(const Program& p, const LaunchConfig& c, std::size_t param_bytes,

@@ -88,6 +88,7 @@ struct WgmmaState {
   std::vector<u8> dirty;     // per virtual register: written since the last wgmma.fence
   std::vector<u16> pending;  // per virtual register: wgmmas in flight that write it
   std::vector<u16> reading;  // per virtual register: wgmmas in flight that read it (A fragments)
+  bool idle() const { return open.empty() && groups.empty(); }
 };
 
 struct Warp {
@@ -210,8 +211,6 @@ AsyncPtr issue_async(Warp& w, u32 lane, AsyncKind kind, u64 bytes,
 bool wait_over(Warp& w, Split& s);
 // Completes wgmma groups of the warpgroup of `w` until `groups` are complete in each warp.
 void drain_wgmma(Warp& w, u64 groups);
-// Executes one warp's quarter of a wgmma (isa/wgmma.cpp).
-void execute_wgmma(Warp& w, const WgmmaOp& op);
 // Tells the observers that a CTA's warp left; releases barriers that only waited for it.
 void on_warp_exit(Warp& w);
 

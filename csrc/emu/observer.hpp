@@ -25,6 +25,13 @@ enum class Wait : u8;
 enum class AccessKind : u8 { Read, Write, ReadWrite };
 enum class Proxy : u8 { Generic, Async, TensorMap };
 
+// How a full warp's places lie, where that is known without looking at each.
+enum class Pattern : u8 {
+  Scattered,
+  Uniform,
+  Adjacent
+};  // Adjacent: lane l at place[0] + l * size
+
 // One executed memory instruction of a warp, or one row of an asynchronous operation.
 struct Access {
   AccessKind kind = AccessKind::Read;
@@ -34,6 +41,7 @@ struct Access {
   Semantics semantics = Semantics::Weak;
   Scope scope = Scope::None;
   u32 size = 0;  // bytes per lane (vector width included)
+  Pattern pattern = Pattern::Scattered;
 };
 
 // Asynchronous operations are agents of their own: they touch memory between issue and completion.

@@ -37,8 +37,7 @@ inline constexpr u8 kAddress64 = 2;       // the address register is 64 bits wid
 inline constexpr u8 kAligned = 4;         // needs every live lane of the warp
 inline constexpr u8 kMemberMask = 8;      // needs the lanes named by the mask register in Inst::e
 inline constexpr u8 kTouchesMatrix = 16;  // reads or writes a register that a wgmma also uses
-inline constexpr u8 kWritesPair = 32;     // second destination present
-inline constexpr u8 kUniformBranch = 64;
+inline constexpr u8 kWritesMatrix = 32;   // writes one
 
 // Rare operands, kept out of the hot line.
 struct Ext {
@@ -72,6 +71,9 @@ struct alignas(64) Inst {
   u8 op = 0;     // handler's own
   u8 sem = 0;    // Semantics in the low nibble, Scope in the high one
   u8 sub = 0;    // handler's own
+  // Instructions from this one on, without a gap, that are Plain, unpredicated and need no look at
+  // lanes or at wgmma registers; `quiet_run` lets them read wgmma registers.
+  u16 run = 0, quiet_run = 0;
   Inst() : fn(nullptr) {}
 };
 static_assert(sizeof(Inst) == 64);
@@ -140,6 +142,8 @@ enum class Special : u8 {
   DynamicSmemSize,
   TotalSmemSize,
   AggrSmemSize,
+  Envreg1,  // the grid's workspace, of cooperative launches: upper half of its address
+  Envreg2,  // lower half
   Clock,
   ClockHi,
   Clock64,
@@ -184,6 +188,7 @@ struct Program {
   u32 max_threads = 0;
   Dim3 required_cluster{0, 0, 0};
   bool uses_wgmma = false;
+  bool uses_grid_workspace = false;  // grid-wide barriers of cooperative groups
 };
 
 }  // namespace dsk::emu

@@ -159,6 +159,7 @@ void Decoder::allocate_registers() {
     special.offset = virtual_offset_[v.reg] = top;
     top += slot_bytes(special.size);
     program_.specials.push_back(special);
+    program_.uses_grid_workspace |= special.which == Special::Envreg2;
   }
   for (ConstantReg& c : program_.constants) {
     c.offset = top;

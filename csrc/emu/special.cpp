@@ -53,6 +53,8 @@ constexpr Row kRows[] = {
     {"%dynamic_smem_size", Special::DynamicSmemSize, Type::U32},
     {"%total_smem_size", Special::TotalSmemSize, Type::U32},
     {"%aggr_smem_size", Special::AggrSmemSize, Type::U32},
+    {"%envreg1", Special::Envreg1, Type::U32},
+    {"%envreg2", Special::Envreg2, Type::U32},
     {"%clock", Special::Clock, Type::U32},
     {"%clock_hi", Special::ClockHi, Type::U32},
     {"%clock64", Special::Clock64, Type::U64},
@@ -162,6 +164,10 @@ u64 special_value(const Warp& w, Special which, u32 lane) {
       return cta.shared_bytes - kSharedReserved;
     case Special::AggrSmemSize:
       return cta.shared_bytes;
+    case Special::Envreg1:
+      return grid.workspace >> 32;
+    case Special::Envreg2:
+      return grid.workspace & 0xffffffff;
     default:
       return 0;  // clocks are read when executed
   }

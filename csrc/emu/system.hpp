@@ -47,6 +47,7 @@ class Module {
 enum class Numerics : u8 {
   Exact,  // tensor cores as on Hopper: aligned, truncated sums
   Fast,   // tensor cores in plain fp32
+  Worst,  // as Exact, and approximate functions are off by the largest documented error
 };
 
 struct LaunchConfig {
@@ -120,6 +121,7 @@ struct Grid {
   std::unique_ptr<u8[]> param_storage;
   u8* params = nullptr;
   std::vector<u64> symbol_addresses;
+  u64 workspace = 0;  // of grid-wide barriers; owned
   u32 num_sms = 132;
   u32 clusters_total = 0, clusters_started = 0, clusters_done = 0;
   u32 ctas_launched_dependents = 0, ctas_total = 0;
@@ -128,6 +130,10 @@ struct Grid {
   std::mutex mutex;                          // stats, hazards
   LaunchStats stats;
   std::function<void(const std::string&)> print;  // device printf
+  Grid() = default;
+  ~Grid();
+  Grid(const Grid&) = delete;
+  Grid& operator=(const Grid&) = delete;
   u32 shared_bytes() const;
 };
 

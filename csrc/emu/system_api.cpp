@@ -13,6 +13,11 @@
 #include "emu/system_impl.hpp"
 
 namespace dsk::emu {
+namespace {
+
+constexpr u64 kWorkspaceBytes = 256;  // cooperative groups use the first 8
+
+}  // namespace
 
 System& System::instance() {
   static System system;
@@ -127,6 +132,12 @@ u64 System::launch_once(StreamId s, std::shared_ptr<const Module> m, const std::
   grid->params = reinterpret_cast<u8*>((raw + 127) / 128 * 128);
   if (param_bytes != 0) std::memcpy(grid->params, params, param_bytes);
   grid->symbol_addresses = impl_->symbol_addresses(m, stream.device);
+  if (program.uses_grid_workspace) {
+    grid->workspace = AddressSpace::instance().allocate(
+        kWorkspaceBytes, static_cast<i32>(stream.device), "the grid's workspace");
+    std::memset(reinterpret_cast<void*>(grid->workspace), 0, kWorkspaceBytes);
+    check::GlobalMemory::instance().written_by_host(grid->workspace, kWorkspaceBytes);
+  }
   grid->module = std::move(m);
   if (impl_->launch_hook) impl_->launch_hook(*grid);
   if (grid->config.check)

@@ -19,7 +19,7 @@ from dskernels.emu.errors import (
     PtxError,
     StuckWarp,
 )
-from dskernels.emu.module import Kernel, LaunchStats, Module
+from dskernels.emu.module import Kernel, LaunchStats, Module, lend
 from dskernels.emu.stat import PARTS, LaunchProfile, Profile, Timing, model_of, profiling
 from dskernels.emu.table import instruction_table, instruction_table_markdown
 from dskernels.emu.tensor_map import TensorMap, tensor_map
@@ -53,6 +53,7 @@ __all__ = [
     "compile",
     "instruction_table",
     "instruction_table_markdown",
+    "lend",
     "model_of",
     "profiling",
     "tensor_map",

@@ -1,8 +1,8 @@
 """Modules, kernels and launches."""
 
 import struct
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ def _triple(value: int | Sequence[int], what: str) -> tuple[int, int, int]:
     return parts + (1,) * (3 - len(parts))
 
 
+NUMERICS = ("exact", "fast", "worst")  # in the order of the compiled library
+
+
 class _Loans:
     """Lends ranges for the duration of a launch; equal ranges once."""
 
@@ -52,6 +55,20 @@ class _Loans:
         if lent.bytes:
             _emu.lend(lent.base, lent.bytes, lent.read_only, name)
             self._stack.callback(_emu.take_back, lent.base, lent.bytes)
+
+
+@contextmanager
+def lend(*arrays: Any) -> Iterator[list[int]]:
+    """Lends arrays (NumPy, torch CPU) whose addresses kernels find in memory or inside structs.
+
+    Yields the addresses. Kernels may use the arrays until the block ends.
+    """
+    with ExitStack() as stack:
+        loans = _Loans(stack)
+        described = [describe(array) for array in arrays]
+        for k, lent in enumerate(described):
+            loans.lend(lent, f"lent array {k}")
+        yield [lent.address for lent in described]
 
 
 def _integer_bytes(value: Any, size: int, name: str) -> bytes:
@@ -142,13 +159,15 @@ class Launcher:
         for the fixed schedule on all host threads, a number for a random schedule that this seed
         reproduces. check: look for hazards; "strict" also raises for reads of memory that nobody
         has written, which are formal findings otherwise. numerics: "exact" (tensor cores as on
-        Hopper) or "fast". profile: record the launch in full, for LaunchStats.profile (use
+        Hopper, the approximate functions correctly rounded), "fast" (tensor cores in fp32) or
+        "worst" (as exact, but approximate functions are off by the largest documented error, up or
+        down by seed and input). profile: record the launch in full, for LaunchStats.profile (use
         `emu.profiling` for a sample, another part or launches made elsewhere). max_instructions:
         warp-instructions of one cluster after which it counts as endless (DeadlockError); 0: no
         limit. Raises HazardError, DeadlockError, EmuError; ValueError for bad arguments.
         """
-        if numerics not in ("exact", "fast"):
-            raise ValueError(f"numerics must be 'exact' or 'fast', got {numerics!r}")
+        if numerics not in NUMERICS:
+            raise ValueError(f"numerics: expected one of {NUMERICS}, got {numerics!r}")
         if check not in (True, False, "strict"):
             raise ValueError(f"check must be True, False or 'strict', got {check!r}")
         if seed is not None and not 0 <= seed < 1 << 63:
@@ -170,7 +189,7 @@ class Launcher:
                 params,
                 0 if seed is None else seed + 1,
                 bool(check),
-                numerics == "fast",
+                NUMERICS.index(numerics),
                 False,
                 max_instructions,
             )

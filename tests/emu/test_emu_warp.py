@@ -219,12 +219,16 @@ def test_atom_and_red(op, t):
     x = rng.integers(0, 2**bits, 32, dtype=np.uint64).astype(dtype)
     x[::3], start[1::4] = start[::3], 0
     want = [wrap(ATOMIC[op](int(a), int(b), t), bits) for a, b in zip(start, x, strict=True)]
-    for order in ("", ".relaxed.gpu", ".acquire.cta", ".release.cluster", ".acq_rel.sys"):
+    orders = ("", ".relaxed.gpu", ".acquire.cta", ".release.cluster", ".acq_rel.sys")
+    forms = [f"atom{order}.global.{op}.{t}" for order in orders]
+    if op == "add" and t in ("u32", "s32", "u64"):  # libraries write the order last
+        forms += [f"atom.add.release.gpu.{t}", f"atom.global.add.acq_rel.cta.{t}"]
+    for form in forms:
         word, old = start.copy(), results(32, dtype)
         body = load(reg + "1", 1, bits) + f"mad.wide.u32 %A0, %t, {bits // 8}, %P0;"
-        body += f"atom{order}.global.{op}.{t} {reg}2, [%A0], {reg}1;" + store(reg + "2", 2, bits)
+        body += f"{form} {reg}2, [%A0], {reg}1;" + store(reg + "2", 2, bits)
         run(body, word, x, old)
-        assert word.tolist() == want and old.tolist() == start.tolist(), order
+        assert word.tolist() == want and old.tolist() == start.tolist(), form
     if op == "exch":
         return
     word = start.copy()

@@ -179,6 +179,20 @@ def test_fast_mode_is_fp32(num, d, a_type, b_type, k):
             assert ((got - exact).abs() <= size * (k + 1) * 2.0**-24).all()
 
 
+@pytest.mark.parametrize("a_type,k", [("e4m3", 32), ("e5m2", 32), ("bf16", 16), ("f16", 16)])
+def test_fast_mode_keeps_nan(num, a_type, k):
+    draw = Draw(4)
+    a, b = draw.operand(a_type, 64, k, "ordinary"), draw.operand(a_type, 72, k, "ordinary")
+    a[3, 5] = b[7, 9] = float("nan")
+    c = draw.c("f32", 64, 72, "wide")
+    for isa in available_isas():
+        num.force_isa(isa)
+        out = run(num, "wgmma", "f32", a_type, a_type, k, a, b, c, mode="fast")
+        nan = np.isnan(out.view(np.float32))
+        assert nan[3].all() and nan[:, 7].all()
+        assert nan.sum() == 72 + 64 - 1
+
+
 def int_rows(rng, name, rows, k):
     """Packed bytes and their values."""
     if name in ("s8", "u8"):

@@ -39,11 +39,19 @@ struct PendingGroups {
 struct WarpState : SyncState {
   // A bulk store's two halves: the source is read when wait_group.read says so, the destination
   // written when wait_group does.
-  PendingGroups bulk, bulk_writes, cp_async, wgmma;
-  Epoch writer;        // all bulk stores' writes to global memory; clock 0: none yet
-  u64 wgmma_over = 0;  // groups
-  u64 looked_at = 0;   // the last global address read: what a polling warp polls
+  PendingGroups bulk, bulk_writes, cp_async;
+  std::vector<Epoch> wgmma;  // issued, not committed
+  Epoch writer;              // all bulk stores' writes to global memory; clock 0: none yet
+  u64 wgmma_over = 0;        // groups
+  u64 looked_at = 0;         // the last global address read: what a polling warp polls
   u32 looked_bytes = 0;
+};
+
+constexpr u32 kWarpsPerGroup = 4;
+
+struct WgmmaGroup {
+  Knowledge done;
+  u32 waits = 0;  // of its warps
 };
 
 struct BarrierState {
@@ -110,7 +118,7 @@ class RaceChecker : public ClusterObserver {
     const bool strong = is_strong(access);
     Touch touch{{agent, state.knowledge.happened.of(agent)}, pc, 0, false, strong};
     findings_.clear();
-    for_each_run(mask, access.size, place, rank, [&](u32 cta, u32 offset, u32 bytes) {
+    for_each_run(mask, access, place, rank, [&](u32 cta, u32 offset, u32 bytes) {
       note_shared(w, access.kind, pc, cta, offset, bytes);
       if (cta != w.cta->rank) remote(cta, touch.when, w, pc);
       shadows_[cta].access(access.kind, touch, offset, bytes, state.knowledge, findings_);
@@ -124,7 +132,7 @@ class RaceChecker : public ClusterObserver {
     WarpState& state = warps_[agent_of(w)];
     if (access.space == Space::Global) return global_->value(w, state, mask, access, place);
     if (access.space != Space::Shared) return;
-    for_each_run(mask, access.size, place, rank, [&](u32 cta, u32 offset, u32) {
+    for_each_run(mask, access, place, rank, [&](u32 cta, u32 offset, u32) {
       const auto it = words_.find({cta, offset});
       if (it == words_.end()) return;
       acquire_from(it->second, state, global_->home(w.cta->rank), access, global_->refused());
@@ -201,14 +209,11 @@ class RaceChecker : public ClusterObserver {
       case SyncKind::BulkWaitRead:
         wait_read(state, event.a);
         break;
-      case SyncKind::WgmmaCommit:
-        state.wgmma.commit();
+      case SyncKind::WgmmaCommit:  // a = groups committed by this warp, counted from the start
+        commit_wgmma(w, state, event.a);
         break;
       case SyncKind::WgmmaWait:  // a = groups of this warp that are over, counted from the start
-        while (state.wgmma_over < event.a && !state.wgmma.committed.empty()) {
-          wait(state, state.wgmma, state.wgmma.committed.size() - 1);
-          ++state.wgmma_over;
-        }
+        while (state.wgmma_over < event.a) wait_wgmma(w, state, ++state.wgmma_over);
         break;
       default:
         break;
@@ -237,7 +242,7 @@ class RaceChecker : public ClusterObserver {
       if (findings_.size() > before) kind = part.kind;
     }
     report(*info.warp, info.pc, 1u << info.lane, kind, name_of(info.kind));
-    if (info.kind == AsyncKind::Wgmma) state.wgmma.open.push_back(when);
+    if (info.kind == AsyncKind::Wgmma) state.wgmma.push_back(when);
     if (info.kind == AsyncKind::CpAsync) state.cp_async.open.push_back(when);
     if (joins_bulk_group(info)) state.bulk.open.push_back(when);
     if (info.kind != AsyncKind::Wgmma) issue_global(info, footprint, when, state);
@@ -345,6 +350,21 @@ class RaceChecker : public ClusterObserver {
     }
   }
 
+  // A group belongs to the warpgroup: it is over for a warp that waits when all four have committed
+  // their parts, and what they did before is then over too.
+  void commit_wgmma(const Warp& w, WarpState& state, u64 index) {
+    WgmmaGroup& group = wgmma_groups_[{agent_of(w) - w.index % kWarpsPerGroup, index}];
+    learn(group.done, state.wgmma);
+    state.wgmma.clear();
+    release(agent_of(w), group.done);
+  }
+  void wait_wgmma(const Warp& w, WarpState& state, u64 index) {
+    const auto it = wgmma_groups_.find({agent_of(w) - w.index % kWarpsPerGroup, index});
+    if (it == wgmma_groups_.end()) return;
+    state.knowledge.join(it->second.done);
+    if (++it->second.waits == kWarpsPerGroup) wgmma_groups_.erase(it);
+  }
+
   Agent take_slot(const AsyncInfo& info, const Knowledge& issuer) {
     std::size_t index = 0;
     for (; index < slots_.size(); ++index) {
@@ -444,7 +464,13 @@ class RaceChecker : public ClusterObserver {
 
   // Lanes at consecutive addresses, or at the same one, are one run.
   template <typename Visit>
-  void for_each_run(u32 mask, u32 size, const u64* place, const u32* rank, Visit visit) {
+  void for_each_run(u32 mask, const Access& access, const u64* place, const u32* rank,
+                    Visit visit) {
+    const u32 size = access.size;
+    if (access.pattern != Pattern::Scattered) {
+      return visit(rank[0], static_cast<u32>(place[0]),
+                   access.pattern == Pattern::Uniform ? size : size * kLanes);
+    }
     u32 run_cta = 0, run_begin = 0, run_end = 0;
     bool open = false;
     for (u32 lane = 0; lane < kLanes; ++lane) {
@@ -532,7 +558,8 @@ class RaceChecker : public ClusterObserver {
   std::vector<std::map<Agent, Remote>> remote_;  // of each CTA: accesses of other CTAs
   std::vector<std::unique_ptr<InitBits>> written_;
   std::map<Key, BarrierState> barriers_;
-  std::map<Key, Word> words_;  // of shared memory
+  std::map<Key, WgmmaGroup> wgmma_groups_;  // (first warp of the warpgroup, number of the group)
+  std::map<Key, Word> words_;               // of shared memory
   std::vector<Finding> findings_;
   std::set<std::pair<u32, u32>> formal_;
 };

@@ -1,5 +1,14 @@
-// Who touched each byte of a CTA's shared memory last: one record per 16 bytes, refined to 4
-// records of 4 bytes where accesses are smaller than that.
+// Who touched each byte of a CTA's shared memory last.
+//
+// Every 4-byte word has a state: the writes that its bytes hold and the reads since. Words that
+// share a history share the state, so a word is only the number of one, and an access to a run of
+// words in equal states decides once what conflicts and what the next state is, then overwrites a
+// run of numbers. Tiles that TMA writes and wgmma reads are a handful of states at any time.
+// States are counted by the words in them and reused when none is left.
+//
+// Where in the program a warp made an access is kept beside the states, for each word's last write
+// and last read: accesses of one warp between two synchronisations are alike but for that. Of the
+// reads before the last one a report may therefore name another of the same warp and interval.
 #pragma once
 
 #include <vector>
@@ -13,14 +22,9 @@ namespace dsk::emu::check {
 struct Touch {
   Epoch when;
   u32 pc = 0;
-  u16 bytes = 0;        // mask within the record's 16 (or 4) bytes
+  u8 bytes = 0;         // mask within the word; filled in by the shadow
   bool async = false;   // by the asynchronous proxy (TMA, wgmma)
   bool strong = false;  // atomic, volatile, relaxed, acquire or release: may meet its like
-};
-
-struct Record {
-  Touch write;
-  std::vector<Touch> reads;  // since the last write; one an agent
 };
 
 // What is wrong between an earlier access and the one being made.
@@ -42,25 +46,56 @@ class Shadow {
   explicit Shadow(u32 bytes);
 
   // Records an access to [offset, offset + bytes) by an agent that knows `knowledge`, and appends
-  // what it conflicts with to `findings` (at most one finding an agent and call).
+  // what it conflicts with to `findings` (one finding a pair of places in the program). An agent's
+  // knowledge is always the same object: decisions are remembered by its version.
   void access(AccessKind kind, const Touch& touch, u32 offset, u32 bytes,
               const Knowledge& knowledge, std::vector<Finding>& findings);
 
  private:
-  static constexpr u32 kCoarse = 16;
-  static constexpr u32 kFine = 4;
+  using StateId = u32;
+  static constexpr u32 kWord = 4;
+  static constexpr u8 kWholeWord = 15;
 
-  struct Granule {
-    Record whole;
-    std::vector<Record> parts;  // empty, or kCoarse / kFine of them
+  struct State {
+    std::vector<Touch> writes;  // of disjoint bytes
+    std::vector<Touch> reads;   // since those writes
+    u64 serial = 0;             // unique; a new one whenever the slot is used again
+    u32 words = 0;              // in this state
   };
 
-  void touch_record(Record& record, AccessKind kind, const Touch& touch, u32 offset,
-                    const Knowledge& knowledge, std::vector<Finding>& findings);
-  void touch_parts(Granule& granule, AccessKind kind, const Touch& touch, u32 base, u32 mask,
-                   const Knowledge& knowledge, std::vector<Finding>& findings);
+  // A remembered decision: state `from` under this access becomes `to`, without findings.
+  struct Memo {
+    u64 from = 0, to = 0;          // serials
+    u64 happened = 0, fenced = 0;  // versions of the agent's knowledge
+    Epoch when;
+    u32 form = 0;
+    StateId id = 0;
+  };
+  static constexpr std::size_t kMemos = 256;  // they stay in the first-level cache
 
-  std::vector<Granule> granules_;
+  struct Reader {
+    Agent agent = 0;
+    u32 pc = 0;
+  };
+
+  void access_words(AccessKind kind, const Touch& touch, u32 begin, u32 end,
+                    const Knowledge& knowledge, std::vector<Finding>& findings);
+  StateId transition(StateId from, AccessKind kind, const Touch& touch, u32 offset,
+                     const Knowledge& knowledge, std::vector<Finding>& findings);
+  StateId make_state(StateId from, AccessKind kind, const Touch& touch, const Knowledge& knowledge);
+  void leave(StateId id, u32 words);
+  void note_place(AccessKind kind, const Touch& touch, u32 begin, u32 end);
+  void name_place(Finding& finding) const;
+
+  std::vector<StateId> words_;
+  std::vector<u32> writer_pc_;  // of each word's last write by a warp
+  std::vector<Reader> reader_;  // of each word's last read by a warp
+  std::vector<State> states_;   // state 0: never touched, never freed
+  std::vector<StateId> free_;
+  std::vector<Memo> memos_;
+  Memo last_;
+  u64 next_serial_ = 1;
+  StateId last_write_ = 0;  // the state that the newest whole-word write made
 };
 
 }  // namespace dsk::emu::check

@@ -24,12 +24,17 @@ class VectorClock {
   u32 of(Agent a) const { return a < clocks_.size() ? clocks_[a] : 0; }
   bool knows(Epoch e) const { return of(e.agent) >= e.clock; }
 
+  // Counts the changes of this clock: equal versions of one clock mean equal contents.
+  u64 version() const { return version_; }
+
   void set(Agent a, u32 clock) {
+    ++version_;
     if (a >= clocks_.size()) clocks_.resize(a + 1, 0);
     clocks_[a] = std::max(clocks_[a], clock);
   }
 
   void join(const VectorClock& other) {
+    ++version_;
     if (other.clocks_.size() > clocks_.size()) clocks_.resize(other.clocks_.size(), 0);
     for (std::size_t i = 0; i < other.clocks_.size(); ++i) {
       clocks_[i] = std::max(clocks_[i], other.clocks_[i]);
@@ -44,10 +49,14 @@ class VectorClock {
     return true;
   }
 
-  void clear() { clocks_.clear(); }
+  void clear() {
+    ++version_;
+    clocks_.clear();
+  }
 
  private:
   std::vector<u32> clocks_;
+  u64 version_ = 0;
 };
 
 // What is known of the agents of other clusters: one immutable snapshot a cluster, sorted by the

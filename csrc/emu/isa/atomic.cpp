@@ -197,6 +197,8 @@ void bind_atomic(Decoder& d, Inst& i) {
 constexpr Entry kEntries[] = {
     {"atom" DSK_ORDER ".add|min|max|and|or|xor|exch|inc|dec.L2::cache_hint?." DSK_INT_TYPES,
      bind_atomic, "atomic operation, old value returned"},
+    {"atom.{space}?.add.relaxed|acquire|release|acq_rel.{scope}.u32|s32|u64", bind_atomic,
+     "the operation before the order: as libraries write it", 70},
     {"atom" DSK_ORDER ".add.L2::cache_hint?.f32|f64", bind_atomic, "atomic float addition"},
     {"atom" DSK_ORDER ".add.noftz.L2::cache_hint?.f16|bf16|f16x2|bf16x2", bind_atomic,
      "atomic half addition", 70},

@@ -1,6 +1,7 @@
 // Floating-point arithmetic in f32 and f64, and the packed halves.
 #include <cfenv>
 
+#include "emu/isa/approx_mode.hpp"
 #include "emu/isa/lane.hpp"
 #include "emu/num/approx.hpp"
 #include "emu/num/convert.hpp"
@@ -256,15 +257,16 @@ template <num::ApproxFn Fn>
 void approximate(Warp& w, const Inst& i, u32 mask) {
   const float* a = w.reg<float>(i.a);
   float* d = w.reg<float>(i.d);
+  const num::ApproxCtx context = approx_context(w);
   if (mask == kFullMask) {
     alignas(64) float r[kLanes];
-    num::approx_f32(Fn, a, r, kLanes, i.op & kFtz);
+    num::approx_f32(Fn, a, r, kLanes, i.op & kFtz, context);
     std::memcpy(d, r, sizeof r);
     return;
   }
   for (u32 m = mask; m != 0; m &= m - 1) {
     const int l = std::countr_zero(m);
-    d[l] = num::approx_f32(Fn, a[l], i.op & kFtz);
+    d[l] = num::approx_f32(Fn, a[l], i.op & kFtz, context);
   }
 }
 template <num::ApproxFn Fn>
@@ -277,9 +279,11 @@ template <bool Full>
 void divide_approx(Warp& w, const Inst& i, u32 mask) {
   const float *a = w.reg<float>(i.a), *b = w.reg<float>(i.b);
   float* d = w.reg<float>(i.d);
+  const num::ApproxCtx context = approx_context(w);
   for (u32 m = mask; m != 0; m &= m - 1) {
     const int l = std::countr_zero(m);
-    d[l] = Full ? num::full_div(a[l], b[l], i.op & kFtz) : num::approx_div(a[l], b[l], i.op & kFtz);
+    d[l] = Full ? num::full_div(a[l], b[l], i.op & kFtz, context)
+                : num::approx_div(a[l], b[l], i.op & kFtz, context);
   }
 }
 void bind_div_approx(Decoder& d, Inst& i) {

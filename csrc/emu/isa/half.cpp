@@ -1,8 +1,8 @@
 // f16, bf16 and their packed pairs.
 #include <cmath>
 
+#include "emu/isa/approx_mode.hpp"
 #include "emu/isa/common.hpp"
-#include "emu/num/approx.hpp"
 #include "emu/num/convert.hpp"
 
 namespace dsk::emu {
@@ -52,7 +52,7 @@ u16 round(bool bf, float x) {
   return bf ? num::f32_to_bf16(x) : num::f32_to_f16(x);
 }
 
-u16 apply(Op op, u8 flags, u16 a, u16 b, u16 c) {
+u16 apply(Op op, u8 flags, u16 a, u16 b, u16 c, const num::ApproxCtx& context) {
   const bool bf = flags & kBf16;
   const bool ftz = (flags & kFtz) && !bf;
   if (ftz) a = flush_f16(a), b = flush_f16(b), c = flush_f16(c);
@@ -79,11 +79,11 @@ u16 apply(Op op, u8 flags, u16 a, u16 b, u16 c) {
     case kAbs:
       return a & 0x7fff;
     case kEx2:
-      return bf ? num::approx_bf16(num::ApproxFn::ex2, a, true)
-                : num::approx_f16(num::ApproxFn::ex2, a, ftz);
+      return bf ? num::approx_bf16(num::ApproxFn::ex2, a, true, context)
+                : num::approx_f16(num::ApproxFn::ex2, a, ftz, context);
     default:
-      return bf ? num::approx_bf16(num::ApproxFn::tanh, a, false)
-                : num::approx_f16(num::ApproxFn::tanh, a, false);
+      return bf ? num::approx_bf16(num::ApproxFn::tanh, a, false, context)
+                : num::approx_f16(num::ApproxFn::tanh, a, false, context);
   }
   if (ftz) r = flush_f16(r);
   const bool nan = widen(bf, r) != widen(bf, r);
@@ -98,22 +98,23 @@ u16 apply(Op op, u8 flags, u16 a, u16 b, u16 c) {
 
 void arith(Warp& w, const Inst& i, u32 mask) {
   const Op op = static_cast<Op>(i.op);
+  const num::ApproxCtx context = approx_context(w);
   const u32 b_reg = i.b == kNoReg ? i.a : i.b, c_reg = i.c == kNoReg ? i.a : i.c;
   if (i.sub & kPacked) {
     const u32 *a = w.reg<u32>(i.a), *b = w.reg<u32>(b_reg), *c = w.reg<u32>(c_reg);
     u32* d = w.reg<u32>(i.d);
     each_lane(mask, [&](int l) {
-      const u16 lo =
-          apply(op, i.sub, static_cast<u16>(a[l]), static_cast<u16>(b[l]), static_cast<u16>(c[l]));
+      const u16 lo = apply(op, i.sub, static_cast<u16>(a[l]), static_cast<u16>(b[l]),
+                           static_cast<u16>(c[l]), context);
       const u16 hi = apply(op, i.sub, static_cast<u16>(a[l] >> 16), static_cast<u16>(b[l] >> 16),
-                           static_cast<u16>(c[l] >> 16));
+                           static_cast<u16>(c[l] >> 16), context);
       d[l] = lo | u32{hi} << 16;
     });
     return;
   }
   const u16 *a = w.reg<u16>(i.a), *b = w.reg<u16>(b_reg), *c = w.reg<u16>(c_reg);
   u16* d = w.reg<u16>(i.d);
-  each_lane(mask, [&](int l) { d[l] = apply(op, i.sub, a[l], b[l], c[l]); });
+  each_lane(mask, [&](int l) { d[l] = apply(op, i.sub, a[l], b[l], c[l], context); });
 }
 
 template <Op O, int Sources>

@@ -3,14 +3,17 @@
 // need a single host access.
 #include "emu/isa/access.hpp"
 #include "emu/isa/lane.hpp"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace dsk::emu::DSK_EMU_LEVEL {
 namespace {
 
-enum class Shape { Scattered, Uniform, Adjacent };
+using Shape = Pattern;
 
 struct Resolved {
-  alignas(64) u64 host[kLanes];  // host addresses; for the lanes of the mask
+  alignas(64) u64 host[kLanes];  // host addresses of the lanes of the mask; of a ramp the first
   Shape shape = Shape::Scattered;
   u8* at(int l) const { return reinterpret_cast<u8*>(host[l]); }
 };
@@ -27,34 +30,122 @@ void resolve_each(Warp& w, const Inst& i, u32 mask, u32 bytes, bool write, Resol
   }
 }
 
-void observe_warp(Warp& w, const Inst& i, const u64* address, u64 move, bool shared, u32 bytes,
-                  bool write) {
-  u64 where[kLanes];
+// `where` holds every lane's place as observers know it.
+void observe_warp(Warp& w, const Inst& i, const u64* where, bool shared, u32 bytes, bool write,
+                  Shape shape) {
   u32 rank[kLanes];
-  for (int l = 0; l < kLanes; ++l) where[l] = address[l] + move, rank[l] = w.cta->rank;
+  for (int l = 0; l < kLanes; ++l) rank[l] = w.cta->rank;
   Access access;
   access.kind = write ? AccessKind::Write : AccessKind::Read;
   access.space = shared ? Space::Shared : Space::Global;
   access.semantics = semantics_of(i);
   access.scope = scope_of(i);
   access.size = bytes;
+  access.pattern = shape;
   for (auto& o : w.cta->cluster->observers) {
     o->on_access(w, w.current_pc, kFullMask, access, where, shared ? rank : nullptr);
   }
 }
 
-DSK_LANE_INLINE Shape shape_of(const u64* a, u32 bytes) {
-  u64 spread = 0, gap = 0;
-  for (int l = 0; l < kLanes; ++l) spread |= a[l] ^ a[0];
-  if (spread == 0) return Shape::Uniform;
-  for (int l = 0; l < kLanes; ++l) gap |= a[l] ^ (a[0] + static_cast<u64>(l) * bytes);
-  return gap == 0 ? Shape::Adjacent : Shape::Scattered;
+// a[l] == a[0] + l * step for all lanes.
+template <class A>
+DSK_LANE_INLINE bool is_ramp(const A* a, A step) {
+#if defined(__AVX512F__)
+  const A first = a[0];
+  if constexpr (sizeof(A) == 4) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i s = _mm512_set1_epi32(static_cast<int>(step));
+    const __m512i low =
+        _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)), _mm512_mullo_epi32(lane, s));
+    const __m512i high = _mm512_add_epi32(low, _mm512_slli_epi32(s, 4));
+    const __mmask16 off = _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(a), low) |
+                          _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(a + 16), high);
+    return off == 0;
+  } else {
+    const __m512i lane = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i s = _mm512_set1_epi64(static_cast<i64>(step));
+    __m512i want =
+        _mm512_add_epi64(_mm512_set1_epi64(static_cast<i64>(first)), _mm512_mul_epu32(lane, s));
+    const __m512i next = _mm512_slli_epi64(s, 3);
+    __mmask8 off = 0;
+    for (int l = 0; l < kLanes; l += 8) {
+      off = static_cast<__mmask8>(off | _mm512_cmpneq_epi64_mask(_mm512_loadu_si512(a + l), want));
+      want = _mm512_add_epi64(want, next);
+    }
+    return off == 0;
+  }
+#else
+  A gap = 0;
+  for (int l = 0; l < kLanes; ++l) gap |= a[l] ^ (a[0] + static_cast<A>(l) * step);
+  return gap == 0;
+#endif
 }
 
-// Full warps in shared or global memory. False: take the slow way, which also words the complaint.
+template <class A>
+DSK_LANE_INLINE Shape shape_of(const A* a, u32 bytes) {
+  if (a[1] == a[0]) return is_ramp<A>(a, 0) ? Shape::Uniform : Shape::Scattered;
+  if (a[1] == a[0] + bytes) return is_ramp<A>(a, bytes) ? Shape::Adjacent : Shape::Scattered;
+  return Shape::Scattered;
+}
+
+// The range that a full warp's accesses span, if it lies in the CTA's shared memory or in one
+// allocation: what to add to an address to get the host's, and to get the place observers know.
+struct Span {
+  u64 move = 0, where = 0;
+  bool shared = false;
+};
+
+DSK_LANE_INLINE bool span_of(const Warp& w, const Inst& i, u64 low, u64 bytes, Span* out) {
+  out->shared = i.space == Space::Shared || i.space == Space::SharedCluster ||
+                (i.space == Space::Generic && low >> kWindowShift == 1);
+  if (out->shared) {
+    const Cta& cta = *w.cta;
+    const u64 window = low & ~u64{0xffffffff};
+    const u64 first = (low & 0xffffffff) - cta.shared_base;
+    if (first < kSharedReserved || first >= cta.shared_bytes) return false;
+    if (bytes > cta.shared_bytes - first) return false;
+    out->where = u64{0} - cta.shared_base - window;
+    out->move = reinterpret_cast<u64>(cta.shared) + out->where;
+    return true;
+  }
+  if (i.space == Space::Local || i.space == Space::Param) return false;
+  return w.cache.hit(low, bytes) && w.cache.generation == AddressSpace::instance().generation();
+}
+
+// Equal or adjacent addresses of a full warp: one check. False: look at every lane.
+template <class A>
+DSK_LANE_INLINE bool resolve_ramp(Warp& w, const Inst& i, u32 bytes, bool write, Resolved* out) {
+  const A* base = w.reg<A>(i.a);
+  const Shape shape = shape_of(base, bytes);
+  if (shape == Shape::Scattered) return false;
+  const u64 first = static_cast<A>(base[0] + static_cast<A>(i.imm));
+  const u64 stride = shape == Shape::Adjacent ? bytes : 0;
+  Span span;
+  if ((first & (bytes - 1)) != 0 || first + (kLanes - 1) * stride < first) return false;
+  if (sizeof(A) == 4 && first + (kLanes - 1) * stride > 0xffffffff) return false;
+  if (!span_of(w, i, first, (kLanes - 1) * stride + bytes, &span)) return false;
+  if (watched(w)) {
+    u64 where[kLanes];
+    for (int l = 0; l < kLanes; ++l) where[l] = first + span.where + static_cast<u64>(l) * stride;
+    observe_warp(w, i, where, span.shared, bytes, write, shape);
+  }
+  out->shape = shape;
+  out->host[0] = first + span.move;
+  if (i.kind == Kind::Yield) {  // a strong load's observers are told its places once more
+    for (int l = 1; l < kLanes; ++l) out->host[l] = out->host[0] + static_cast<u64>(l) * stride;
+  }
+  return true;
+}
+
+// Full warps that stay inside one range. False: take the slow way, which also words the complaint.
 DSK_LANE_INLINE bool resolve_fast(Warp& w, const Inst& i, u32 bytes, bool write, Resolved* out) {
+  const bool wide = i.flags & kAddress64;
+  if (wide ? resolve_ramp<u64>(w, i, bytes, write, out)
+           : resolve_ramp<u32>(w, i, bytes, write, out)) {
+    return true;
+  }
   u64* a = out->host;
-  if (i.flags & kAddress64) {
+  if (wide) {
     const u64* base = w.reg<u64>(i.a);
     for (int l = 0; l < kLanes; ++l) a[l] = base[l] + static_cast<u64>(i.imm);
   } else {
@@ -68,30 +159,16 @@ DSK_LANE_INLINE bool resolve_fast(Warp& w, const Inst& i, u32 bytes, bool write,
     high = high > a[l] ? high : a[l];
     bits |= a[l];
   }
-  if ((bits & (bytes - 1)) != 0) return false;
-  u64 move = 0, where = 0;  // from address to host pointer, and to the place observers know
-  bool shared = i.space == Space::Shared || i.space == Space::SharedCluster;
-  if (i.space == Space::Generic && low >> kWindowShift == 1 && high >> kWindowShift == 1) {
-    shared = true;
+  Span span;
+  if ((bits & (bytes - 1)) != 0 || !span_of(w, i, low, high - low + bytes, &span)) return false;
+  if (watched(w)) {
+    u64 where[kLanes];
+    for (int l = 0; l < kLanes; ++l) where[l] = a[l] + span.where;
+    observe_warp(w, i, where, span.shared, bytes, write, Shape::Scattered);
   }
-  if (shared) {
-    const Cta& cta = *w.cta;
-    const u64 window = low & ~u64{0xffffffff};
-    const u64 first = (low & 0xffffffff) - cta.shared_base;
-    if (first < kSharedReserved || first >= cta.shared_bytes) return false;
-    if (high - window - cta.shared_base + bytes > cta.shared_bytes) return false;
-    where = u64{0} - cta.shared_base - window;
-    move = reinterpret_cast<u64>(cta.shared) + where;
-  } else if (i.space == Space::Local || i.space == Space::Param) {
-    return false;
-  } else if (!w.cache.hit(low, high - low + bytes) ||
-             w.cache.generation != AddressSpace::instance().generation()) {
-    return false;
-  }
-  if (watched(w)) observe_warp(w, i, a, where, shared, bytes, write);
-  out->shape = shape_of(a, bytes);
-  if (move != 0) {
-    for (int l = 0; l < kLanes; ++l) a[l] += move;
+  out->shape = Shape::Scattered;
+  if (span.move != 0) {
+    for (int l = 0; l < kLanes; ++l) a[l] += span.move;
   }
   return true;
 }
@@ -115,6 +192,19 @@ DSK_LANE_INLINE u32 vector_reg(const Inst& i, int k) {
   return regs[k];
 }
 
+// Element k of every lane, `Count` elements a lane.
+template <class M, class R, int Count>
+DSK_LANE_INLINE void load_ramp(R* d, const u8* p) {
+  for (int l = 0; l < kLanes; ++l) d[l] = static_cast<R>(read<M>(p + l * Count * sizeof(M)));
+}
+template <class M, class R, int Count>
+DSK_LANE_INLINE void store_ramp(const R* s, u8* p) {
+  for (int l = 0; l < kLanes; ++l) {
+    const M v = static_cast<M>(s[l]);
+    std::memcpy(p + l * Count * sizeof(M), &v, sizeof v);
+  }
+}
+
 // Memory elements of M into registers of R (wider registers are extended by M's sign).
 template <class M, class R>
 void load(Warp& w, const Inst& i, u32 mask) {
@@ -128,9 +218,11 @@ void load(Warp& w, const Inst& i, u32 mask) {
     if (r.shape == Shape::Uniform) {
       const R v = static_cast<R>(read<M>(r.at(0) + k * sizeof(M)));
       for (int l = 0; l < kLanes; ++l) d[l] = v;
-    } else if (r.shape == Shape::Adjacent && i.count == 1) {
-      const u8* p = r.at(0);
-      for (int l = 0; l < kLanes; ++l) d[l] = static_cast<R>(read<M>(p + l * sizeof(M)));
+    } else if (r.shape == Shape::Adjacent) {
+      const u8* p = r.at(0) + k * sizeof(M);
+      if (i.count == 1) load_ramp<M, R, 1>(d, p);
+      if (i.count == 2) load_ramp<M, R, 2>(d, p);
+      if (i.count == 4) load_ramp<M, R, 4>(d, p);
     } else {
       map_lanes(d, mask, [&](int l) { return static_cast<R>(read<M>(r.at(l) + k * sizeof(M))); });
     }
@@ -174,12 +266,16 @@ void store(Warp& w, const Inst& i, u32 mask) {
   if (semantics_of(i) == Semantics::Release) std::atomic_thread_fence(std::memory_order_release);
   for (int k = 0; k < i.count; ++k) {
     const R* s = w.reg<R>(vector_reg(i, k));
-    if (r.shape == Shape::Adjacent && i.count == 1) {
-      u8* p = r.at(0);
-      for (int l = 0; l < kLanes; ++l) {
-        const M v = static_cast<M>(s[l]);
-        std::memcpy(p + l * sizeof(M), &v, sizeof v);
-      }
+    if (r.shape == Shape::Adjacent) {
+      u8* p = r.at(0) + k * sizeof(M);
+      if (i.count == 1) store_ramp<M, R, 1>(s, p);
+      if (i.count == 2) store_ramp<M, R, 2>(s, p);
+      if (i.count == 4) store_ramp<M, R, 4>(s, p);
+      continue;
+    }
+    if (r.shape == Shape::Uniform) {  // the last lane wins
+      const M v = static_cast<M>(s[kLanes - 1]);
+      std::memcpy(r.at(0) + k * sizeof(M), &v, sizeof v);
       continue;
     }
     for (u32 m = mask; m != 0; m &= m - 1) {
@@ -193,12 +289,16 @@ void store(Warp& w, const Inst& i, u32 mask) {
 struct Wide128 {
   u64 lo, hi;
 };
+u8* lane_128(const Resolved& r, int l) {
+  if (r.shape == Shape::Scattered) return r.at(l);
+  return r.at(0) + (r.shape == Shape::Adjacent ? 16 * l : 0);
+}
 void load128(Warp& w, const Inst& i, u32 mask) {
   Resolved r;
   resolve_warp(w, i, mask, 16, false, &r);
   for (u32 m = mask; m != 0; m &= m - 1) {
     const int l = std::countr_zero(m);
-    w.reg<Wide128>(i.d)[l] = read<Wide128>(r.at(l));
+    w.reg<Wide128>(i.d)[l] = read<Wide128>(lane_128(r, l));
   }
   if (i.kind == Kind::Yield && watched(w)) {
     observe_value(w, i, mask, AccessKind::Read, 16, r.host, false);
@@ -210,7 +310,7 @@ void store128(Warp& w, const Inst& i, u32 mask) {
   ++w.cta->cluster->changes;
   for (u32 m = mask; m != 0; m &= m - 1) {
     const int l = std::countr_zero(m);
-    std::memcpy(r.at(l), &w.reg<Wide128>(i.d)[l], 16);
+    std::memcpy(lane_128(r, l), &w.reg<Wide128>(i.d)[l], 16);
   }
 }
 

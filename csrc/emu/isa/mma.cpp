@@ -37,8 +37,8 @@ void mma_m16n8(Warp& w, const Inst& i, u32 mask) {
   kind.k = static_cast<int>(x.v[2]);
   kind.unit = num::MmaUnit::mma_sync;
   kind.saturate = i.sub != 0;
-  kind.mode = w.cta->cluster->grid->config.numerics == Numerics::Exact ? num::MmaMode::exact
-                                                                       : num::MmaMode::fast;
+  kind.mode = w.cta->cluster->grid->config.numerics == Numerics::Fast ? num::MmaMode::fast
+                                                                      : num::MmaMode::exact;
   const u32* sources[16];
   for (std::size_t k = 0; k < x.regs2.size(); ++k) sources[k] = w.reg<u32>(x.regs2[k]);
   const std::size_t pitch = num::row_bytes(kind);

@@ -1,4 +1,6 @@
 // Tensor copies through tensor maps, and edits of the maps.
+#include <algorithm>
+
 #include "emu/isa/async.hpp"
 #include "emu/isa/common.hpp"
 #include "emu/num/tensor_map.hpp"
@@ -32,6 +34,22 @@ struct Box {
   SharedSpot spot;
 };
 
+// All runs must lie in allocations; mostly the whole box lies in one.
+void check_global(Warp& w, const std::vector<num::TmaRun>& runs, int lane, bool write) {
+  u64 low = ~u64{0}, high = 0;
+  for (const num::TmaRun& r : runs) {
+    if (r.fill) continue;
+    low = std::min(low, r.global);
+    high = std::max(high, r.global + r.bytes);
+  }
+  Allocation range;
+  if (low >= high) return;
+  if (AddressSpace::instance().find(low, high - low, &range) && !(write && range.read_only)) return;
+  for (const num::TmaRun& r : runs) {
+    if (!r.fill) global_pointer(w, r.global, r.bytes, 1u << lane, write);
+  }
+}
+
 Box prepare(Warp& w, const Inst& i, int lane, bool write) {
   const Ext& x = *i.ext;
   Box box;
@@ -48,9 +66,7 @@ Box prepare(Warp& w, const Inst& i, int lane, bool write) {
   for (std::size_t k = 0; k < x.regs.size(); ++k) coords[k] = w.reg<i32>(x.regs[k])[lane];
   auto runs = std::make_shared<std::vector<num::TmaRun>>();
   num::walk_box(box.args, coords, box.spot.offset, *runs);
-  for (const num::TmaRun& r : *runs) {
-    if (!r.fill) global_pointer(w, r.global, r.bytes, 1u << lane, write);
-  }
+  check_global(w, *runs, lane, write);
   box.runs = std::move(runs);
   return box;
 }
@@ -143,9 +159,23 @@ Type element_type(num::TmaType t) {
   }
 }
 
+// Whether a lower lane stores the same box. The hardware's instruction is the warp's, not the
+// lane's: libraries let a whole warp execute a store that it makes once.
+bool stored_by_lower_lane(Warp& w, const Ext& x, u32 mask, int lane) {
+  bool same = false;
+  each_lane(mask & ((1u << lane) - 1), [&](int l) {
+    bool equal = pair_address(w, x, 0, l) == pair_address(w, x, 0, lane) &&
+                 pair_address(w, x, 1, l) == pair_address(w, x, 1, lane);
+    for (u32 r : x.regs) equal &= w.reg<i32>(r)[l] == w.reg<i32>(r)[lane];
+    same |= equal;
+  });
+  return same;
+}
+
 // sub: 1 = reduction, op the operation.
 void tensor_store(Warp& w, const Inst& i, u32 mask) {
   each_lane(mask, [&](int l) {
+    if (i.sub == 0 && stored_by_lower_lane(w, *i.ext, mask, l)) return;
     const Box box = prepare(w, i, l, true);
     const bool reduce = i.sub != 0;
     const u8 op_code = i.op;

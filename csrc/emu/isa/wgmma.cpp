@@ -3,6 +3,7 @@
 // Each of the four warps keeps its own queue and executes its own 16 rows; a group is complete only
 // when all four warps have committed it. Execution is as late as possible: at the wait.
 #include <algorithm>
+#include <iterator>
 
 #include "emu/isa/common.hpp"
 #include "emu/num/fragments.hpp"
@@ -43,7 +44,7 @@ num::MmaKind kind_of(const Inst& i, Numerics numerics) {
   kind.d = static_cast<num::AccType>(i.op);
   kind.k = static_cast<int>(x.v[5]);
   kind.unit = num::MmaUnit::wgmma;
-  kind.mode = numerics == Numerics::Exact ? num::MmaMode::exact : num::MmaMode::fast;
+  kind.mode = numerics == Numerics::Fast ? num::MmaMode::fast : num::MmaMode::exact;
   kind.negate_a = x.v[3] != 0;
   kind.negate_b = x.v[4] != 0;
   kind.saturate = i.sub != 0;
@@ -64,22 +65,12 @@ bool same_kind(const num::MmaKind& a, const num::MmaKind& b) {
          a.negate_a == b.negate_a && a.negate_b == b.negate_b && a.saturate == b.saturate;
 }
 
-u64 hash_rows(const u8* rows, std::size_t bytes) {
-  u64 h = bytes;
-  for (std::size_t k = 0; k + 8 <= bytes; k += 8) {
-    u64 v;
-    std::memcpy(&v, rows + k, 8);
-    h = (h ^ v) * 0x9e3779b97f4a7c15ull;
-    h ^= h >> 29;
-  }
-  return h;
-}
-
-const num::BPanel& panel_for(const num::MmaKind& kind, const u8* rows, int n) {
+// `place` only chooses the entry: what counts is whether the rows are the same.
+const num::BPanel& panel_for(const num::MmaKind& kind, const u8* rows, int n, u64 place) {
   constexpr std::size_t kPanels = 64;
   static thread_local std::vector<CachedPanel> cache(kPanels);
   const std::size_t bytes = static_cast<std::size_t>(n) * 32;
-  CachedPanel& slot = cache[hash_rows(rows, bytes) % kPanels];
+  CachedPanel& slot = cache[place * 0x9e3779b97f4a7c15ull >> 58];
   if (slot.n != n || !same_kind(slot.kind, kind) ||
       std::memcmp(slot.rows.data(), rows, bytes) != 0) {
     slot.rows.assign(rows, rows + bytes);
@@ -89,6 +80,8 @@ const num::BPanel& panel_for(const num::MmaKind& kind, const u8* rows, int n) {
   }
   return slot.panel;
 }
+
+num::Major major_of(i64 transposed) { return transposed ? num::Major::mn : num::Major::k; }
 
 void gather(Warp& w, u64 bits, num::Major major, int rows, u8* dense, const char* what) {
   const Cta& cta = *w.cta;
@@ -107,19 +100,15 @@ void gather(Warp& w, u64 bits, num::Major major, int rows, u8* dense, const char
   }
 }
 
-std::vector<Footprint> footprint_of(Warp& w, u64 bits, num::Major major, int rows) {
-  static thread_local std::vector<u8> scratch(256 * 32);
-  const num::SmemDesc desc = num::decode_desc(bits);
+void add_footprint(const Warp& w, u64 bits, num::Major major, int rows,
+                   std::vector<Footprint>* out) {
   const Cta& cta = *w.cta;
-  const num::TileRead read =
-      num::gather_tile(desc, major, rows, cta.shared + kSharedReserved, kSharedReserved,
-                       cta.shared_bytes - kSharedReserved, scratch.data());
-  std::vector<Footprint> out;
-  if (!read.ok || read.relative == nullptr) return out;
+  const num::TileRead read = num::locate_tile(num::decode_desc(bits), major, rows, kSharedReserved,
+                                              cta.shared_bytes - kSharedReserved);
+  if (!read.ok) return;  // found when it is executed
   for (const num::ByteRange& r : *read.relative) {
-    out.push_back({AccessKind::Read, Space::Shared, cta.rank, read.base + r.begin, r.bytes});
+    out->push_back({AccessKind::Read, Space::Shared, cta.rank, read.base + r.begin, r.bytes});
   }
-  return out;
 }
 
 bool same_shape(const WgmmaOp& op, const Inst& i) {
@@ -185,13 +174,10 @@ void mma_async(Warp& w, const Inst& i, u32 mask) {
   for (u32 r : x.matrix_writes) ++w.wgmma.pending[r];
   for (u32 r : x.matrix_reads) ++w.wgmma.reading[r];
   if (watched(w)) {
-    const auto major_a = x.v[1] ? num::Major::mn : num::Major::k;
-    const auto major_b = x.v[2] ? num::Major::mn : num::Major::k;
-    auto fp = footprint_of(w, op.desc_b, major_b, static_cast<int>(x.v[0]));
-    if (x.regs2.empty()) {
-      const auto a = footprint_of(w, op.desc_a, major_a, 64);
-      fp.insert(fp.end(), a.begin(), a.end());
-    }
+    static thread_local std::vector<Footprint> fp;
+    fp.clear();
+    add_footprint(w, op.desc_b, major_of(x.v[2]), static_cast<int>(x.v[0]), &fp);
+    if (x.regs2.empty()) add_footprint(w, op.desc_a, major_of(x.v[1]), 64, &fp);
     const AsyncInfo info{op.id, AsyncKind::Wgmma, &w, 0, op.pc, 0};
     for (auto& o : w.cta->cluster->observers) o->on_async_issue(info, fp);
   }
@@ -330,53 +316,107 @@ constexpr Entry kEntries[] = {
 
 }  // namespace
 
-void execute_wgmma(Warp& w, const WgmmaOp& op) {
-  const Inst& i = *op.inst;
-  const Ext& x = *i.ext;
-  const int n = static_cast<int>(x.v[0]);
-  const num::MmaKind kind = kind_of(i, w.cta->cluster->grid->config.numerics);
-  w.current_pc = op.pc;
-  alignas(64) static thread_local u8 a[64 * 32], b[256 * 32], dense[16 * 256 * 4];
-  const u8* a_rows = a;
-  if (op.a_regs.empty()) {
-    gather(w, op.desc_a, x.v[1] ? num::Major::mn : num::Major::k, 64, a, "A");
-    a_rows = a + (w.index % kWarpsPerGroup) * 16 * 32;
-  } else {
-    const u32* regs[4];
-    for (int k = 0; k < 4; ++k) regs[k] = &op.a_regs[static_cast<std::size_t>(k) * kLanes];
-    num::unpack_a(regs, 4, a, 32);
-  }
-  gather(w, op.desc_b, x.v[2] ? num::Major::mn : num::Major::k, n, b, "B");
-  const num::BPanel& panel = panel_for(kind, b, n);
-  u32* regs[128];
-  for (std::size_t k = 0; k < x.regs.size(); ++k) regs[k] = w.reg<u32>(x.regs[k]);
-  if (op.accumulate) num::load_accumulator(regs, n, kind.d, dense, static_cast<std::size_t>(n));
-  num::mma(panel, a_rows, 32, 16, dense, static_cast<std::size_t>(n), op.accumulate);
-  num::store_accumulator(regs, n, kind.d, dense, static_cast<std::size_t>(n));
+namespace {
+
+// The same instruction as the four warps of a warpgroup see it, or one warp's quarter alone.
+struct Quarters {
+  Warp* warps[kWarpsPerGroup];
+  const WgmmaOp* ops[kWarpsPerGroup];
+  u32 count = 0;
+};
+
+bool same_operands(const WgmmaOp& a, const WgmmaOp& b) {
+  return a.inst == b.inst && a.desc_a == b.desc_a && a.desc_b == b.desc_b;
 }
+
+// Operands are read once; each warp owns 16 rows of A and of D.
+void execute(const Quarters& q) {
+  Warp& first = *q.warps[0];
+  const WgmmaOp& op = *q.ops[0];
+  const Ext& x = *op.inst->ext;
+  const int n = static_cast<int>(x.v[0]);
+  const num::MmaKind kind = kind_of(*op.inst, first.cta->cluster->grid->config.numerics);
+  alignas(64) static thread_local u8 a[64 * 32], b[256 * 32], dense[16 * 256 * 4];
+  first.current_pc = op.pc;
+  const bool a_in_shared = op.a_regs.empty();
+  if (a_in_shared) gather(first, op.desc_a, major_of(x.v[1]), 64, a, "A");
+  gather(first, op.desc_b, major_of(x.v[2]), n, b, "B");
+  const u64 place = reinterpret_cast<u64>(first.cta->shared) + op.desc_b;
+  const num::BPanel& panel = panel_for(kind, b, n, place);
+  for (u32 k = 0; k < q.count; ++k) {
+    Warp& w = *q.warps[k];
+    const u8* a_rows = a + (w.index % kWarpsPerGroup) * 16 * 32;
+    if (!a_in_shared) {
+      const u32* regs[4];
+      for (int r = 0; r < 4; ++r) regs[r] = &q.ops[k]->a_regs[static_cast<std::size_t>(r) * kLanes];
+      num::unpack_a(regs, 4, a, 32);
+      a_rows = a;
+    }
+    u32* regs[128];
+    for (std::size_t r = 0; r < x.regs.size(); ++r) regs[r] = w.reg<u32>(x.regs[r]);
+    const bool accumulate = q.ops[k]->accumulate;
+    if (accumulate) num::load_accumulator(regs, n, kind.d, dense, static_cast<std::size_t>(n));
+    num::mma(panel, a_rows, 32, 16, dense, static_cast<std::size_t>(n), accumulate);
+    num::store_accumulator(regs, n, kind.d, dense, static_cast<std::size_t>(n));
+  }
+}
+
+void finish(Warp& w, const WgmmaOp& op) {
+  for (u32 r : op.inst->ext->matrix_writes) --w.wgmma.pending[r];
+  for (u32 r : op.inst->ext->matrix_reads) --w.wgmma.reading[r];
+  const AsyncInfo info{op.id, AsyncKind::Wgmma, &w, 0, op.pc, 0};
+  for (auto& o : w.cta->cluster->observers) {
+    o->on_async_read_done(info);
+    o->on_async_done(info);
+  }
+}
+
+// The oldest group of every warp that is behind `groups`.
+void execute_oldest(const std::vector<Warp*>& warps) {
+  std::size_t longest = 0;
+  for (const Warp* w : warps) longest = std::max(longest, w->wgmma.groups.front().size());
+  for (std::size_t k = 0; k < longest; ++k) {
+    Quarters q;
+    for (Warp* w : warps) {
+      const auto& group = w->wgmma.groups.front();
+      if (k >= group.size()) continue;
+      if (q.count != 0 && !same_operands(*q.ops[0], group[k])) {
+        execute(q);
+        q.count = 0;
+      }
+      q.warps[q.count] = w;
+      q.ops[q.count++] = &group[k];
+    }
+    execute(q);
+  }
+  for (Warp* w : warps) {
+    for (const WgmmaOp& op : w->wgmma.groups.front()) finish(*w, op);
+    w->wgmma.groups.pop_front();
+    ++w->wgmma.completed;
+    ++w->cta->cluster->changes;
+  }
+}
+
+}  // namespace
 
 void drain_wgmma(Warp& w, u64 groups) {
   const u32 first = w.index / kWarpsPerGroup * kWarpsPerGroup;
+  u32 saved_pc[kWarpsPerGroup];
+  std::vector<Warp*> all, behind;
   for (u32 k = first; k < first + kWarpsPerGroup && k < w.cta->warps.size(); ++k) {
-    Warp& x = *w.cta->warps[k];
-    const u32 saved_pc = x.current_pc;
-    while (x.wgmma.completed < groups && !x.wgmma.groups.empty()) {
-      for (const WgmmaOp& op : x.wgmma.groups.front()) {
-        execute_wgmma(x, op);
-        for (u32 r : op.inst->ext->matrix_writes) --x.wgmma.pending[r];
-        for (u32 r : op.inst->ext->matrix_reads) --x.wgmma.reading[r];
-        const AsyncInfo info{op.id, AsyncKind::Wgmma, &x, 0, op.pc, 0};
-        for (auto& o : x.cta->cluster->observers) {
-          o->on_async_read_done(info);
-          o->on_async_done(info);
-        }
-      }
-      x.wgmma.groups.pop_front();
-      ++x.wgmma.completed;
-      ++x.cta->cluster->changes;
-    }
-    x.current_pc = saved_pc;
+    all.push_back(w.cta->warps[k].get());
+    saved_pc[k - first] = all.back()->current_pc;
   }
+  const auto is_behind = [&](const Warp* x) {
+    return x->wgmma.completed < groups && !x->wgmma.groups.empty();
+  };
+  while (true) {
+    behind.clear();
+    std::copy_if(all.begin(), all.end(), std::back_inserter(behind), is_behind);
+    if (behind.empty()) break;
+    execute_oldest(behind);
+  }
+  for (std::size_t k = 0; k < all.size(); ++k) all[k]->current_pc = saved_pc[k];
 }
 
 std::span<const Entry> wgmma_entries() { return kEntries; }

@@ -6,12 +6,12 @@
 namespace dsk::emu::num {
 namespace {
 
-DSK_AVX512 void store_values(PanelForm form, std::byte* block, int k, int lane, const Unpacked& u,
-                             bool negate) {
-  const __m512i sign_bit = _mm512_set1_epi32(negate ? static_cast<int>(0x80000000u) : 0);
+template <PanelForm kForm>
+DSK_AVX512 inline void store_values(std::byte* block, int k, int lane, const Unpacked& u,
+                                    __m512i sign_bit) {
   const __m512 value =
       _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(u.value), sign_bit));
-  if (form == PanelForm::fp32) {
+  if constexpr (kForm == PanelForm::fp32) {
     _mm512_store_ps(reinterpret_cast<float*>(block) + k * 64 + lane, value);
     return;
   }
@@ -19,7 +19,7 @@ DSK_AVX512 void store_values(PanelForm form, std::byte* block, int k, int lane, 
   const auto negative = static_cast<__mmask16>(_mm512_movepi32_mask(_mm512_castps_si512(value)));
   const __m512 plus = _mm512_maskz_mov_ps(static_cast<__mmask16>(~negative), magnitude);
   const __m512 minus = _mm512_maskz_mov_ps(negative, magnitude);
-  if (form == PanelForm::exact_f32) {
+  if constexpr (kForm == PanelForm::exact_f32) {
     auto* out = reinterpret_cast<float*>(block) + k * 128 + lane;
     _mm512_store_ps(out, plus);
     _mm512_store_ps(out + 64, minus);
@@ -32,13 +32,14 @@ DSK_AVX512 void store_values(PanelForm form, std::byte* block, int k, int lane, 
   _mm512_store_pd(out + 40, _mm512_cvtps_pd(_mm512_extractf32x8_ps(minus, 1)));
 }
 
-DSK_AVX512 void store_exponents(PanelForm form, std::byte* block, int total_k, int k, int lane,
-                                const Unpacked& u) {
-  auto* exps = reinterpret_cast<uint8_t*>(block) + value_bytes(form, total_k) + k * 64;
-  if (form == PanelForm::exact_f32) {
+template <PanelForm kForm>
+DSK_AVX512 inline void store_exponents(std::byte* block, int total_k, int k, int lane,
+                                       const Unpacked& u) {
+  auto* exps = reinterpret_cast<uint8_t*>(block) + value_bytes(kForm, total_k) + k * 64;
+  if constexpr (kForm == PanelForm::exact_f32) {
     const __m512i e = _mm512_mask_mov_epi32(u.exp, u.zero, _mm512_set1_epi32(kZeroExp8));
     _mm_store_si128(reinterpret_cast<__m128i*>(exps + lane), _mm512_cvtepi32_epi8(e));
-  } else {
+  } else if constexpr (kForm == PanelForm::exact_f64) {
     const __m512i e = _mm512_mask_mov_epi32(u.exp, u.zero, _mm512_set1_epi32(kZeroExp16));
     _mm256_store_si256(reinterpret_cast<__m256i*>(exps + 2 * lane), _mm512_cvtepi32_epi16(e));
   }
@@ -48,21 +49,20 @@ DSK_AVX512 inline __m256i load8(const uint32_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
-}  // namespace
-
-DSK_AVX512 void build_panel_avx512(const MmaKind& kind, const uint8_t* rows, size_t row_bytes,
-                                   int n, std::byte* base, uint8_t* special_columns) {
-  const PanelForm form = panel_form(kind);
-  const int width = block_columns(form);
+template <PanelForm kForm>
+DSK_AVX512 void build_panel(const MmaKind& kind, const uint8_t* rows, size_t row_bytes, int n,
+                            std::byte* base, uint8_t* special_columns) {
+  constexpr int kWidth = block_columns(kForm);
   const int bits = bits_of(kind.b);
   const int per_word = 32 / bits;
-  for (int column = 0; column < n; column += width, base += block_bytes(form, kind.k)) {
-    for (int lane = 0; lane < width; lane += 16) {
+  const __m512i sign_bit = _mm512_set1_epi32(kind.negate_b ? static_cast<int>(0x80000000u) : 0);
+  const __m512i offsets =
+      _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                         _mm512_set1_epi32(static_cast<int>(row_bytes)));
+  for (int column = 0; column < n; column += kWidth, base += block_bytes(kForm, kind.k)) {
+    for (int lane = 0; lane < kWidth; lane += 16) {
       const __mmask16 live = live_lanes(n - column - lane);
       __mmask16 special = 0;
-      const __m512i offsets = _mm512_mullo_epi32(
-          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-          _mm512_set1_epi32(static_cast<int>(row_bytes)));
       const uint8_t* first = rows + static_cast<size_t>(column + lane) * row_bytes;
       for (int word = 0; word * per_word < kind.k; ++word) {
         const __m512i words = live == 0 ? _mm512_setzero_si512()
@@ -72,14 +72,25 @@ DSK_AVX512 void build_panel_avx512(const MmaKind& kind, const uint8_t* rows, siz
           const int k = sum_position(kind, word * per_word + j);
           const Unpacked u = unpack16(word_element(words, j, bits), kind.b);
           special = static_cast<__mmask16>(special | (u.special & live));
-          store_values(form, base, k, lane, u, kind.negate_b);
-          if (form != PanelForm::fp32) store_exponents(form, base, kind.k, k, lane, u);
+          store_values<kForm>(base, k, lane, u, sign_bit);
+          store_exponents<kForm>(base, kind.k, k, lane, u);
         }
       }
       _mm_storeu_si128(reinterpret_cast<__m128i*>(special_columns + column + lane),
                        _mm_maskz_set1_epi8(special, 1));
     }
   }
+}
+
+}  // namespace
+
+DSK_AVX512 void build_panel_avx512(const MmaKind& kind, const uint8_t* rows, size_t row_bytes,
+                                   int n, std::byte* base, uint8_t* special_columns) {
+  const PanelForm form = panel_form(kind);
+  const auto build = form == PanelForm::fp32        ? build_panel<PanelForm::fp32>
+                     : form == PanelForm::exact_f32 ? build_panel<PanelForm::exact_f32>
+                                                    : build_panel<PanelForm::exact_f64>;
+  build(kind, rows, row_bytes, n, base, special_columns);
 }
 
 // Registers 4j..4j+3 hold columns 8j..8j+7: even registers the even columns, the upper pair rows

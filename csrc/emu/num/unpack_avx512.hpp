@@ -39,7 +39,7 @@ DSK_AVX512 inline __m512i field_to_exp(__m512i field, int bias) {
   return _mm512_sub_epi32(_mm512_max_epi32(field, _mm512_set1_epi32(1)), _mm512_set1_epi32(bias));
 }
 
-// `code` holds one element per 32-bit lane. value is garbage where special.
+// `code` holds one element per 32-bit lane.
 DSK_AVX512 inline Unpacked unpack16(__m512i code, MmaType type) {
   Unpacked u;
   switch (type) {
@@ -51,6 +51,7 @@ DSK_AVX512 inline Unpacked unpack16(__m512i code, MmaType type) {
       u.exp = field_to_exp(_mm512_srli_epi32(a, 3), 7);
       u.zero = _mm512_testn_epi32_mask(a, a);
       u.special = _mm512_cmpeq_epi32_mask(a, _mm512_set1_epi32(0x7f));
+      u.value = _mm512_mask_mov_ps(u.value, u.special, _mm512_set1_ps(__builtin_nanf("")));
       return u;
     }
     case MmaType::e5m2:

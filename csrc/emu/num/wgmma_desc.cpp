@@ -154,32 +154,52 @@ uint32_t mn_major_chunk(const SmemDesc& desc, uint32_t mn8, uint32_t k) {
                                  (k % 8) * chunks * 16 + (k / 8) * desc.sbo);
 }
 
-TileRead gather_tile(const SmemDesc& desc, Major major, int mn, const uint8_t* smem,
-                     uint32_t window_base, uint32_t window_size, uint8_t* dense) {
+namespace {
+
+TileRead locate(const Plan& plan, uint32_t base, uint32_t window_base, uint32_t window_size) {
+  TileRead read;
+  read.relative = &plan.ranges;
+  read.base = base;
+  const uint64_t window_end = uint64_t{window_base} + window_size;
+  if (uint64_t{base} + plan.low >= window_base && uint64_t{base} + plan.high <= window_end) {
+    return read;
+  }
+  read.ok = false;
+  for (const ByteRange& r : plan.ranges) {
+    const uint64_t begin = uint64_t{base} + r.begin;
+    const uint64_t end = begin + r.bytes;
+    if (begin >= window_base && end <= window_end) continue;
+    const uint64_t bad = begin < window_base ? begin : std::max(begin, window_end);
+    read.bad_address = static_cast<uint32_t>(bad);
+    break;
+  }
+  return read;
+}
+
+const Plan& plan_of(const SmemDesc& desc, Major major, int mn) {
   if (mn < 8 || mn > 256 || mn % 8 != 0) {
     throw std::invalid_argument("wgmma tile: expected 8..256 rows in steps of 8, got " +
                                 std::to_string(mn));
   }
   SmemDesc local = desc;
   local.start = desc.start % kPeriod;
-  const Plan& plan = plan_for(local, major, mn);
-  TileRead read;
-  read.relative = &plan.ranges;
-  read.base = desc.start - local.start;
-  const uint64_t window_end = uint64_t{window_base} + window_size;
-  if (uint64_t{read.base} + plan.low < window_base ||
-      uint64_t{read.base} + plan.high > window_end) {
-    read.ok = false;
-    for (const ByteRange& r : plan.ranges) {
-      const uint64_t begin = uint64_t{read.base} + r.begin;
-      const uint64_t end = begin + r.bytes;
-      if (begin >= window_base && end <= window_end) continue;
-      const uint64_t bad = begin < window_base ? begin : std::max(begin, window_end);
-      read.bad_address = static_cast<uint32_t>(bad);
-      break;
-    }
-    return read;
-  }
+  return plan_for(local, major, mn);
+}
+
+}  // namespace
+
+TileRead locate_tile(const SmemDesc& desc, Major major, int mn, uint32_t window_base,
+                     uint32_t window_size) {
+  const Plan& plan = plan_of(desc, major, mn);
+  return locate(plan, desc.start - desc.start % kPeriod, window_base, window_size);
+}
+
+TileRead gather_tile(const SmemDesc& desc, Major major, int mn, const uint8_t* smem,
+                     uint32_t window_base, uint32_t window_size, uint8_t* dense) {
+  const Plan& plan = plan_of(desc, major, mn);
+  const uint32_t base = desc.start - desc.start % kPeriod;
+  const TileRead read = locate(plan, base, window_base, window_size);
+  if (!read.ok) return read;
   const uint8_t* origin = smem + (read.base - window_base);
   if (major == Major::k) {
     for (size_t i = 0; i < plan.chunks.size(); ++i) {

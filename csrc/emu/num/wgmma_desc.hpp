@@ -66,4 +66,8 @@ struct TileRead {
 TileRead gather_tile(const SmemDesc& desc, Major major, int mn, const uint8_t* smem,
                      uint32_t window_base, uint32_t window_size, uint8_t* dense);
 
+// The same without the gather: where the operand lies, and whether all of it is in the window.
+TileRead locate_tile(const SmemDesc& desc, Major major, int mn, uint32_t window_base,
+                     uint32_t window_size);
+
 }  // namespace dsk::emu::num
