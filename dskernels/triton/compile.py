@@ -31,9 +31,10 @@ def gemm_variant(kind: int, native_fp8: bool, block_m: int) -> Variant:
     from . import gemm
 
     pointers = {"a_ptr": "*u8", "sfa_ptr": "*fp32", "b_ptr": "*u8", "sfb_ptr": "*fp32"}
-    pointers |= {"d_ptr": "*bf16", "group_rows_ptr": "*i32"}
+    pointers |= {"d_ptr": "*bf16", "group_rows_ptr": "*i32", "c_ptr": "*bf16", "bias_ptr": "*bf16"}
     sizes = dict.fromkeys(("m", "n", "k", "num_groups", "ld_a", "ld_b", "ld_sfa"), "i32")
     constants = {"KIND": kind, "NATIVE_FP8": native_fp8, "BLOCK_M": block_m}
+    constants |= {"HAS_C": False, "HAS_BIAS": False}
     constants |= {"BLOCK_N": gemm.BLOCK_N, "BLOCK_K": gemm.BLOCK_K}
     return Variant(gemm.gemm_kernel, pointers | sizes | {"plane_sfa": "i32"}, constants)
 

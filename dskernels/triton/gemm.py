@@ -49,15 +49,16 @@ def locate_tile(tile, m, group_rows_ptr, num_groups, KIND: tl.constexpr, BLOCK_M
 
 @triton.jit
 def gemm_kernel(
-    a_ptr, sfa_ptr, b_ptr, sfb_ptr, d_ptr, group_rows_ptr,
+    a_ptr, sfa_ptr, b_ptr, sfb_ptr, d_ptr, group_rows_ptr, c_ptr, bias_ptr,
     m, n, k, num_groups, ld_a, ld_b, ld_sfa, plane_sfa,
-    KIND: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    KIND: tl.constexpr, NATIVE_FP8: tl.constexpr, HAS_C: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """D [rows, n] = A [rows, k] * B [g * n, k]^T; see the module for the layouts.
 
     sfa: [k blocks, rows], row stride ld_sfa (masked: one such plane per group, plane_sfa apart);
     sfb: [g, ceil(n / 128), ceil(k / 128)]. m: rows (masked: rows allotted to each group).
+    C, like D, and bias [g, n] are added in fp32 where there are any.
     """
     tile = tl.program_id(0)
     group = 0
@@ -100,6 +101,11 @@ def gemm_kernel(
 
     out = a_row[:, None] * n + column[None, :]
     inside = row_inside[:, None] & (column[None, :] < n)
+    if HAS_C:
+        total += tl.load(c_ptr + out, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + group * n + column, mask=column < n, other=0.0)
+        total += bias.to(tl.float32)[None, :]
     tl.store(d_ptr + out, cast_to(total, d_ptr.dtype.element_ty), mask=inside)
 
 
@@ -118,7 +124,7 @@ def block_m(rows: int) -> int:
     return min(128, max(16, triton.next_power_of_2(rows)))
 
 
-def _check(a, b, out_dtype, c, bias, epilogue) -> torch.dtype:
+def _check(a, b, out_dtype, epilogue) -> torch.dtype:
     for name, operand, block in (("a", a, (1, 128)), ("b", b, (128, 128))):
         if not isinstance(operand, ScaledTensor):
             raise Unsupported(f"{name}: expected a ScaledTensor, got {type(operand).__name__}")
@@ -127,21 +133,19 @@ def _check(a, b, out_dtype, c, bias, epilogue) -> torch.dtype:
                 f"{name}: expected e4m3 in blocks of {block}, "
                 f"got {operand.dtype} in {operand.block}"
             )
-    for name, value in (("c", c), ("bias", bias), ("epilogue", epilogue)):
-        if value is not None:
-            raise Unsupported(f"{name}: expected None, got a value")
-    if out_dtype not in (None, torch.bfloat16, torch.float32):
-        raise Unsupported(f"out_dtype: expected bfloat16 or float32, got {out_dtype}")
+    if epilogue is not None:
+        raise Unsupported(f"epilogue: expected None, got {epilogue!r}")
+    if out_dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+        raise Unsupported(f"out_dtype: expected bfloat16, float16 or float32, got {out_dtype}")
     return out_dtype or torch.bfloat16
 
 
-def _launch(kind: int, a, b, d, counts: torch.Tensor | None, expected_m: int) -> None:
+def _launch(
+    kind: int, a, b, d, counts: torch.Tensor | None, expected_m: int, c=None, bias=None
+) -> None:
     m, k = a.shape[-2:]
     n = b.shape[-2]
     if not d.numel():
-        return
-    if k == 0:
-        d.zero_()
         return
     data, weight = a.data.contiguous(), b.data.contiguous()
     ld_sfa = -(-m // 4) * 4
@@ -153,9 +157,10 @@ def _launch(kind: int, a, b, d, counts: torch.Tensor | None, expected_m: int) ->
     tiles += groups if kind == CONTIGUOUS else 0  # each group may add one partly empty tile
     gemm_kernel[(tiles, triton.cdiv(n, BLOCK_N))](
         data.view(torch.uint8), sfa, weight.view(torch.uint8), b.scale.contiguous(), d,
-        d if counts is None else counts, m, n, k, groups, k, k, ld_sfa,
+        d if counts is None else counts, d if c is None else c.contiguous(),
+        d if bias is None else bias.contiguous(), m, n, k, groups, k, k, ld_sfa,
         sfa.stride(0) if kind == MASKED else 0,
-        KIND=kind, NATIVE_FP8=native_fp8(d.device),
+        KIND=kind, NATIVE_FP8=native_fp8(d.device), HAS_C=c is not None, HAS_BIAS=bias is not None,
         BLOCK_M=rows, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
     )  # fmt: skip
 
@@ -172,13 +177,13 @@ def gemm(
     deterministic: bool = False,
     num_sms: int | None = None,
 ) -> torch.Tensor:
-    """As dskernels.ref.gemm.gemm for e4m3 in blocks (1, 128) x (128, 128), bf16 or fp32 out.
+    """As dskernels.ref.gemm.gemm for e4m3 in blocks (1, 128) x (128, 128), without epilogue.
 
     The tile height depends on m, the sums do not: one ordered sum an output, always deterministic.
     """
-    dtype = _check(a, b, out_dtype if out is None else out.dtype, c, bias, epilogue)
+    dtype = _check(a, b, out_dtype if out is None else out.dtype, epilogue)
     d = torch.empty(a.shape[0], b.shape[0], dtype=dtype, device=a.device)
-    _launch(DENSE, a, b, d, None, a.shape[0])
+    _launch(DENSE, a, b, d, None, a.shape[0], c, bias)
     return d if out is None else out.copy_(d)
 
 
@@ -199,7 +204,7 @@ def grouped_gemm(
     num_sms: int | None = None,
 ) -> torch.Tensor:
     """As dskernels.ref.gemm.grouped_gemm, by group_sizes (no padding needed) or masked_m."""
-    dtype = _check(a, b, out_dtype if out is None else out.dtype, c, bias, epilogue)
+    dtype = _check(a, b, out_dtype if out is None else out.dtype, epilogue)
     if m_indices is not None:
         raise Unsupported("m_indices: expected group_sizes or masked_m, got m_indices")
     masked = masked_m is not None
@@ -207,11 +212,11 @@ def grouped_gemm(
     counts = torch.as_tensor(counts, dtype=torch.int32, device=a.device).contiguous()
     d = torch.zeros(*a.shape[:-1], b.shape[1], dtype=dtype, device=a.device)
     expected = expected_m or (a.shape[-2] if masked else -(-a.shape[0] // b.shape[0]))
-    _launch(MASKED if masked else CONTIGUOUS, a, b, d, counts, max(expected, 1))
+    _launch(MASKED if masked else CONTIGUOUS, a, b, d, counts, max(expected, 1), c, bias)
     return d if out is None else out.copy_(d)
 
 
 def supports(op: str, **shapes) -> Support:
     if op == "grouped_gemm_k":
         return Support(False, "the triton backend has no implementation of grouped_gemm_k")
-    return Support(True, "triton: e4m3 operands, bf16 or fp32 out")
+    return Support(True, "triton: e4m3 operands, no epilogue")

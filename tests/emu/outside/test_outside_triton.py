@@ -177,7 +177,7 @@ def gemm_on(kernel, a, b, counts, seed):
     d = torch.full((*a.shape[:-1], n), torch.nan, dtype=torch.bfloat16)
     kernel(
         (tiles, -(-n // kernel.constants["BLOCK_N"])),
-        a.data, sfa, b.data, b.scale.contiguous(), d, counts,
+        a.data, sfa, b.data, b.scale.contiguous(), d, counts, None, None,
         m, n, k, groups, k, k, ld_sfa, sfa.stride(0) if kind == 2 else 0, seed=seed,
     )  # fmt: skip
     return d
