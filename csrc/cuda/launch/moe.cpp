@@ -88,7 +88,10 @@ void moe_permute(const MoeLaunch& on, const MoePermuteParams& p, int64_t rows) {
                  true);
   HostLoan scale_perm(c, p.scale_perm,
                       groups ? ((groups - 1) * p.ld_scale_perm + rows) * sizeof(float) : 0, false);
-  launch(on, "moe_permute", p, int(chunks));
+  // Enough CTAs to keep loads in flight on every SM; 32 have one row a warp.
+  const int sms = on.num_sms > 0 ? on.num_sms : c.device().num_sms();
+  const int sharing = std::clamp(2 * sms / int(chunks), 1, kMoeChunk / kWarps);
+  launch(on, "moe_permute", p, int(chunks), 1, 0, sharing);
 }
 
 void moe_unpermute(const MoeLaunch& on, const MoeUnpermuteParams& p, int64_t rows) {
