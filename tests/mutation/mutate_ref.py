@@ -44,9 +44,11 @@ MUTANTS = [
     Mutant("gate: group max for the sum of the top 2", "moe", ": 2 if by_sum else 1]", ":1]"),
     Mutant("gate: top-2 sum where V2 takes the max", "moe", ": 2 if by_sum else 1]", ":2]"),
     Mutant("gate: weights from biased scores", "moe", "= scores.gather(", "= biased.gather("),
-    Mutant("gate: no renormalisation", "moe", 'else score == "sigmoid":', "else False:"),
-    Mutant("gate: renormalise softmax too", "moe", 'else score == "sigmoid":', "else True:"),
-    Mutant("gate: no scale", "moe", "weights * scale, scores", "weights, scores"),
+    Mutant("gate: no renormalisation", "moe", 'None else score == "sigmoid",', "None else False,"),
+    Mutant(
+        "gate: renormalise softmax too", "moe", 'None else score == "sigmoid",', "None else True,"
+    ),
+    Mutant("gate: no scale", "moe", "topk_idx, weights * scale", "topk_idx, weights"),
     Mutant(
         "gate: mask with 0 for -inf",
         "moe",
