@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cuda/launch/context.hpp"
 
@@ -32,6 +33,14 @@ inline device::cu::Stream stream_of(uint64_t handle) {
 template <typename T>
 T* pointer(uint64_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+using Address = uint64_t;
+using On = std::tuple<std::string, int, uint64_t, int>;  // machine, ordinal, stream, num_sms
+
+inline launch::LaunchOn launch_on(const On& on) {
+  const auto& [machine, ordinal, stream, num_sms] = on;
+  return {context_of(machine, ordinal), stream_of(stream), num_sms};
 }
 
 }  // namespace dsk::api

@@ -15,14 +15,7 @@ namespace py = pybind11;
 namespace dsk::api {
 namespace {
 
-using On = std::tuple<std::string, int, uint64_t, int>;
-using Address = uint64_t;
 using Row = std::tuple<int64_t, int64_t, int, bool>;  // bytes, bytes of scales, topk, weights
-
-launch::EpLaunch launch_on(const On& on) {
-  const auto& [machine, ordinal, stream, num_sms] = on;
-  return {context_of(machine, ordinal), stream_of(stream), num_sms};
-}
 
 proto::RowShape row_shape(const Row& row) {
   const auto& [bytes, scale_bytes, topk, weights] = row;

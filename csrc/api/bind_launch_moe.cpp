@@ -13,20 +13,12 @@ namespace py = pybind11;
 namespace dsk::api {
 namespace {
 
-using On = std::tuple<std::string, int, uint64_t, int>;
-using Address = uint64_t;
-
-launch::MoeLaunch launch_on(const On& on) {
-  const auto& [machine, ordinal, stream, num_sms] = on;
-  return {context_of(machine, ordinal), stream_of(stream), num_sms};
-}
-
 WideType wide(bool is_bf16) { return is_bf16 ? WideType::kBfloat16 : WideType::kFloat32; }
 
 void gate(const On& on, Address x, bool x_is_bf16, Address weight, bool weight_is_bf16,
-          Address bias, Address topk_idx, Address topk_weights, Address scores, Address counts,
-          int64_t ld_x, int tokens, int depth, int experts, int num_groups, int topk_group,
-          int topk, bool softmax, bool top2, bool renormalize, float scale) {
+          Address bias, Address topk_idx, Address topk_weights, Address scores, int64_t ld_x,
+          int tokens, int depth, int experts, int num_groups, int topk_group, int topk,
+          bool softmax, bool top2, bool renormalize, float scale) {
   MoeGateParams p{};
   p.x = pointer<void>(x);
   p.weight = pointer<void>(weight);
@@ -34,7 +26,6 @@ void gate(const On& on, Address x, bool x_is_bf16, Address weight, bool weight_i
   p.topk_idx = pointer<int64_t>(topk_idx);
   p.topk_weights = pointer<float>(topk_weights);
   p.scores = pointer<float>(scores);
-  p.counts = pointer<int32_t>(counts);
   p.ld_x = ld_x;
   p.tokens = tokens;
   p.depth = depth;
@@ -46,8 +37,9 @@ void gate(const On& on, Address x, bool x_is_bf16, Address weight, bool weight_i
   p.top2 = top2;
   p.renormalize = renormalize;
   p.scale = scale;
+  p.x_type = wide(x_is_bf16);
   p.weight_type = wide(weight_is_bf16);
-  launch::moe_gate(launch_on(on), p, x_is_bf16);
+  launch::moe_gate(launch_on(on), p);
 }
 
 void layout(const On& on, Address topk_idx, Address first_row, Address group_sizes,
@@ -164,8 +156,8 @@ void bind_launch_moe(py::module_& launch) {
   launch.attr("kMoeMaxGroups") = int(kMoeMaxGroups);
   launch.def("moe_chunks", &launch::moe_chunks, "slots"_a);
   launch.def("moe_gate", &gate, "on"_a, py::kw_only(), "x"_a, "x_is_bf16"_a, "weight"_a,
-             "weight_is_bf16"_a, "bias"_a, "topk_idx"_a, "topk_weights"_a, "scores"_a, "counts"_a,
-             "ld_x"_a, "tokens"_a, "depth"_a, "experts"_a, "num_groups"_a, "topk_group"_a, "topk"_a,
+             "weight_is_bf16"_a, "bias"_a, "topk_idx"_a, "topk_weights"_a, "scores"_a, "ld_x"_a,
+             "tokens"_a, "depth"_a, "experts"_a, "num_groups"_a, "topk_group"_a, "topk"_a,
              "softmax"_a, "top2"_a, "renormalize"_a, "scale"_a, release);
   launch.def("moe_layout", &layout, "on"_a, py::kw_only(), "topk_idx"_a, "first_row"_a,
              "group_sizes"_a, "group_sizes_i32"_a, "finished"_a, "slots"_a, "experts"_a,

@@ -13,14 +13,6 @@ namespace py = pybind11;
 namespace dsk::api {
 namespace {
 
-using On = std::tuple<std::string, int, uint64_t, int>;
-using Address = uint64_t;
-
-launch::RowwiseLaunch launch_on(const On& on) {
-  const auto& [machine, ordinal, stream, num_sms] = on;
-  return {context_of(machine, ordinal), stream_of(stream), num_sms};
-}
-
 launch::InputType input_of(const std::string& name) {
   if (name == "bfloat16") return launch::InputType::kBfloat16;
   if (name == "float32") return launch::InputType::kFloat32;

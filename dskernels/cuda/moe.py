@@ -100,7 +100,7 @@ class Moe:
             self._on(x), x=x.data_ptr(), x_is_bf16=x.dtype == torch.bfloat16,
             weight=weight.data_ptr(), weight_is_bf16=weight.dtype == torch.bfloat16,
             bias=0 if bias is None else bias.data_ptr(), topk_idx=topk_idx.data_ptr(),
-            topk_weights=weights.data_ptr(), scores=scores.data_ptr(), counts=0,
+            topk_weights=weights.data_ptr(), scores=scores.data_ptr(),
             ld_x=x.stride(0), tokens=tokens, depth=depth, experts=experts,
             num_groups=n_group, topk_group=topk_group, topk=topk, softmax=not sigmoid,
             top2=(group_score or ("top2" if sigmoid else "max")) == "top2",

@@ -27,4 +27,25 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "return left >= kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
         "return left > kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
     ): "The row's last whole run then goes element by element: slower, the same values.",
+    (
+        "cuda/kernels/moe_gate.cuh",
+        "for (int expert = 0; expert < p.experts; expert += kGateExperts) {",
+        "for (int expert = 0; expert <= p.experts; expert += kGateExperts) {",
+    ): "With 256 or 512 experts one more pass multiplies zeros (load() masks experts that are not "
+    "there) and stores no sum: slower, the same values.",
+    (
+        "cuda/kernels/moe_layout.cuh",
+        "const int begin = min(lane * per_lane, p.experts);",
+        "const int begin = (lane * per_lane);",
+    ): "A lane that begins behind the last expert ends there: no expert is its own either way.",
+    (
+        "cuda/tile/gate_choice.cuh",
+        "for (int e = lane; e < p.experts; e += kWarp) value[e] = sigmoid(value[e]);",
+        "for (int e = lane; e <= p.experts; e += kWarp) value[e] = sigmoid(value[e]);",
+    ): "The one element more is behind the scores, or the first key, which is written afterwards.",
+    (
+        "cuda/tile/gate_choice.cuh",
+        "if (p.num_groups > 1) limit_groups(p, s);",
+        "if (p.num_groups >= 1) limit_groups(p, s);",
+    ): "A single group is always chosen, so nobody is out of the running: slower, the same choice.",
 }

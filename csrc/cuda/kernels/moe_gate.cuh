@@ -163,4 +163,12 @@ __device__ __forceinline__ void gate_tokens(const MoeGateParams& p) {
   if (mine) choose_experts(p, smem.choice[warp], first_token + within);
 }
 
+__device__ __forceinline__ void gate_any_tokens(const MoeGateParams& p) {
+  if (p.x_type == WideType::kBfloat16) {
+    gate_tokens<__nv_bfloat16>(p);
+  } else {
+    gate_tokens<float>(p);
+  }
+}
+
 }  // namespace dsk

@@ -79,9 +79,14 @@ __device__ __forceinline__ void for_each_swiglu_group(const SwigluParams& p, Do&
   }
 }
 
-template <typename T>
 __device__ __forceinline__ void swiglu_rows(const SwigluParams& p) {
-  for_each_swiglu_group(p, [&](const SwigluGroup& g) { swiglu_group<T>(p, g); });
+  for_each_swiglu_group(p, [&](const SwigluGroup& g) {
+    if (p.type == WideType::kBfloat16) {
+      swiglu_group<__nv_bfloat16>(p, g);
+    } else {
+      swiglu_group<float>(p, g);
+    }
+  });
 }
 
 __device__ __forceinline__ void swiglu_backward_rows(const SwigluParams& p) {

@@ -37,6 +37,13 @@ class Context {
   std::set<std::string> used_;
 };
 
+// Where a launch goes. `num_sms` bounds the grid where one CTA can do another's work; 0: every SM.
+struct LaunchOn {
+  Context& context;
+  device::cu::Stream stream;
+  int num_sms;
+};
+
 // The context of a device, made at first use. Throws DeviceError, saying why, where there is none.
 Context& context(Machine machine, int ordinal);
 

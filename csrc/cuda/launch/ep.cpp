@@ -25,7 +25,7 @@ void check_group(const EpGroup& g) {
 
 // One CTA an SM at most: CTA 0 has to run for the others to end, so all must fit at once.
 template <class Params>
-void launch(const EpLaunch& on, const char* kernel, Params params, int64_t warps_of_work) {
+void launch(const LaunchOn& on, const char* kernel, Params params, int64_t warps_of_work) {
   check_group(params.group);
   const int sms = on.num_sms > 0 ? on.num_sms : on.context.device().num_sms();
   device::LaunchShape shape;
@@ -38,41 +38,41 @@ void launch(const EpLaunch& on, const char* kernel, Params params, int64_t warps
 
 }  // namespace
 
-void ep_dispatch(const EpLaunch& on, const EpDispatchParams& p) {
+void ep_dispatch(const LaunchOn& on, const EpDispatchParams& p) {
   check_rows(p.row.row_bytes, p.x, "x");
   check_rows(p.ld_x, p.x, "x");
   launch(on, "ep_dispatch", p, p.tokens);
 }
 
-void ep_combine(const EpLaunch& on, const EpCombineParams& p) {
+void ep_combine(const LaunchOn& on, const EpCombineParams& p) {
   check_rows(int64_t(p.elements) * 2, p.out, "y");
   launch(on, "ep_combine_bf16", p, p.tokens);
 }
 
-void ep_low_send(const EpLaunch& on, const EpLowSendParams& p) {
+void ep_low_send(const LaunchOn& on, const EpLowSendParams& p) {
   check_rows(int64_t(p.elements) * 2, p.x, "x");
   check_rows(p.row.row_bytes, nullptr, "x");
   launch(on, "ep_low_send", p, int64_t(p.tokens) * p.row.topk);
 }
 
-void ep_low_receive(const EpLaunch& on, const EpLowReceiveParams& p) {
+void ep_low_receive(const LaunchOn& on, const EpLowReceiveParams& p) {
   const int64_t experts = p.group.experts.count(p.group.rank);
   if (experts == 0) return;
   check_rows(p.row.row_bytes, p.x, "x");
   // At least one CTA for each expert; they do not wait for each other.
   const int sms = on.num_sms > 0 ? on.num_sms : on.context.device().num_sms();
   const int64_t ctas = std::max<int64_t>(experts, sms / experts * experts);
-  EpLaunch wide = on;
+  LaunchOn wide = on;
   wide.num_sms = int(ctas);
   launch(wide, "ep_low_receive", p, ctas * kWarps);
 }
 
-void ep_low_return(const EpLaunch& on, const EpLowReturnParams& p) {
+void ep_low_return(const LaunchOn& on, const EpLowReturnParams& p) {
   check_rows(p.row_bytes, p.y, "y");
   launch(on, "ep_low_return", p, p.group.shape.max_tokens * p.group.shape.ranks);
 }
 
-void ep_low_reduce(const EpLaunch& on, const EpLowReduceParams& p) {
+void ep_low_reduce(const LaunchOn& on, const EpLowReduceParams& p) {
   check_rows(int64_t(p.elements) * 2, p.out, "out");
   launch(on, "ep_low_reduce_bf16", p, p.tokens);
 }

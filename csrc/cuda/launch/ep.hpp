@@ -9,17 +9,11 @@
 
 namespace dsk::launch {
 
-struct EpLaunch {
-  Context& context;
-  device::cu::Stream stream;
-  int num_sms;
-};
-
-void ep_dispatch(const EpLaunch& on, const EpDispatchParams& params);
-void ep_combine(const EpLaunch& on, const EpCombineParams& params);
-void ep_low_send(const EpLaunch& on, const EpLowSendParams& params);
-void ep_low_receive(const EpLaunch& on, const EpLowReceiveParams& params);
-void ep_low_return(const EpLaunch& on, const EpLowReturnParams& params);
-void ep_low_reduce(const EpLaunch& on, const EpLowReduceParams& params);
+void ep_dispatch(const LaunchOn& on, const EpDispatchParams& params);
+void ep_combine(const LaunchOn& on, const EpCombineParams& params);
+void ep_low_send(const LaunchOn& on, const EpLowSendParams& params);
+void ep_low_receive(const LaunchOn& on, const EpLowReceiveParams& params);
+void ep_low_return(const LaunchOn& on, const EpLowReturnParams& params);
+void ep_low_reduce(const LaunchOn& on, const EpLowReduceParams& params);
 
 }  // namespace dsk::launch

@@ -13,7 +13,7 @@ constexpr int kProductRows = 64, kProductColumns = 128;  // as in kernels/moe_ga
 size_t bytes_of(WideType type) { return type == WideType::kBfloat16 ? 2 : 4; }
 
 template <class Params>
-void launch(const MoeLaunch& on, const char* kernel, Params params, int ctas, int cluster = 1,
+void launch(const LaunchOn& on, const char* kernel, Params params, int ctas, int cluster = 1,
             int shared_bytes = 0, int ctas_y = 1) {
   device::LaunchShape shape;
   shape.grid.x = unsigned(ctas);
@@ -27,7 +27,7 @@ void launch(const MoeLaunch& on, const char* kernel, Params params, int ctas, in
 }
 
 // CTAs of a kernel that loops over `count` pieces of work, `each` of them a CTA at a time.
-int looping_ctas(const MoeLaunch& on, size_t count, size_t each) {
+int looping_ctas(const LaunchOn& on, size_t count, size_t each) {
   const int sms = on.num_sms > 0 ? on.num_sms : on.context.device().num_sms();
   return int(std::min((count + each - 1) / each, size_t(sms) * kCtasPerSm));
 }
@@ -41,25 +41,23 @@ void check_experts(const char* op, int experts, int most) {
 
 }  // namespace
 
-void moe_gate(const MoeLaunch& on, const MoeGateParams& p, bool x_is_bf16) {
+void moe_gate(const LaunchOn& on, const MoeGateParams& p) {
   check_experts("moe_gate", p.experts, kMoeMaxExperts);
   if (p.tokens == 0) return;
   const Context& c = on.context;
   const size_t tokens = size_t(p.tokens), chosen = tokens * p.topk;
-  const size_t x_bytes = p.depth ? ((tokens - 1) * p.ld_x + p.depth) * (x_is_bf16 ? 2 : 4) : 0;
+  const size_t x_bytes = p.depth ? ((tokens - 1) * p.ld_x + p.depth) * bytes_of(p.x_type) : 0;
   HostLoan x(c, p.x, x_bytes, true);
   HostLoan weight(c, p.weight, size_t(p.experts) * p.depth * bytes_of(p.weight_type), true);
   HostLoan bias(c, p.bias, p.bias ? p.experts * sizeof(float) : 0, true);
   HostLoan topk_idx(c, p.topk_idx, chosen * sizeof(int64_t), false);
   HostLoan topk_weights(c, p.topk_weights, chosen * sizeof(float), false);
   HostLoan scores(c, p.scores, tokens * p.experts * sizeof(float), false);
-  HostLoan counts(c, p.counts, p.counts ? p.experts * sizeof(int32_t) : 0, false);
   const int clusters = (p.tokens + kGateTokens - 1) / kGateTokens;
-  launch(on, x_is_bf16 ? "moe_gate_bf16" : "moe_gate_f32", p, clusters * kGateCluster, kGateCluster,
-         kGateSharedBytes);
+  launch(on, "moe_gate", p, clusters * kGateCluster, kGateCluster, kGateSharedBytes);
 }
 
-void moe_layout(const MoeLaunch& on, const MoeLayoutParams& p) {
+void moe_layout(const LaunchOn& on, const MoeLayoutParams& p) {
   check_experts("moe_permute", p.experts, kMoeMaxGroups);
   if (p.slots == 0) return;
   const Context& c = on.context;
@@ -73,7 +71,7 @@ void moe_layout(const MoeLaunch& on, const MoeLayoutParams& p) {
   launch(on, "moe_layout", p, int(chunks));
 }
 
-void moe_permute(const MoeLaunch& on, const MoePermuteParams& p, int64_t rows) {
+void moe_permute(const LaunchOn& on, const MoePermuteParams& p, int64_t rows) {
   check_experts("moe_permute", p.experts, kMoeMaxGroups);
   if (p.slots == 0) return;
   const Context& c = on.context;
@@ -94,7 +92,7 @@ void moe_permute(const MoeLaunch& on, const MoePermuteParams& p, int64_t rows) {
   launch(on, "moe_permute", p, int(chunks), 1, 0, sharing);
 }
 
-void moe_unpermute(const MoeLaunch& on, const MoeUnpermuteParams& p, int64_t rows) {
+void moe_unpermute(const LaunchOn& on, const MoeUnpermuteParams& p, int64_t rows) {
   if (p.tokens == 0 || p.depth == 0) return;
   const Context& c = on.context;
   const size_t slots = size_t(p.tokens) * p.topk, element = bytes_of(p.type);
@@ -105,8 +103,7 @@ void moe_unpermute(const MoeLaunch& on, const MoeUnpermuteParams& p, int64_t row
   launch(on, "moe_unpermute", p, looping_ctas(on, size_t(p.tokens), 1));
 }
 
-void moe_unpermute_backward(const MoeLaunch& on, const MoeUnpermuteBackwardParams& p,
-                            int64_t rows) {
+void moe_unpermute_backward(const LaunchOn& on, const MoeUnpermuteBackwardParams& p, int64_t rows) {
   const size_t slots = size_t(p.tokens) * p.topk, element = bytes_of(p.type);
   if (slots == 0 || p.depth == 0) return;
   const Context& c = on.context;
@@ -119,7 +116,7 @@ void moe_unpermute_backward(const MoeLaunch& on, const MoeUnpermuteBackwardParam
   launch(on, "moe_unpermute_backward", p, looping_ctas(on, slots, kWarps));
 }
 
-void moe_hidden_backward(const MoeLaunch& on, const MoeHiddenBackwardParams& p, int64_t rows) {
+void moe_hidden_backward(const LaunchOn& on, const MoeHiddenBackwardParams& p, int64_t rows) {
   if (p.slots == 0 || p.width == 0) return;
   const Context& c = on.context;
   const size_t slots = size_t(p.slots), row = size_t(p.width) * 2;  // bytes
@@ -133,7 +130,7 @@ void moe_hidden_backward(const MoeLaunch& on, const MoeHiddenBackwardParams& p, 
   launch(on, "moe_hidden_backward", p, looping_ctas(on, slots, kWarps));
 }
 
-void moe_gate_backward(const MoeLaunch& on, const MoeGateBackwardParams& p) {
+void moe_gate_backward(const LaunchOn& on, const MoeGateBackwardParams& p) {
   check_experts("moe_gate_backward", p.experts, kMoeMaxExperts);
   if (p.tokens == 0) return;
   const Context& c = on.context;
@@ -147,7 +144,7 @@ void moe_gate_backward(const MoeLaunch& on, const MoeGateBackwardParams& p) {
   launch(on, "moe_gate_backward", p, looping_ctas(on, tokens, kWarps));
 }
 
-void moe_gate_product(const MoeLaunch& on, const MoeGateProductParams& p) {
+void moe_gate_product(const LaunchOn& on, const MoeGateProductParams& p) {
   if (p.m == 0 || p.n == 0) return;
   const Context& c = on.context;
   HostLoan a(c, p.a, size_t(p.m) * p.k * sizeof(float), true);

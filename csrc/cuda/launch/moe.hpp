@@ -8,23 +8,17 @@
 
 namespace dsk::launch {
 
-struct MoeLaunch {
-  Context& context;
-  device::cu::Stream stream;
-  int num_sms;  // bounds the grid where one CTA can do another's work; 0: every SM
-};
-
-void moe_gate(const MoeLaunch& on, const MoeGateParams& params, bool x_is_bf16);
-void moe_layout(const MoeLaunch& on, const MoeLayoutParams& params);
+void moe_gate(const LaunchOn& on, const MoeGateParams& params);
+void moe_layout(const LaunchOn& on, const MoeLayoutParams& params);
 // `rows` are those that x_perm and scale_perm have room for.
-void moe_permute(const MoeLaunch& on, const MoePermuteParams& params, int64_t rows);
-void moe_unpermute(const MoeLaunch& on, const MoeUnpermuteParams& params, int64_t rows);
-void moe_unpermute_backward(const MoeLaunch& on, const MoeUnpermuteBackwardParams& params,
+void moe_permute(const LaunchOn& on, const MoePermuteParams& params, int64_t rows);
+void moe_unpermute(const LaunchOn& on, const MoeUnpermuteParams& params, int64_t rows);
+void moe_unpermute_backward(const LaunchOn& on, const MoeUnpermuteBackwardParams& params,
                             int64_t rows);
 // `rows` are those of h, back, dh and act.
-void moe_hidden_backward(const MoeLaunch& on, const MoeHiddenBackwardParams& params, int64_t rows);
-void moe_gate_backward(const MoeLaunch& on, const MoeGateBackwardParams& params);
-void moe_gate_product(const MoeLaunch& on, const MoeGateProductParams& params);
+void moe_hidden_backward(const LaunchOn& on, const MoeHiddenBackwardParams& params, int64_t rows);
+void moe_gate_backward(const LaunchOn& on, const MoeGateBackwardParams& params);
+void moe_gate_product(const LaunchOn& on, const MoeGateProductParams& params);
 
 // Chunks of slots that the layout and the permutation work by: rows of their table.
 constexpr int moe_chunks(int slots) { return (slots + kMoeChunk - 1) / kMoeChunk; }

@@ -43,7 +43,7 @@ size_t scale_bytes(int64_t planes, int64_t plane_scale, int64_t groups, int64_t 
 
 // A persistent grid: no more CTAs than there is work for, nor than run at once.
 template <class Params>
-void launch(const RowwiseLaunch& on, const std::string& kernel, Params params, int64_t ctas_needed,
+void launch(const LaunchOn& on, const std::string& kernel, Params params, int64_t ctas_needed,
             int ctas_per_sm, size_t shared_bytes = 0) {
   const int sms = on.num_sms > 0 ? on.num_sms : on.context.device().num_sms();
   device::LaunchShape shape;
@@ -57,7 +57,7 @@ void launch(const RowwiseLaunch& on, const std::string& kernel, Params params, i
 
 }  // namespace
 
-void rowwise_quantize(const RowwiseLaunch& on, const QuantizeParams& p, InputType input) {
+void rowwise_quantize(const LaunchOn& on, const QuantizeParams& p, InputType input) {
   const int64_t groups = ceil_div(p.cols, kGroup), rows = int64_t(p.planes) * p.rows;
   if (groups * rows == 0) return;
   HostLoan x(on.context, p.x, span(rows, p.ld_x, p.cols, bytes_of(input)), true);
@@ -68,8 +68,7 @@ void rowwise_quantize(const RowwiseLaunch& on, const QuantizeParams& p, InputTyp
   launch(on, "rowwise_quantize" + suffix(input), p, ceil_div(groups * rows, kWarps), 8);
 }
 
-void rowwise_quantize_block(const RowwiseLaunch& on, const QuantizeBlockParams& p,
-                            InputType input) {
+void rowwise_quantize_block(const LaunchOn& on, const QuantizeBlockParams& p, InputType input) {
   const int64_t blocks = ceil_div(p.rows, kGroup) * ceil_div(p.cols, kGroup) * p.planes;
   if (blocks == 0) return;
   const size_t elements = size_t(p.planes) * p.rows * p.cols;
@@ -79,7 +78,7 @@ void rowwise_quantize_block(const RowwiseLaunch& on, const QuantizeBlockParams& 
   launch(on, "rowwise_quantize_block" + suffix(input), p, blocks, 2);
 }
 
-void rowwise_quantize_transpose(const RowwiseLaunch& on, const QuantizeTransposeParams& p,
+void rowwise_quantize_transpose(const LaunchOn& on, const QuantizeTransposeParams& p,
                                 InputType input) {
   const int64_t groups = ceil_div(p.rows, kGroup);
   if (groups * p.cols == 0) return;
@@ -94,7 +93,7 @@ void rowwise_quantize_transpose(const RowwiseLaunch& on, const QuantizeTranspose
          groups * ceil_div(p.cols, kTransposeColumns), 3);
 }
 
-void rowwise_rms_norm(const RowwiseLaunch& on, const RmsNormParams& p, InputType input) {
+void rowwise_rms_norm(const LaunchOn& on, const RmsNormParams& p, InputType input) {
   if (p.rows == 0 || p.cols == 0) return;
   if (p.cols > kRmsNormMaxColumns) {
     throw device::DeviceError("rms_norm: cols: expected at most " +
@@ -117,7 +116,7 @@ void rowwise_rms_norm(const RowwiseLaunch& on, const RmsNormParams& p, InputType
   launch(on, "rowwise_rms_norm" + suffix(input), p, p.rows, 6, shared);
 }
 
-void rowwise_rope(const RowwiseLaunch& on, const RopeParams& p) {
+void rowwise_rope(const LaunchOn& on, const RopeParams& p) {
   if (p.rows == 0 || p.half == 0) return;
   const size_t bytes = size_t(p.rows) * 2 * p.half * bytes_of(input_of(p.type));
   const size_t angles = size_t(p.rows / p.heads) * p.half * sizeof(float);
@@ -128,7 +127,7 @@ void rowwise_rope(const RowwiseLaunch& on, const RopeParams& p) {
   launch(on, "rowwise_rope", p, ceil_div(p.rows, kWarps), 4);
 }
 
-void rowwise_swiglu(const RowwiseLaunch& on, const SwigluParams& p) {
+void rowwise_swiglu(const LaunchOn& on, const SwigluParams& p) {
   const int64_t groups = ceil_div(p.cols, kGroup), rows = int64_t(p.planes) * p.rows;
   if (groups * rows == 0) return;
   const InputType input = input_of(p.type);
@@ -137,10 +136,10 @@ void rowwise_swiglu(const RowwiseLaunch& on, const SwigluParams& p) {
   HostLoan scale(on.context, p.scale,
                  p.scale ? scale_bytes(p.planes, p.plane_scale, groups, p.ld_scale, p.rows) : 0,
                  false);
-  launch(on, "rowwise_swiglu" + suffix(input), p, ceil_div(groups * rows, kWarps), 6);
+  launch(on, "rowwise_swiglu", p, ceil_div(groups * rows, kWarps), 6);
 }
 
-void rowwise_swiglu_backward(const RowwiseLaunch& on, const SwigluParams& p) {
+void rowwise_swiglu_backward(const LaunchOn& on, const SwigluParams& p) {
   const int64_t groups = ceil_div(p.cols, kGroup), rows = int64_t(p.planes) * p.rows;
   if (groups * rows == 0) return;
   const size_t element = bytes_of(input_of(p.type));
@@ -150,7 +149,7 @@ void rowwise_swiglu_backward(const RowwiseLaunch& on, const SwigluParams& p) {
   launch(on, "rowwise_swiglu_backward", p, ceil_div(groups * rows, kWarps), 6);
 }
 
-void rowwise_dequantize(const RowwiseLaunch& on, const DequantizeParams& p) {
+void rowwise_dequantize(const LaunchOn& on, const DequantizeParams& p) {
   const size_t elements = size_t(p.planes) * p.rows * p.cols;
   if (elements == 0) return;
   HostLoan data(on.context, p.data, elements * (p.type == NarrowType::kE4m3 ? 1 : 2), true);
@@ -163,7 +162,7 @@ void rowwise_dequantize(const RowwiseLaunch& on, const DequantizeParams& p) {
   launch(on, "rowwise_dequantize", p, ceil_div(runs, kThreads), 8);
 }
 
-void rowwise_pack_e5m6(const RowwiseLaunch& on, const PackE5m6Params& p) {
+void rowwise_pack_e5m6(const LaunchOn& on, const PackE5m6Params& p) {
   const int64_t words = ceil_div(p.cols, 2) * p.rows;
   if (words == 0) return;
   HostLoan wide(on.context, p.wide, size_t(p.rows) * p.cols * 2, !p.unpack);

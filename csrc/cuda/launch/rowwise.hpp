@@ -10,24 +10,17 @@ namespace dsk::launch {
 
 enum class InputType { kBfloat16, kFloat32, kE4m3 };
 
-struct RowwiseLaunch {
-  Context& context;
-  device::cu::Stream stream;
-  int num_sms;
-};
-
-void rowwise_quantize(const RowwiseLaunch& on, const QuantizeParams& params, InputType input);
-void rowwise_quantize_block(const RowwiseLaunch& on, const QuantizeBlockParams& params,
-                            InputType input);
-void rowwise_quantize_transpose(const RowwiseLaunch& on, const QuantizeTransposeParams& params,
+void rowwise_quantize(const LaunchOn& on, const QuantizeParams& params, InputType input);
+void rowwise_quantize_block(const LaunchOn& on, const QuantizeBlockParams& params, InputType input);
+void rowwise_quantize_transpose(const LaunchOn& on, const QuantizeTransposeParams& params,
                                 InputType input);
 // Rows may have up to kRmsNormMaxColumns: what fits shared memory.
 constexpr int kRmsNormMaxColumns = 55 * 1024;
-void rowwise_rms_norm(const RowwiseLaunch& on, const RmsNormParams& params, InputType input);
-void rowwise_rope(const RowwiseLaunch& on, const RopeParams& params);
-void rowwise_swiglu(const RowwiseLaunch& on, const SwigluParams& params);
-void rowwise_swiglu_backward(const RowwiseLaunch& on, const SwigluParams& params);
-void rowwise_dequantize(const RowwiseLaunch& on, const DequantizeParams& params);
-void rowwise_pack_e5m6(const RowwiseLaunch& on, const PackE5m6Params& params);
+void rowwise_rms_norm(const LaunchOn& on, const RmsNormParams& params, InputType input);
+void rowwise_rope(const LaunchOn& on, const RopeParams& params);
+void rowwise_swiglu(const LaunchOn& on, const SwigluParams& params);
+void rowwise_swiglu_backward(const LaunchOn& on, const SwigluParams& params);
+void rowwise_dequantize(const LaunchOn& on, const DequantizeParams& params);
+void rowwise_pack_e5m6(const LaunchOn& on, const PackE5m6Params& params);
 
 }  // namespace dsk::launch

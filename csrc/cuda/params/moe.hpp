@@ -16,13 +16,12 @@ constexpr int kGateCluster = 8;  // its CTAs
 constexpr int kGateSharedBytes = 36 * 1024 + kGateTokens * kMoeMaxExperts * 4;
 
 struct MoeGateParams {
-  const void* x;        // [tokens, depth], row stride ld_x
+  const void* x;        // [tokens, depth] of x_type, row stride ld_x
   const void* weight;   // [experts, depth] of weight_type, contiguous
   const float* bias;    // [experts], or null
   int64_t* topk_idx;    // [tokens, topk]
   float* topk_weights;  // [tokens, topk]
   float* scores;        // [tokens, experts], unbiased
-  int32_t* counts;      // [experts], zeroed by the caller: tokens that chose each expert; or null
   int64_t ld_x;         // elements
   int32_t tokens;
   int32_t depth;
@@ -34,6 +33,7 @@ struct MoeGateParams {
   int32_t top2;         // a group is as good as its two best experts' sum, else as its best one
   int32_t renormalize;  // divide the chosen weights by their sum
   float scale;
+  WideType x_type;
   WideType weight_type;
 };
 

@@ -119,7 +119,6 @@ __device__ __forceinline__ void choose_experts(const MoeGateParams& p, GateChoic
     sum = __fadd_rn(sum, s.score[expert]);
     if (lane != 0) return;
     s.chosen[i] = expert;
-    if (p.counts) atomicAdd(p.counts + expert, 1);
   });
   __syncwarp();
   const int64_t at = int64_t(token) * p.topk;
