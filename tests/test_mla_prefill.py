@@ -20,6 +20,7 @@ BATCHES = [
     ([0, 7, 0], [0, 7, 40]),
     ([9, 150], [4, 20]),  # more queries than keys: the first ones attend nothing
     ([3, 2], [0, 2]),
+    ([70], [2200]),  # stages of the ring are used again, often enough for a miscount to show
 ]
 
 
@@ -64,6 +65,18 @@ def test_scale_and_heads(backend):
     need("mla_prefill", backend)
     given = operands([33, 90], [140, 90], heads=5)
     check(backend, run(backend, *given, softmax_scale=0.02), given, softmax_scale=0.02)
+
+
+def test_scores_far_apart(backend):
+    """Weights are taken relative to the largest score of all columns: nothing overflows."""
+    need("mla_prefill", backend)
+    q, k, v, ends_q, ends_k = operands([20], [300], heads=1)
+    k[::7, :, 1::2] *= 80
+    out, lse = run(backend, q, k, v, ends_q, ends_k)
+    exact, exact_lse = ref.mla_prefill(q.double(), k.double(), v.double(), ends_q, ends_k)
+    assert exact_lse.max() > 100  # 2^128 is out of reach of fp32
+    torch.testing.assert_close(out.double(), exact, atol=2e-3, rtol=2.01 / 128)
+    torch.testing.assert_close(lse, exact_lse, atol=1e-4, rtol=8.01 / 65536)
 
 
 def test_rows_behind_the_last_request(backend):

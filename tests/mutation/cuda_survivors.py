@@ -48,4 +48,39 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "if (p.num_groups > 1) limit_groups(p, s);",
         "if (p.num_groups >= 1) limit_groups(p, s);",
     ): "A single group is always chosen, so nobody is out of the running: slower, the same choice.",
+    (
+        "cuda/kernels/mla_prefill.cuh",
+        "if (first + kPrefillBlock <= job.first_keys()) return;",
+        "if (first + kPrefillBlock < job.first_keys()) return;",
+    ): "The mask is then computed for one block more, and hides nothing there.",
+    (
+        "cuda/kernels/mla_prefill.cuh",
+        "if (filled >= kPrefillBlock) return;",
+        "if (filled > kPrefillBlock) return;",
+    ): "A block that is just full then waits for the other warpgroup, and clears no row.",
+    (
+        "cuda/kernels/mla_prefill.cuh",
+        "*reinterpret_cast<uint4*>(smem.v[at.stage][tile] + swizzle128(row, chunk)) =",
+        "*reinterpret_cast<uint4*>(smem.v[at.stage][tile] + (swizzle128(row, chunk) ^ 16)) =",
+    ): "All chunks of the row are cleared, in another order.",
+    (
+        "cuda/kernels/mla_prefill.cuh",
+        "smem.q_ring.init(kPrefillMath / 32);",
+        "smem.q_ring.init(kPrefillMath / 32 + 1);",
+    ): "Q is loaded once: nobody waits for its stage to be free.",
+    (
+        "cuda/kernels/mla_prefill.cuh",
+        "smem.q_ring.init(kPrefillMath / 32);",
+        "smem.q_ring.init(kPrefillMath / 32 - 1);",
+    ): "Q is loaded once: nobody waits for its stage to be free.",
+    (
+        "cuda/tile/prefill_job.cuh",
+        "job.key = request < p.b ? __ldg(p.cu_seqlens_k + request) : 0;",
+        "job.key = request <= p.b ? __ldg(p.cu_seqlens_k + request) : 0;",
+    ): "Rows behind the last request attend nothing, wherever their keys would begin.",
+    (
+        "cuda/tile/prefill_job.cuh",
+        "job.blocks = (max(0, min(last, job.length)) + kPrefillBlock - 1) / kPrefillBlock;",
+        "job.blocks = (max(0, (job.length)) + kPrefillBlock - 1) / kPrefillBlock;",
+    ): "Blocks behind the diagonal are then multiplied and masked: slower, the same values.",
 }

@@ -182,7 +182,9 @@ class Stem:
         for file in SHIPPED.glob("*.ptx"):
             shutil.copy(file, self.kernels)
         self.instances = instances_of(self.csrc, name)
-        self.paths = paths or [f"tests/test_{name}.py"]
+        self.paths = paths or sorted(
+            str(f.relative_to(ROOT)) for f in (ROOT / "tests").glob(f"test_{name}*.py")
+        )
         self.files = {
             i.name: {
                 f
@@ -297,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, help="so many mutants, drawn by a fixed seed")
     parser.add_argument("--seeds", default="0,1", help="schedules: 0 is the fixed one")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
-    parser.add_argument("--tests", nargs="+", help="pytest paths (default: tests/test_<stem>.py)")
+    parser.add_argument("--tests", nargs="+", help="pytest paths (default: tests/test_<stem>*.py)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="dsk-mutants-") as workspace:
         return run(options, Path(workspace))

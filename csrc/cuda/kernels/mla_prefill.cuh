@@ -135,8 +135,9 @@ struct PrefillMath {
     int end[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      // A row of the request never attends keys behind its end; one behind the request may.
       const int own = p.causal ? job.shift + first_row() + 8 * i : job.length;
-      end[i] = min(own, job.length) - first - int(threadIdx.x) % 4 * 2;
+      end[i] = own - first - int(threadIdx.x) % 4 * 2;
     }
 #pragma unroll
     for (int i = 0; i < kPrefillScores; ++i) {

@@ -38,7 +38,7 @@ __device__ __forceinline__ bool find_prefill_job(const MlaPrefillParams& p, int 
     job.key = request < p.b ? __ldg(p.cu_seqlens_k + request) : 0;
     job.length = request < p.b ? __ldg(p.cu_seqlens_k + request + 1) - job.key : 0;
     job.shift = p.causal ? job.row - begin + job.length - (end - begin) + 1 : job.length;
-    const int last = p.causal ? job.shift + min(kPrefillRows, end - job.row) - 1 : job.length;
+    const int last = p.causal ? job.shift + kPrefillRows - 1 : job.length;
     job.blocks = (max(0, min(last, job.length)) + kPrefillBlock - 1) / kPrefillBlock;
     return true;
   }
