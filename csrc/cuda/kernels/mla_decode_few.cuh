@@ -56,6 +56,7 @@ class MlaFew {
     float factor[kN / 4];
     mask_tokens<kN>(p_, piece, s, block);
     columns.softmax(s, p_.scale_log2, smem_, kSide, factor);
+    if (kSide == kLeft && piece.has_few_weights()) columns.sum_rounded(s, smem_);
     columns.publish(s, smem_, kSide);
     ptx::named_barrier_arrive(kBuffer ? kMlaSecondReady : kMlaFirstReady, kMlaMathThreads);
     multiply<kBuffer>(piece, block, phase, factor, o);

@@ -128,6 +128,18 @@ struct MlaColumns {
     ptx::named_barrier_sync(kMlaWarpgroupOnly + side, kMlaWarpgroup);
   }
 
+  // Sums of P's columns as rounded, by warp, for the end of a piece that has few weights.
+  __device__ __forceinline__ void sum_rounded(const float (&s)[kN / 2], MlaDecodeSmem& smem) const {
+    const int warp = threadIdx.x % kMlaWarpgroup / 32;
+#pragma unroll
+    for (int i = 0; i < kN / 4; ++i) {
+      const float sum =
+          across_rows<false>(__bfloat162float(__float2bfloat16_rn(s[mla_value(i, 0)])) +
+                             __bfloat162float(__float2bfloat16_rn(s[mla_value(i, 1)])));
+      if (threadIdx.x % 32 < 4) smem.weight_sum[warp * 32 + mla_column(i)] = sum;
+    }
+  }
+
   // Sums of whole columns, from all warps of both warpgroups.
   __device__ __forceinline__ void join(MlaDecodeSmem& smem, MlaSide side,
                                        float (&total)[kN / 4]) const {
@@ -234,7 +246,15 @@ __device__ __forceinline__ void store_columns(const MlaDecodeParams& p, const Ml
   columns.join(smem, side, total);
   const int rows = p.s * p.h;
 #pragma unroll
-  for (int i = 0; i < kN / 4; ++i) inverse[i] = total[i] == 0.f ? 0.f : 1.f / total[i];
+  for (int i = 0; i < kN / 4; ++i) {
+    float divisor = total[i];
+    if (piece.has_few_weights() && divisor != 0.f) {
+      divisor = 0.f;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) divisor += smem.weight_sum[w * 32 + mla_column(i)];
+    }
+    inverse[i] = divisor == 0.f ? 0.f : 1.f / divisor;
+  }
   rescale_columns<kN>(o, inverse);
   if (piece.slot < 0) {
 #pragma unroll

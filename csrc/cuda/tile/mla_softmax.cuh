@@ -69,6 +69,22 @@ __device__ __forceinline__ void softmax(float (&s)[32], float scale, MlaRows& ro
   }
 }
 
+// Sums of P's rows as rounded, for the end of a piece that has few weights.
+__device__ __forceinline__ void sum_rounded(MlaDecodeSmem& smem, const uint32_t (&p)[16]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = half; i < 16; i += 2) {
+      const float2 pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&p[i]));
+      sum += pair.x + pair.y;
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (threadIdx.x % 4 == 0) smem.weight_sum[mla_first_row() + 8 * half] = sum;
+  }
+}
+
 // Hands P and the maxima to the other warpgroup. The side that scored a block has its number.
 __device__ __forceinline__ void publish(MlaDecodeSmem& smem, MlaSide side, const MlaRows& rows,
                                         const uint32_t (&p)[16]) {
