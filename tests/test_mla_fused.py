@@ -210,3 +210,99 @@ def test_no_tokens(backend):
     empty = empty[..., : NOPE + ROPE].contiguous()
     got = dsk.mla_absorb_queries(empty, w_uk, cos, sin, backend=backend)
     assert got.shape == (0, 2, WIDTH)
+
+
+# ---- what only the CUDA kernels have -----------------------------------------------------------
+
+
+@pytest.fixture
+def machine(backend):
+    if backend not in ("cuda", "emu"):
+        pytest.skip("limits of the CUDA kernels")
+    return backend
+
+
+def test_append_alone_is_the_same_kernel(machine):
+    """mla_cache_append stores what it is given: rows as they come, or quantised."""
+    t, pages, page = 9, 3, 16
+    latent, k_rope = torch.randn(t, LATENT).bfloat16(), torch.randn(t, ROPE).bfloat16()
+    slots = torch.tensor([3, -1, 40, 7, 3, 0, 47, 20, 7])
+    for dtype, row in ((torch.bfloat16, WIDTH), (torch.uint8, 656)):
+        want = torch.zeros(pages, page, row, dtype=dtype)
+        got = on_device(want.clone(), machine)
+        ref.mla_cache_append(want, latent, k_rope, slots)
+        args = [on_device(x, machine) for x in (latent, k_rope, slots)]
+        dsk.mla_cache_append(got, *args, backend=machine)
+        assert_bitwise_equal(on_cpu(got), want)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_schedules(machine, monkeypatch, seed):
+    """Another order of warps, CTAs and copies: no hazard, the same bits. One CTA takes all tokens:
+    sums of one are not mixed with those of the next."""
+    if machine != "emu":
+        pytest.skip("the emulator's schedules")
+    from dskernels.cuda.mla_fused import MlaFused
+
+    kernels = MlaFused("emu", num_sms=1)
+    case = latents_case(20, fp8=True, page=16)
+    q, w_uk = torch.randn(70, 3, NOPE + ROPE).bfloat16(), up_projections(3)[0]
+    turn = angles(70)
+    results = []
+    for chosen in ("0", str(seed)):
+        monkeypatch.setenv("DSK_EMU_SEED", chosen)
+        moved = [*case]
+        moved[6] = case[6].clone()
+        results.append((kernels.mla_latents(*moved), moved[6]))
+        results[-1] += (kernels.mla_absorb_queries(q, w_uk, *turn),)
+    for one, other in zip(*results, strict=True):
+        assert_bitwise_equal(one, other)
+    assert_bitwise_equal(results[0][1], latents(case, "emu")[1])
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(kv_a=torch.float16), "kv_a: expected torch.bfloat16, got torch.float16"),
+        (dict(q_a=100), "q_a: expected [..., 1536], got (100,)"),
+        (dict(kv_cache=torch.float32), "kv_cache: expected torch.bfloat16 or torch.uint8, got"),
+        (dict(stride=True), "kv_cache: expected 16-byte aligned rows of contiguous values"),
+        (dict(kv_weight=torch.float64), "kv_weight: expected torch.bfloat16 or torch.float32, got"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_refusals_name_what_is_given(machine, change, message):
+    names = ("q_a", "kv_a", "q_weight", "kv_weight", "cos", "sin", "kv_cache", "slots")
+    given = dict(zip(names, latents_case(4), strict=True))
+    for name, to in change.items():
+        if name == "stride":
+            wide = torch.zeros(3, 16, WIDTH + 4).bfloat16()
+            given["kv_cache"] = wide[..., :WIDTH]
+        elif isinstance(to, int):
+            given["q_a"], given["q_weight"] = given["q_a"][:, :to], given["q_weight"][:to]
+        else:
+            given[name] = given[name].to(to)
+    if "kv_a" in change:
+        given["q_a"] = given["q_weight"] = None
+    with pytest.raises(dsk.BackendError) as raised:
+        dsk.mla_latents(**given, backend=machine)
+    assert message in str(raised.value)
+
+
+def test_a_slot_outside_the_cache_traps(machine):
+    """Values of indices on a GPU are not read by the host: the kernel stops."""
+    if machine != "emu":
+        pytest.skip("a trap ends a GPU's process")
+    from dskernels.cuda.mla_fused import MlaFused
+
+    for slot in (-2, 16 * 2):
+        case = latents_case(1, pages=2)
+        case[-1] = torch.tensor([slot])
+        with pytest.raises(Exception, match="trap"):
+            MlaFused("emu").mla_latents(*case)
+
+
+def test_supports_names_the_width():
+    answer = dsk.supports("mla_absorb_queries", backend="emu", dl=256)
+    assert not answer and "dl = 512, got 256" in answer.reason
+    assert dsk.supports("mla_latents", backend="emu", dl=512, r=64)

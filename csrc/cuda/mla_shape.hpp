@@ -15,9 +15,7 @@ constexpr int mla_decode_shared_bytes() {
   const int tile = kMlaRows * kMlaWidth * 2;
   const int stage = 16 * kMlaLatent;
   const int columns = 2 * 4 * 32 * 4;
-  const int weights = 4 * 32 * 4;
-  return (3 * tile + stage + columns + weights + 4 * kMlaRows * 4 + (4 + 1) * 2 * 8 + 1023) / 1024 *
-         1024;
+  return (3 * tile + stage + columns + 4 * kMlaRows * 4 + (4 + 1) * 2 * 8 + 1023) / 1024 * 1024;
 }
 
 }  // namespace dsk

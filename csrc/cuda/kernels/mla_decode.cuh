@@ -54,8 +54,7 @@ __device__ __forceinline__ void mla_left_pair(MlaDecodeSmem& smem, const MlaPiec
     issue_scores(s, smem, 0, phase[0]);
     finish(s);
     mask.apply(s, block);
-    softmax(s, scale, rows, factor, p);
-    if (piece.has_few_weights()) sum_rounded(smem, p);
+    softmax(s, scale, piece.is_one_block(), rows, factor, p);
     publish(smem, kLeft, rows, p);
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::named_barrier_arrive(kMlaFirstReady, kMlaMathThreads);
@@ -101,7 +100,7 @@ __device__ __forceinline__ void mla_right_pair(MlaDecodeSmem& smem, const MlaMas
 
   uint32_t p[16];
   mask.apply(s, block + 1);  // while P0 V0 runs
-  softmax(s, scale, rows, factor, p);
+  softmax(s, scale, false, rows, factor, p);
   finish(o);
   release(smem, 0, kRight, phase);
   publish(smem, kRight, rows, p);

@@ -87,8 +87,9 @@ struct MlaColumns {
 
   // s -> P, in place. All warps of the side take part; afterwards none of them reads the block any
   // more.
-  __device__ __forceinline__ void softmax(float (&s)[kN / 2], float scale, MlaDecodeSmem& smem,
-                                          MlaSide side, float (&factor)[kN / 4]) {
+  __device__ __forceinline__ void softmax(float (&s)[kN / 2], float scale, bool one_block,
+                                          MlaDecodeSmem& smem, MlaSide side,
+                                          float (&factor)[kN / 4]) {
     const int warp = threadIdx.x % kMlaWarpgroup / 32;
 #pragma unroll
     for (int i = 0; i < kN / 4; ++i) {
@@ -101,7 +102,7 @@ struct MlaColumns {
       float largest = smem.column[side][0][mla_column(i)];
 #pragma unroll
       for (int w = 1; w < 4; ++w) largest = fmaxf(largest, smem.column[side][w][mla_column(i)]);
-      const float raised = fmaxf(peak[i], ceilf(largest * scale));
+      const float raised = raised_peak(peak[i], largest * scale, one_block);
       factor[i] = ptx::exp2_approx(peak[i] - raised);
       peak[i] = raised;
       float added = 0.f;
@@ -126,18 +127,6 @@ struct MlaColumns {
     }
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::named_barrier_sync(kMlaWarpgroupOnly + side, kMlaWarpgroup);
-  }
-
-  // Sums of P's columns as rounded, by warp, for the end of a piece that has few weights.
-  __device__ __forceinline__ void sum_rounded(const float (&s)[kN / 2], MlaDecodeSmem& smem) const {
-    const int warp = threadIdx.x % kMlaWarpgroup / 32;
-#pragma unroll
-    for (int i = 0; i < kN / 4; ++i) {
-      const float sum =
-          across_rows<false>(__bfloat162float(__float2bfloat16_rn(s[mla_value(i, 0)])) +
-                             __bfloat162float(__float2bfloat16_rn(s[mla_value(i, 1)])));
-      if (threadIdx.x % 32 < 4) smem.weight_sum[warp * 32 + mla_column(i)] = sum;
-    }
   }
 
   // Sums of whole columns, from all warps of both warpgroups.
@@ -246,15 +235,7 @@ __device__ __forceinline__ void store_columns(const MlaDecodeParams& p, const Ml
   columns.join(smem, side, total);
   const int rows = p.s * p.h;
 #pragma unroll
-  for (int i = 0; i < kN / 4; ++i) {
-    float divisor = total[i];
-    if (piece.has_few_weights() && divisor != 0.f) {
-      divisor = 0.f;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) divisor += smem.weight_sum[w * 32 + mla_column(i)];
-    }
-    inverse[i] = divisor == 0.f ? 0.f : 1.f / divisor;
-  }
+  for (int i = 0; i < kN / 4; ++i) inverse[i] = total[i] == 0.f ? 0.f : 1.f / total[i];
   rescale_columns<kN>(o, inverse);
   if (piece.slot < 0) {
 #pragma unroll

@@ -16,11 +16,8 @@ struct MlaPiece {
   int end;     // one past the last block
   int slot;    // where its partial result goes; -1: it is the whole request
 
-  // Whether its weights are divided by the sum of what they were rounded to. The rounding errors of
-  // many weights average out; those of two or three do not, but divided by their own sum the mean
-  // of V is one of weights that sum to 1. A request of one block is never split, so how many parts
-  // there are makes no difference.
-  __device__ __forceinline__ bool has_few_weights() const { return length <= kMlaBlock; }
+  // A request of one block is never split.
+  __device__ __forceinline__ bool is_one_block() const { return length <= kMlaBlock; }
 };
 
 __device__ __forceinline__ int mla_num_blocks(int length) {

@@ -118,13 +118,7 @@ __device__ __forceinline__ void store_result(const MlaDecodeParams& p, const Mla
   join_sums(smem, kSide, rows, total);
   float inverse[2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float divisor = total[half];
-    if (piece.has_few_weights() && divisor != 0.f) {
-      divisor = smem.weight_sum[mla_first_row() + 8 * half];
-    }
-    inverse[half] = divisor == 0.f ? 0.f : 1.f / divisor;
-  }
+  for (int half = 0; half < 2; ++half) inverse[half] = total[half] == 0.f ? 0.f : 1.f / total[half];
   rescale(o, inverse);
   if (piece.slot < 0) {
     store_whole<kSide>(p, piece, smem, o);

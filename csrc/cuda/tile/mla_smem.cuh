@@ -34,7 +34,6 @@ struct alignas(1024) MlaDecodeSmem {
   float row_max[2][kMlaRows];               // running maximum after the first, the second block
   float column[2][4][32];                   // few rows: statistics of a side's warps
   float row_sum[2][kMlaRows];               // by side
-  float weight_sum[4 * 32];                 // few weights: sums of what they were rounded to
   Ring<2> kv_ring[2];                       // for each block; stages are its halves
   Ring<1> q_ring;
 };
