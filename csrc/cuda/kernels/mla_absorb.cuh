@@ -8,10 +8,13 @@
 // The BF16 GEMM's ring, main loop and epilogue; the schedule differs: tiles of 64 tokens x 128
 // columns of one head. Heads are columns of x and y and rows of the weight, so that both halves of
 // kv_b_proj are read in place: W_uk's rows run along k, an MN-major operand. Queries are rotated by
-// the math warps while their tile's operands are on the way.
+// the math warps, a tile ahead.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/kernels/gemm_bf16.cuh"
+#include "cuda/mla_shape.hpp"
 #include "cuda/params/mla_fused.hpp"
 #include "cuda/tile/rotation.cuh"
 
@@ -47,18 +50,69 @@ class AbsorbScheduler {
   int next_;
 };
 
-// The rotary part of a tile's queries, by one warpgroup: a warp takes a token, a lane a pair.
-__device__ __forceinline__ void rotate_queries(const MlaAbsorbParams& p, const GemmTile& tile) {
-  const int pair = threadIdx.x % kWarp;
-  const int end = min(tile.a_row + AbsorbShape::kBlockM, p.t);
-  const auto* in = static_cast<const __nv_bfloat16*>(p.rope_in) + tile.group * p.ld_in_head;
-  auto* out = static_cast<__nv_bfloat16*>(p.rope_out) + int64_t(tile.group) * p.y_columns;
-  for (int token = tile.a_row + threadIdx.x / kWarp; token < end; token += kWarpgroup / kWarp) {
-    const int at = token * kWarp + pair;
-    turn_pair(in + token * p.ld_in, out + int64_t(token) * p.h * p.y_columns, pair, kWarp,
-              p.interleaved, __ldg(p.cos + at), __ldg(p.sin + at));
+// The queries' rotary parts, by one warpgroup: each column tile of a head turns a share of the
+// row tile's tokens, a lane a pair. A tile's values are fetched while the tile before is at work:
+// that is what they take.
+class RotaryShare {
+ public:
+  __device__ explicit RotaryShare(const MlaAbsorbParams& p) : p_(p), tiles_(p) {
+    const int pair = threadIdx.x % kWarp;
+    element_[0] = p.interleaved ? 2 * pair : pair;
+    element_[1] = p.interleaved ? 2 * pair + 1 : pair + kWarp;
+    fetch();
   }
-}
+
+  // Fetches the next tile's share. All loads without a branch between them.
+  __device__ __forceinline__ void fetch() {
+    GemmTile tile;
+    if (!tiles_.next(tile)) return;
+    const int share = tile.n_start / AbsorbShape::kBlockN * kWarps + threadIdx.x / kWarp;
+    head_ = tile.group;
+    first_ = tile.a_row + share * kTokens;
+    const auto* in = static_cast<const __nv_bfloat16*>(p_.rope_in) + head_ * p_.ld_in_head;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int token = min(first_ + i, p_.t - 1);
+      const auto* from = in + token * p_.ld_in;
+      const int angle = token * kWarp + threadIdx.x % kWarp;
+      value_[i][0] = __ldg(from + element_[0]);
+      value_[i][1] = __ldg(from + element_[1]);
+      angle_[i] = make_float2(__ldg(p_.cos + angle), __ldg(p_.sin + angle));
+    }
+  }
+
+  __device__ __forceinline__ void store() const {
+    auto* out = static_cast<__nv_bfloat16*>(p_.rope_out) + int64_t(head_) * p_.y_columns;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (first_ + i >= p_.t) return;
+      auto* to = out + int64_t(first_ + i) * p_.h * p_.y_columns;
+      const float2 value = make_float2(to_float(value_[i][0]), to_float(value_[i][1]));
+      const float2 turned = turn(value, angle_[i].x, angle_[i].y);
+      to[element_[0]] = from_float<__nv_bfloat16>(turned.x);
+      to[element_[1]] = from_float<__nv_bfloat16>(turned.y);
+    }
+  }
+
+ private:
+  static constexpr int kWarps = kWarpgroup / kWarp;
+  static constexpr int kTokens =
+      AbsorbShape::kBlockM / (kMlaLatent / AbsorbShape::kBlockN) / kWarps;
+
+  const MlaAbsorbParams& p_;
+  AbsorbScheduler tiles_;
+  int element_[2];
+  int head_ = 0;
+  int first_ = 0;
+  __nv_bfloat16 value_[kTokens][2];  // as loaded: converting would wait for them
+  float2 angle_[kTokens];
+};
+
+struct NoRotation {
+  __device__ explicit NoRotation(const MlaAbsorbParams&) {}
+  __device__ void fetch() {}
+  __device__ void store() const {}
+};
 
 // kWeight: kMn for queries (rows of the weight run along k), kK for outputs (along n).
 template <ptx::Major kWeight>
@@ -86,10 +140,12 @@ __device__ __forceinline__ void mla_absorb(const MlaAbsorbParams& p) {
     const auto left = [&](int stage) { return smem.a[stage]; };
     const auto right = [&](int stage) { return smem.b[stage]; };
     RingPosition<AbsorbShape::kNumStages> at;
+    std::conditional_t<kQueries, RotaryShare, NoRotation> rotary(p);
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
-      if (kQueries && tile.n_start == 0) rotate_queries(p, tile);
       float sum[kN / 2];
       running_sum<kN, kWeight>(smem.ring, at, 1, tile.k_begin, tile.k_end, left, right, sum);
+      rotary.store();
+      rotary.fetch();
       const ResultPlace place{tile.a_row, tile.row_end - tile.a_row,
                               tile.group * p.y_columns + tile.n_start, tile.group, true};
       finish_tile<kN>(p.y, p.h * p.y_columns, place, smem.d[warpgroup], warpgroup, sum);
