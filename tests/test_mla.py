@@ -59,6 +59,7 @@ def test_fp8_cache_of_many_heads(backend):
 HEADS = (1, 3, 9, 63, 64, 126, 128)
 GRID = list(itertools.product((1, 2, 6, 64), (1, 2, 4), (20, 140, 4096), HEADS))
 QUICK = [(1, 1, 140, 1), (2, 4, 20, 9), (2, 1, 140, 63), (2, 1, 140, 128), (6, 2, 20, 3)]
+QUICK += [(6, 1, 20, 128)]  # a request of two tokens: what rounding their weights costs shows
 MAX_BLOCKS = 2000  # row blocks times token blocks: some 10 s
 
 
