@@ -59,7 +59,6 @@ def test_fp8_cache_of_many_heads(backend):
 HEADS = (1, 3, 9, 63, 64, 126, 128)
 GRID = list(itertools.product((1, 2, 6, 64), (1, 2, 4), (20, 140, 4096), HEADS))
 QUICK = [(1, 1, 140, 1), (2, 4, 20, 9), (2, 1, 140, 63), (2, 1, 140, 128), (6, 2, 20, 3)]
-QUICK += [(6, 1, 20, 128)]  # a request of two tokens: what rounding their weights costs shows
 MAX_BLOCKS = 2000  # row blocks times token blocks: some 10 s
 
 
@@ -120,6 +119,14 @@ def machine(backend):
     if backend not in ("cuda", "emu"):
         pytest.skip("schedules belong to the CUDA kernels")
     return importlib.import_module(f"dskernels.{backend}.mla")
+
+
+@pytest.mark.parametrize("heads,requests", [(16, 40), (64, 8)])
+def test_two_weights_are_as_exact_as_many(machine, backend, heads, requests):
+    """What rounding a weight costs does not average out over two tokens."""
+    need("mla_decode", backend)
+    case = paged_case([2] * requests, 1, heads, seed=3)
+    assert_decoded(decode(case, backend), case)
 
 
 @pytest.mark.parametrize("heads", [13, 70])
