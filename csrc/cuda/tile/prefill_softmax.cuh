@@ -30,7 +30,7 @@ struct PrefillRows {
       for (int i = half * 2; i < kPrefillScores; i += 4) best = fmaxf(best, fmaxf(s[i], s[i + 1]));
       best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
       best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-      best = fmaxf(peak[half], ceilf(best * scale));
+      best = fmaxf(peak[half], best * scale);
       factor[half] = ptx::exp2_approx(peak[half] - best);
       peak[half] = best;
       float total = 0.f;
