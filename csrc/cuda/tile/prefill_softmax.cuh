@@ -1,6 +1,8 @@
 // The online softmax of prefill on a 64 x 128 tile of scores in wgmma accumulators: a thread holds
 // rows r and r + 8 of its warp's 16, two columns of every eight. Maxima are those of
-// score * scale * log2(e), rounded up: powers of two, so that rescaling is exact.
+// score * scale * log2(e), unrounded: a row's largest weight is 1, which bf16 holds, so that a key
+// that outweighs all others gives its value exactly. The backward subtracts sum(grad out) from
+// grad v: what P V had lost there would be its error.
 #pragma once
 
 #include <cuda_bf16.h>
