@@ -187,6 +187,23 @@ def test_small_values_are_not_flushed(target, m):
     assert relative_error(got, fp64(a, b)) < bound(target, m)
 
 
+@pytest.mark.parametrize("m", [1, 9, 20])
+def test_values_at_the_lower_end_of_bf16(target, m):
+    """Rows from 1 down to the smallest subnormal number, with sums that cancel; rows do not mix.
+
+    AMX takes subnormal operands for zeros and is held to the normal ones only."""
+    x, weight = operands(m, 70, 256, 9)
+    exponents = torch.arange(m) * -133 // max(m - 1, 1)
+    lowest = -118 if target == "amx" else -133
+    tiny = torch.ldexp(x.sign(), exponents.clamp_min(lowest)[:, None]).bfloat16()
+    assert bool((tiny != 0).all())
+    got = gemm.gemm(tiny, weight, out_dtype=torch.float32).double()
+    want = fp64(tiny, weight)
+    magnitude = tiny.double().abs() @ weight.dequantize(torch.float64).abs().T
+    # Half an ulp of a subnormal number is 2^-150, however small the sum.
+    assert bool(((got - want).abs() <= bound(target, m) * magnitude + 2.0**-150).all())
+
+
 @pytest.mark.parametrize("m", [1, 11, 40])
 def test_nan_and_infinity_in_every_position(target, m):
     """In an activation they show in its row and nowhere else; in a weight, in its column."""
