@@ -14,9 +14,9 @@
 
 namespace dsk::cpu::DSK_CPU_NS {
 
-constexpr int64_t kDotRows = 6;     // rows whose 24 accumulators fill the register file
-constexpr int64_t kStreamRows = 4;  // at a time where weights are converted in registers
-constexpr int64_t kMostStream = 12; // rows up to which converting again for each four is cheaper
+constexpr int64_t kDotRows = 6;      // rows whose 24 accumulators fill the register file
+constexpr int64_t kStreamRows = 4;   // at a time where weights are converted in registers
+constexpr int64_t kMostStream = 12;  // rows up to which converting again for each four is cheaper
 
 // Activations from here on never meet a subnormal number: their products with E4M3 weights (at
 // least 2^-9) are multiples of 2^-100 * 2^-7 * 2^-9 = 2^-116, and so is every sum before rounding.
