@@ -64,7 +64,8 @@ struct GemmParams {
   Scales scale_x;                       // [m, ceil(k / 128)] for e4m3
   const uint8_t* weights = nullptr;     // packed (csrc/cpu/packed.hpp)
   const uint8_t* nan_blocks = nullptr;  // [ceil(n / 64), ceil(k / 128)]
-  Scales scale_w;                       // [ceil(n / 128), ceil(k / 128)]
+  Scales scale_w;                       // [ceil(n / 128), ceil(k / 128)], or [n, ceil(k / 128)]
+  bool column_scales = false;           // the latter
   Matrix c;                             // [m, n] or null
   Matrix bias;                          // [n] or null
   MutableMatrix y;                      // [m, n]

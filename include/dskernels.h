@@ -91,7 +91,8 @@ DSK_API int dsk_unpack(const DLTensor* packed, const DLTensor* b, int num_thread
 
 /* y [m, n] = x [m, k] times b [n, k] transposed, + c [m, n], + bias [n], added in fp32.
  * x: e4m3 with scale_x [m, ceil(k/128)], or bf16 | fp16 | fp32 without (W8A16). b: packed [1, ...]
- * with marks, scale_b fp32 [ceil(n/128), ceil(k/128)]. y: bf16 | fp16 | fp32. */
+ * with marks, scale_b fp32 [ceil(n/128), ceil(k/128)], or [n, ceil(k/128)] for a b in blocks
+ * (1, 128). y: bf16 | fp16 | fp32. */
 DSK_API int dsk_gemm(const DLTensor* x, const DLTensor* scale_x, const DLTensor* packed,
                      const DLTensor* marks, const DLTensor* scale_b, const DLTensor* c,
                      const DLTensor* bias, const DLTensor* y, int num_threads);

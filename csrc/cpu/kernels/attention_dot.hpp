@@ -15,15 +15,14 @@ DSK_INLINE __m512bh vector_of(const uint16_t* pairs) {
   return reinterpret_cast<__m512bh>(_mm512_load_si512(pairs));
 }
 
-// kKeys keys times kRowTiles * 16 rows -> to [kKeys][kRowTiles * 16].
+// kKeys keys times kRowTiles * 16 rows over [d0, d1) -> sum.
 template <int kRowTiles, int kKeys>
 DSK_INLINE void score_keys(const char* key, int64_t key_stride, const uint16_t* q, int64_t depth,
-                           float* to) {
-  __m512 sum[kKeys][kRowTiles];
+                           int64_t d0, int64_t d1, __m512 (&sum)[kKeys][kRowTiles]) {
   for (auto& row : sum) {
     for (auto& part : row) part = _mm512_setzero_ps();
   }
-  for (int64_t d = 0; d < depth; d += 2) {
+  for (int64_t d = d0; d < d1; d += 2) {
     __m512bh rows[kRowTiles];
     for (int i = 0; i < kRowTiles; ++i) rows[i] = vector_of(q + i * 16 * depth + d * 16);
 #pragma GCC unroll 16
@@ -31,9 +30,6 @@ DSK_INLINE void score_keys(const char* key, int64_t key_stride, const uint16_t* 
       const __m512bh x = pair_of(reinterpret_cast<const uint16_t*>(key + j * key_stride) + d);
       for (int i = 0; i < kRowTiles; ++i) sum[j][i] = _mm512_dpbf16_ps(sum[j][i], x, rows[i]);
     }
-  }
-  for (int j = 0; j < kKeys; ++j) {
-    for (int i = 0; i < kRowTiles; ++i) _mm512_store_ps(to + (j * kRowTiles + i) * 16, sum[j][i]);
   }
 }
 
@@ -45,7 +41,26 @@ DSK_INLINE void score_block(const PairBuffers& b, const KeyTile* keys, const uin
   for (int64_t i = 0; i < n; i += kKeys) {
     const KeyTile& tile = keys[i / 16];
     const char* key = static_cast<const char*>(tile.data) + i % 16 * tile.stride;
-    score_keys<kRowTiles, kKeys>(key, tile.stride, q, b.depth, scores + i * kRowTiles * 16);
+    __m512 sum[kKeys][kRowTiles];
+    // Behind the scaled latents comes one stretch with a scale of 1: for plain keys, all of it.
+    score_keys<kRowTiles, kKeys>(key, tile.stride, q, b.depth, b.latents, b.depth, sum);
+    float* to = scores + i * kRowTiles * 16;
+#pragma GCC unroll 16
+    for (int j = 0; j < kKeys; ++j) {
+      for (int r = 0; r < kRowTiles; ++r) _mm512_store_ps(to + (j * kRowTiles + r) * 16, sum[j][r]);
+    }
+    for (int64_t part = 0; part < b.tiles; ++part) {
+      const int64_t d0 = part * kScaleBlock, d1 = min_of(b.latents, d0 + kScaleBlock);
+      score_keys<kRowTiles, kKeys>(key, tile.stride, q, b.depth, d0, d1, sum);
+#pragma GCC unroll 16
+      for (int j = 0; j < kKeys; ++j) {
+        const F32 scale = set1(b.scales[(i + j) * b.tiles + part]);
+        for (int r = 0; r < kRowTiles; ++r) {
+          float* at = to + (j * kRowTiles + r) * 16;
+          _mm512_store_ps(at, fma(scale, sum[j][r], _mm512_load_ps(at)));
+        }
+      }
+    }
   }
 }
 

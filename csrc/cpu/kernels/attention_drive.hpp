@@ -29,11 +29,16 @@ static void attend_pairs(const AttentionTask& t, const AttentionState& s) {
   b.depth = round_up(t.kv.dk, 32);
   b.width = AttentionState::width(t.kv.dv);
   const int64_t rows = round_up(t.rows, 32);
-  const int64_t words = rows * b.depth + kTokens * (b.depth + 64) + 2 * kTokens * b.width;
+  const bool scaled = kScaleScores && t.kv.kind == CacheKind::kFP8Rows;
+  b.latents = scaled ? t.kv.dv : 0;
+  b.tiles = scaled ? ceil_div(t.kv.dv, kScaleBlock) : 0;
+  const int64_t words =
+      rows * b.depth + kTokens * (b.depth + 64) + 2 * kTokens * b.width + 2 * kTokens * b.tiles;
   b.queries = static_cast<uint16_t*>(scratch(2, static_cast<uint64_t>(words) * 2));
   b.values = b.queries + rows * b.depth;
   b.spare = b.values + kTokens * b.width;
   b.gathered = b.spare + kTokens * b.width;
+  b.scales = reinterpret_cast<float*>(b.gathered + kTokens * (b.depth + 64));
   pack_queries(t, b);
   [[maybe_unused]] const PairScope scope;
   for (int64_t k0 = t.begin; k0 < t.end; k0 += kTokens) {

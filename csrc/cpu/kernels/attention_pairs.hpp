@@ -22,8 +22,18 @@ namespace dsk::cpu::DSK_CPU_NS {
 constexpr int64_t kPairTile = 16 * 32;    // bf16 values of a tile
 constexpr int64_t kSteps = kTokens / 32;  // tiles of 32 keys in a block
 
+// Keys of an FP8 cache: AMX gets them dequantised, rounded to bf16. vdpbf16ps gets the E4M3 numbers
+// themselves, which are exact, and scales their partial sums. (Values are rounded on both.)
+#if defined(__AMX_BF16__)
+constexpr bool kScaleScores = false;
+#else
+constexpr bool kScaleScores = true;
+#endif
+
 DSK_INLINE bool suits_pairs(const AttentionTask& t) {
-  const bool narrow = t.kv.kind == CacheKind::kBF16 || t.kv.kind == CacheKind::kFP8Rows;
+  // A pair must not straddle the end of the scaled latents.
+  const bool even = !kScaleScores || t.kv.dv % 2 == 0;
+  const bool narrow = t.kv.kind == CacheKind::kBF16 || (t.kv.kind == CacheKind::kFP8Rows && even);
   return narrow && t.type == Type::kBF16;
 }
 
@@ -58,7 +68,10 @@ struct PairBuffers {
   uint16_t* queries;     // [rows / 16][depth / 32] tiles: pairs of d by rows
   uint16_t* gathered;    // [128][depth]: keys that cannot be read in place
   uint16_t* values;      // [width / 16][kSteps] tiles
-  uint16_t* spare;       // [128][width]: values of a separate tensor that end early
+  uint16_t* spare;       // [128][width]: values that cannot be read in place
+  float* scales;         // [128][tiles] of the keys (kScaleScores)
+  int64_t latents;       // width of the part of a key that has scales
+  int64_t tiles;         // of 128 latents that share a scale; 0 for keys without scales
 };
 
 DSK_INLINE void pack_queries(const AttentionTask& t, const PairBuffers& b) {
@@ -91,6 +104,19 @@ DSK_INLINE void copy_row(const KeyValues& kv, const char* row, int64_t n, int64_
   std::memset(to + n, 0, static_cast<size_t>(padded - n) * 2);
 }
 
+// The E4M3 numbers of an FP8 row as they are, its bf16 part, and its scales beside it.
+DSK_INLINE void copy_unscaled(const KeyValues& kv, const char* row, int64_t padded, uint16_t* to,
+                              float* scales) {
+  const auto* latents = reinterpret_cast<const uint8_t*>(row);
+  for (int64_t i = 0; i < kv.dv; i += kLanes) {
+    store_upto<Type::kBF16>(to + i, load_upto<Type::kE4M3>(latents + i, kv.dv - i), kv.dv - i);
+  }
+  const size_t scale_bytes = static_cast<size_t>(ceil_div(kv.dv, kScaleBlock)) * sizeof(float);
+  std::memcpy(scales, row + kv.dv, scale_bytes);
+  std::memcpy(to + kv.dv, row + kv.dv + scale_bytes, static_cast<size_t>(kv.dk - kv.dv) * 2);
+  std::memset(to + kv.dk, 0, static_cast<size_t>(padded - kv.dk) * 2);
+}
+
 // Where the 16 keys from t are, with their stride in bytes: in the cache, or gathered.
 struct KeyTile {
   const void* data;
@@ -105,10 +131,14 @@ DSK_INLINE KeyTile key_tile(const AttentionTask& t, const PairBuffers& b, int64_
   }
   uint16_t* to = b.gathered + i * b.depth;
   for (int64_t j = 0; j < 16; ++j) {
-    if (first + j < t.end) {
-      copy_row(t.kv, t.key(first + j), t.kv.dk, b.depth, to + j * b.depth);
-    } else {
+    if (first + j >= t.end) {
       std::memset(to + j * b.depth, 0, static_cast<size_t>(b.depth) * 2);
+      for (int64_t tile = 0; tile < b.tiles; ++tile) b.scales[(i + j) * b.tiles + tile] = 0;
+    } else if (b.tiles > 0) {
+      float* scales = b.scales + (i + j) * b.tiles;
+      copy_unscaled(t.kv, t.key(first + j), b.depth, to + j * b.depth, scales);
+    } else {
+      copy_row(t.kv, t.key(first + j), t.kv.dk, b.depth, to + j * b.depth);
     }
   }
   return {to, b.depth * 2};
@@ -116,12 +146,13 @@ DSK_INLINE KeyTile key_tile(const AttentionTask& t, const PairBuffers& b, int64_
 
 DSK_INLINE const uint16_t* value_row(const AttentionTask& t, const PairBuffers& b,
                                      const KeyTile* keys, int64_t k0, int64_t i) {
-  if (t.kv.values == t.kv.keys && (t.kv.kind != CacheKind::kBF16 || t.kv.dk >= b.width)) {
+  if (t.kv.values == t.kv.keys && b.tiles == 0 &&
+      (t.kv.kind != CacheKind::kBF16 || t.kv.dk >= b.width)) {
     const KeyTile& tile = keys[i / 16];
     return reinterpret_cast<const uint16_t*>(static_cast<const char*>(tile.data) +
                                              i % 16 * tile.stride);
   }
-  if (k0 + i < t.end && t.kv.dv == b.width) {
+  if (k0 + i < t.end && t.kv.dv == b.width && t.kv.kind == CacheKind::kBF16) {
     return reinterpret_cast<const uint16_t*>(t.value(k0 + i));
   }
   uint16_t* to = b.spare + i * b.width;
