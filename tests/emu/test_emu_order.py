@@ -62,7 +62,9 @@ LANE = "mad.lo.u32 %r1, %t, 4, %s; xor.b32 %r2, %t, 1; mad.lo.u32 %r3, %r2, 4, %
 
 @pytest.mark.parametrize("fix", ["bar.warp.sync 0xffffffff;", "bar.sync 0;"])
 def test_lane_reads_what_another_wrote(fix):
-    body = LANE + f"st.shared.b32 [%r1], %t; // BUG\n{fix} // FIX\nld.shared.b32 %r4, [%r3]; // VICTIM"
+    body = (
+        LANE + f"st.shared.b32 [%r1], %t; // BUG\n{fix} // FIX\nld.shared.b32 %r4, [%r3]; // VICTIM"
+    )
     formal(body, [], "missing-warp-sync")
 
 
