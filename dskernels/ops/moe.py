@@ -13,7 +13,7 @@ from .. import backend as _backend
 from ..types import ScaledTensor
 from . import _check as check
 from . import _values as values
-from ._registry import define
+from ._registry import constant, define
 from ._scaled import scaled
 from .gemm import Operand, _split, check_scaled
 
@@ -357,7 +357,8 @@ def moe_experts(
 
     Plain weights: each product and the SwiGLU are rounded to x's dtype; differentiable in x, w13,
     w2 and topk_weights. Scaled weights (W8A8): x and the unrounded SwiGLU are quantised in blocks
-    (1, 128). The weighted sum is `moe_unpermute`'s.
+    (1, 128); differentiable in x and topk_weights, by FP8 products (`nn.fp8_experts` trains the
+    weights too). The weighted sum is `moe_unpermute`'s.
     """
     name = _chosen(backend)
     w13, w2, s13, s2, blocks = _split_weights(w13, w2)
@@ -372,8 +373,9 @@ def _split_weights(w13: Operand, w2: Operand) -> tuple:
     return _split("moe_experts", w13, w2)
 
 
-def _check_experts(x, w13, w2, w13_scale, w2_scale, blocks, topk_idx, topk_weights):
-    op = "moe_experts"
+def _check_experts(
+    x, w13, w2, w13_scale, w2_scale, blocks, topk_idx, topk_weights, op="moe_experts"
+):
     check.rank(op, "w13", w13, "[e, 2i, d]", 3, 3)
     experts, double, width = w13.shape
     _check_permute(x, topk_idx, experts, 1, op)
@@ -386,7 +388,7 @@ def _check_experts(x, w13, w2, w13_scale, w2_scale, blocks, topk_idx, topk_weigh
         check.same_dtype(op, "w13", w13, "x", x)
         check.same_dtype(op, "w2", w2, "x", x)
     else:
-        _check_expert_scales(w13, w2, w13_scale, w2_scale, blocks)
+        _check_expert_scales(op, w13, w2, w13_scale, w2_scale, blocks)
     check.same_device(op, "w13", w13, "x", x)
     check.same_device(op, "w2", w2, "x", x)
     check.shape(op, "topk_weights", topk_weights, "[t, k]", topk_idx.shape)
@@ -394,14 +396,14 @@ def _check_experts(x, w13, w2, w13_scale, w2_scale, blocks, topk_idx, topk_weigh
     check.same_device(op, "topk_weights", topk_weights, "x", x)
 
 
-def _check_expert_scales(w13, w2, s13, s2, blocks):
+def _check_expert_scales(op, w13, w2, s13, s2, blocks):
     if s13 is None or s2 is None or len(blocks) != 4:
-        check.bad_value("moe_experts", "blocks", "two scales and 4 block sizes", list(blocks))
+        check.bad_value(op, "blocks", "two scales and 4 block sizes", list(blocks))
     # Activations are quantised in blocks (1, 128), so the weights' blocks must be 128 deep.
     for name, data, scale, block in (("w13", w13, s13, blocks[:2]), ("w2", w2, s2, blocks[2:])):
         if block[1] != 128:
-            check.bad_value("moe_experts", f"{name}.block", "(rows, 128)", tuple(block))
-        check_scaled("moe_experts", name, data, scale, block)
+            check.bad_value(op, f"{name}.block", "(rows, 128)", tuple(block))
+        check_scaled(op, name, data, scale, block)
 
 
 def _weights(w13, w2, s13, s2, blocks):
@@ -424,14 +426,21 @@ def _experts_fake(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights, backend):
 
 
 def _experts_save(ctx, inputs, output):
-    x, w13, w2, s13, _, _, topk_idx, topk_weights, ctx.backend = inputs
-    if s13 is not None:
-        raise NotImplementedError("moe_experts with scaled weights is not differentiable: detach")
-    ctx.save_for_backward(x, w13, w2, topk_idx, topk_weights)
+    x, w13, w2, s13, s2, blocks, topk_idx, topk_weights, ctx.backend = inputs
+    if s13 is not None:  # FP8 numbers have no FP8 gradient; nn.fp8_experts trains a master copy
+        constant(ctx, "moe_experts", inputs, w13=1, w2=2, w13_scale=3, w2_scale=4)
+    ctx.blocks = list(blocks)
+    ctx.save_for_backward(x, w13, w2, s13, s2, topk_idx, topk_weights)
 
 
 def _experts_grad(ctx, grad):
-    dx, d13, d2, dweights = _experts_backward(grad, *ctx.saved_tensors, ctx.backend)
+    x, w13, w2, s13, s2, topk_idx, topk_weights = ctx.saved_tensors
+    of_weights = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    dx, d13, d2, dweights = _experts_backward(
+        grad, x, w13, w2, s13, s2, ctx.blocks, topk_idx, topk_weights, of_weights, ctx.backend
+    )
+    if not of_weights:
+        d13 = d2 = None
     return dx, d13, d2, None, None, None, None, dweights, None
 
 
@@ -446,24 +455,69 @@ _experts = define(
 )
 
 
-def _check_experts_backward(grad, x):
-    check.shape("moe_experts_backward", "grad", grad, "x's shape", x.shape)
+def moe_experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    w13: Operand,
+    w2: Operand,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    weight_grads: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `moe_experts` from that of its result, grad [t, d]; arguments as there.
+
+    Returns (dx [t, d], dw13 [e, 2i, d], dw2 [e, d, i], dweights [t, k]), the middle two empty
+    without weight_grads. Plain weights: in the inputs' dtypes. Scaled weights: every product in
+    FP8, as the V3 report trains (3.3); dw13 and dw2 are fp32, for a master copy of the weights.
+    The forward is computed again up to SwiGLU: nothing but its inputs is needed.
+    """
+    name = _chosen(backend)
+    w13, w2, s13, s2, blocks = _split_weights(w13, w2)
+    return _experts_backward(
+        grad, x, w13, w2, s13, s2, blocks, topk_idx, topk_weights, weight_grads, name
+    )
 
 
-def _experts_backward_kernel(grad, x, w13, w2, topk_idx, topk_weights, backend):
+def _check_experts_backward(
+    grad, x, w13, w2, w13_scale, w2_scale, blocks, topk_idx, topk_weights
+):  # fmt: skip
+    op = "moe_experts_backward"
+    _check_experts(x, w13, w2, w13_scale, w2_scale, blocks, topk_idx, topk_weights, op)
+    check.shape(op, "grad", grad, "x's shape", x.shape)
+    check.dtype(op, "grad", grad, check.FLOATS)
+    check.same_device(op, "grad", grad, "x", x)
+
+
+def _experts_backward_kernel(
+    grad, x, w13, w2, s13, s2, blocks, topk_idx, topk_weights, weight_grads, backend
+):
     op = "moe_experts_backward"
     topk_idx = values.index(op, "topk_idx", topk_idx, -1, w13.shape[0])
-    grads = _run(op, backend, x.device.type, grad, x, w13, w2, topk_idx, topk_weights)
-    return tuple(g.contiguous() for g in grads)
+    first, second = _weights(w13, w2, s13, s2, blocks)
+    inputs = grad, x, first, second, topk_idx, topk_weights
+    dx, d13, d2, dweights = _run(op, backend, x.device.type, *inputs, weight_grads=weight_grads)
+    if not weight_grads:
+        d13, d2 = x.new_empty(0), x.new_empty(0)
+    return dx.contiguous(), d13.contiguous(), d2.contiguous(), dweights.contiguous()
 
 
-def _experts_backward_fake(grad, x, w13, w2, topk_idx, topk_weights, backend):
-    return tuple(t.new_empty(t.shape) for t in (x, w13, w2, topk_weights))
+def _experts_backward_fake(
+    grad, x, w13, w2, s13, s2, blocks, topk_idx, topk_weights, weight_grads, backend
+):
+    like = [
+        w.new_empty(w.shape, dtype=w.dtype if s13 is None else torch.float32) for w in (w13, w2)
+    ]
+    if not weight_grads:
+        like = [x.new_empty(0), x.new_empty(0)]
+    return x.new_empty(x.shape), *like, topk_weights.new_empty(topk_weights.shape)
 
 
 _experts_backward = define(
-    "moe_experts_backward(Tensor grad, Tensor x, Tensor w13, Tensor w2, Tensor topk_idx,"
-    " Tensor topk_weights, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "moe_experts_backward(Tensor grad, Tensor x, Tensor w13, Tensor w2, Tensor? w13_scale,"
+    " Tensor? w2_scale, SymInt[] blocks, Tensor topk_idx, Tensor topk_weights,"
+    " bool weight_grads, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _check_experts_backward,
     _experts_backward_kernel,
     _experts_backward_fake,

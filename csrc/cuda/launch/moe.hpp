@@ -17,6 +17,7 @@ void moe_unpermute_backward(const LaunchOn& on, const MoeUnpermuteBackwardParams
                             int64_t rows);
 // `rows` are those of h, back, dh and act.
 void moe_hidden_backward(const LaunchOn& on, const MoeHiddenBackwardParams& params, int64_t rows);
+void moe_hidden_quantize(const LaunchOn& on, const MoeHiddenQuantizeParams& params, int64_t slots);
 void moe_gate_backward(const LaunchOn& on, const MoeGateBackwardParams& params);
 void moe_gate_product(const LaunchOn& on, const MoeGateProductParams& params);
 
