@@ -16,9 +16,10 @@ namespace {
 WideType wide(bool is_bf16) { return is_bf16 ? WideType::kBfloat16 : WideType::kFloat32; }
 
 void gate(const On& on, Address x, bool x_is_bf16, Address weight, bool weight_is_bf16,
-          Address bias, Address topk_idx, Address topk_weights, Address scores, int64_t ld_x,
-          int tokens, int depth, int experts, int num_groups, int topk_group, int topk,
-          bool softmax, bool top2, bool renormalize, float scale) {
+          Address bias, Address topk_idx, Address topk_weights, Address scores, Address finished,
+          Address counts, Address affinity, int64_t ld_x, int tokens, int depth, int experts,
+          int num_groups, int topk_group, int topk, bool softmax, bool top2, bool renormalize,
+          int sequence, float scale) {
   MoeGateParams p{};
   p.x = pointer<void>(x);
   p.weight = pointer<void>(weight);
@@ -26,6 +27,9 @@ void gate(const On& on, Address x, bool x_is_bf16, Address weight, bool weight_i
   p.topk_idx = pointer<int64_t>(topk_idx);
   p.topk_weights = pointer<float>(topk_weights);
   p.scores = pointer<float>(scores);
+  p.finished = pointer<int32_t>(finished);
+  p.counts = pointer<int64_t>(counts);
+  p.affinity = pointer<int64_t>(affinity);
   p.ld_x = ld_x;
   p.tokens = tokens;
   p.depth = depth;
@@ -36,6 +40,7 @@ void gate(const On& on, Address x, bool x_is_bf16, Address weight, bool weight_i
   p.softmax = softmax;
   p.top2 = top2;
   p.renormalize = renormalize;
+  p.sequence = sequence;
   p.scale = scale;
   p.x_type = wide(x_is_bf16);
   p.weight_type = wide(weight_is_bf16);
@@ -181,9 +186,12 @@ void bind_launch_moe(py::module_& launch) {
   launch.attr("kMoeMaxGroups") = int(kMoeMaxGroups);
   launch.def("moe_chunks", &launch::moe_chunks, "slots"_a);
   launch.def("moe_gate", &gate, "on"_a, py::kw_only(), "x"_a, "x_is_bf16"_a, "weight"_a,
-             "weight_is_bf16"_a, "bias"_a, "topk_idx"_a, "topk_weights"_a, "scores"_a, "ld_x"_a,
-             "tokens"_a, "depth"_a, "experts"_a, "num_groups"_a, "topk_group"_a, "topk"_a,
-             "softmax"_a, "top2"_a, "renormalize"_a, "scale"_a, release);
+             "weight_is_bf16"_a, "bias"_a, "topk_idx"_a, "topk_weights"_a, "scores"_a, "finished"_a,
+             "counts"_a, "affinity"_a, "ld_x"_a, "tokens"_a, "depth"_a, "experts"_a, "num_groups"_a,
+             "topk_group"_a, "topk"_a, "softmax"_a, "top2"_a, "renormalize"_a, "sequence"_a,
+             "scale"_a, release);
+  launch.attr("kGateCluster") = int(kGateCluster);
+  launch.def("moe_gate_groups", &launch::gate_groups, "tokens"_a);
   launch.def("moe_layout", &layout, "on"_a, py::kw_only(), "topk_idx"_a, "first_row"_a,
              "group_sizes"_a, "group_sizes_i32"_a, "finished"_a, "slots"_a, "experts"_a,
              "alignment"_a, release);

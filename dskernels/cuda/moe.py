@@ -82,6 +82,12 @@ def _empty_scaled(rows: int, columns: int, device: torch.device) -> ScaledTensor
     return ScaledTensor(data, scale.t(), (1, GROUP), "e4m3")
 
 
+def _mean_affinity(sums: torch.Tensor, length: int) -> torch.Tensor:
+    """The gate kernel's sums [b, e + 1] in units of 2^-40, NaNs counted last -> means [b, e]."""
+    mean = (sums[:, :-1].double() * (2.0**-40 / length)).float()
+    return mean.masked_fill(sums[:, -1:] > 0, torch.nan)
+
+
 class _Layout(NamedTuple):
     """Where sorted slots go; see csrc/cuda/kernels/moe_layout.cuh."""
 
@@ -125,28 +131,44 @@ class Moe:
         score: str = "sigmoid",
         group_score: str | None = None,
         renormalize: bool | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        sequences: int | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """As dskernels.ref.moe.moe_gate, at most 512 experts. Every token's result is the same
         whatever the batch around it."""
         x, weight = _rows(_float("x", x)), _float("weight", weight).contiguous()
         (tokens, depth), experts = x.shape, weight.shape[0]
         _experts(experts, launchers().kMoeMaxExperts)
+
+        def zeros(*shape, dtype=torch.int64):
+            return torch.zeros(*shape, dtype=dtype, device=x.device)
+
         topk_idx = torch.empty(tokens, topk, dtype=torch.int64, device=x.device)
         weights = torch.empty(tokens, topk, dtype=torch.float32, device=x.device)
         scores = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+        groups = launchers().moe_gate_groups(tokens), launchers().kGateCluster
+        finished = zeros(*groups, dtype=torch.int32)
+        counts = affinity = None
+        if sequences is not None:
+            counts, affinity = zeros(sequences, experts), zeros(sequences, experts + 1)
         bias = None if bias is None else bias.float().contiguous()
         sigmoid = score == "sigmoid"
+        length = tokens // sequences if sequences else 0
         launchers().moe_gate(
             self._on(x), x=x.data_ptr(), x_is_bf16=x.dtype == torch.bfloat16,
             weight=weight.data_ptr(), weight_is_bf16=weight.dtype == torch.bfloat16,
             bias=0 if bias is None else bias.data_ptr(), topk_idx=topk_idx.data_ptr(),
             topk_weights=weights.data_ptr(), scores=scores.data_ptr(),
+            finished=finished.data_ptr(), counts=0 if counts is None else counts.data_ptr(),
+            affinity=0 if affinity is None else affinity.data_ptr(),
             ld_x=x.stride(0), tokens=tokens, depth=depth, experts=experts,
             num_groups=n_group, topk_group=topk_group, topk=topk, softmax=not sigmoid,
             top2=(group_score or ("top2" if sigmoid else "max")) == "top2",
-            renormalize=sigmoid if renormalize is None else renormalize, scale=scale,
+            renormalize=sigmoid if renormalize is None else renormalize,
+            sequence=length, scale=scale,
         )  # fmt: skip
-        return topk_idx, weights, scores
+        if sequences is None:
+            return topk_idx, weights, scores
+        return topk_idx, weights, scores, counts, _mean_affinity(affinity, length)
 
     def _product(self, a, b, out, transpose: bool) -> None:
         """out [m, n] = a [m, k] b [k, n], a fp32, or a^T for a [k, m]."""

@@ -18,6 +18,7 @@ from ._scaled import scaled
 from .gemm import Operand, _split, check_scaled
 
 SCORES = ("sigmoid", "softmax")
+WEIGHT_SUM_FLOOR = 1e-20  # keeps divisions by a sum of scores finite
 GROUP_SCORES = ("top2", "max")
 
 _chosen = _backend.chosen
@@ -39,8 +40,9 @@ def moe_gate(
     score: str = "sigmoid",
     group_score: str | None = None,
     renormalize: bool | None = None,
+    sequences: int | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Choose topk experts for each token of x [t, d] by weight [e, d] and bias [e] or None.
 
     n_group, topk_group  the experts come in n_group equal groups, of which the topk_group best are
@@ -50,11 +52,18 @@ def moe_gate(
     group_score          a group is as good as its "top2" experts' sum or its "max"; default: top2
                          with sigmoid, max with softmax
     renormalize          divide the weights by their sum; default: with sigmoid only
+    sequences            the tokens are so many sequences of equal length, one after the other:
+                         statistics for balancing follow from the same pass
 
     Returns (topk_idx int64 [t, k] by descending biased score, topk_weights fp32 [t, k] from the
     UNBIASED scores, scores fp32 [t, e], unbiased). Ties go to the lowest index. Differentiable in
     x and weight through weights and scores; the choice and the bias get no gradient.
-    Source: V3 report eq. 12-16; V2 paper 2.2.2.
+
+    With sequences = b also (counts int64 [b, e]: choices of each expert, whose sum over b is what
+    `moe_bias_update` takes; affinity fp32 [b, e]: the mean over the sequence of the scores, each
+    token's divided by their sum). V3's sequence-wise loss is then
+    alpha * e / (k s) * (counts * affinity).sum(-1).mean(), with s tokens a sequence; affinity is
+    differentiable. Source: V3 report eq. 12-20; V2 paper 2.2.2.
     """
     name = _chosen(backend)
     if group_score is None:
@@ -62,7 +71,9 @@ def moe_gate(
     if renormalize is None:
         renormalize = score == "sigmoid"
     choice = (n_group, topk_group, topk, scale, score, group_score, renormalize)
-    return _gate(x, weight, bias, *choice, name)
+    if sequences is None:
+        return _gate(x, weight, bias, *choice, name)
+    return _gate_statistics(x, weight, bias, *choice, sequences, name)
 
 
 def _check_gate(x, weight, bias, n_group, topk_group, topk, score, group_score):
@@ -144,6 +155,66 @@ _gate = define(
     _gate_fake,
     _gate_grad,
     _gate_save,
+)
+
+
+def _check_gate_statistics(
+    x, weight, bias, n_group, topk_group, topk, score, group_score, sequences
+):
+    _check_gate(x, weight, bias, n_group, topk_group, topk, score, group_score)
+    tokens = x.shape[0]
+    if sequences < 1 or tokens < 1 or tokens % sequences:
+        check.bad_value("moe_gate", "sequences", f"a divisor of t = {tokens} tokens", sequences)
+
+
+def _gate_statistics_kernel(
+    x, weight, bias, n_group, topk_group, topk, scale, score, group_score, renormalize, sequences,
+    backend,
+):  # fmt: skip
+    options = dict(n_group=n_group, topk_group=topk_group, topk=topk, scale=scale, score=score)
+    options |= dict(group_score=group_score, renormalize=renormalize, sequences=sequences)
+    results = _run("moe_gate", backend, x.device.type, x, weight, bias, **options)
+    return tuple(result.contiguous() for result in results)
+
+
+def _gate_statistics_fake(
+    x, weight, bias, n_group, topk_group, topk, scale, score, group_score, renormalize, sequences,
+    backend,
+):  # fmt: skip
+    shape = (sequences, weight.shape[0])
+    choice = (n_group, topk_group, topk, scale, score, group_score, renormalize, backend)
+    return (
+        *_gate_fake(x, weight, bias, *choice),
+        x.new_empty(shape, dtype=torch.int64),
+        x.new_empty(shape, dtype=torch.float32),
+    )
+
+
+def _gate_statistics_save(ctx, inputs, output):
+    _gate_save(ctx, (*inputs[:10], inputs[11]), output[:3])
+    ctx.mark_non_differentiable(output[0], output[3])
+
+
+def _gate_statistics_grad(ctx, _, grad_weights, grad_scores, __, grad_affinity):
+    scores = ctx.saved_tensors[3]
+    # affinity is the mean of share = scores / total: its gradient joins that of the scores.
+    total = scores.sum(dim=-1, keepdim=True) + WEIGHT_SUM_FLOOR
+    share, length = scores / total, scores.shape[0] // grad_affinity.shape[0]
+    g = (grad_affinity / length).repeat_interleave(length, dim=0)
+    more = (g - (g * share).sum(dim=-1, keepdim=True)) / total
+    grads = _gate_grad(ctx, None, grad_weights, grad_scores + more)
+    return *grads, None
+
+
+_gate_statistics = define(
+    "moe_gate_statistics(Tensor x, Tensor weight, Tensor? bias, int n_group, int topk_group,"
+    " int topk, float scale, str score, str group_score, bool renormalize, int sequences,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _check_gate_statistics,
+    _gate_statistics_kernel,
+    _gate_statistics_fake,
+    _gate_statistics_grad,
+    _gate_statistics_save,
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from ..ref.moe import gate_statistics
 from ..types import ScaledTensor, Support, Unsupported
 from . import gemm, rowwise
 from .moe_kernels import (
@@ -50,8 +51,9 @@ def moe_gate(
     score: str = "sigmoid",
     group_score: str | None = None,
     renormalize: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As dskernels.ref.moe.moe_gate, at most 512 experts."""
+    sequences: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """As dskernels.ref.moe.moe_gate, at most 512 experts; the statistics are torch's."""
     _need_plain("x", x)
     _need_plain("weight", weight)
     (tokens, depth), experts = x.shape, weight.shape[0]
@@ -73,7 +75,9 @@ def moe_gate(
             GROUPS=triton.next_power_of_2(n_group), TOPK=triton.next_power_of_2(topk),
             SLAB=GATE_SLAB, **GATE_OPTIONS,
         )  # fmt: skip
-    return topk_idx, weights, scores
+    if sequences is None:
+        return topk_idx, weights, scores
+    return topk_idx, weights, scores, *gate_statistics(topk_idx, scores, sequences)
 
 
 def _layout(

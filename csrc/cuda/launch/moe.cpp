@@ -53,8 +53,13 @@ void moe_gate(const LaunchOn& on, const MoeGateParams& p) {
   HostLoan topk_idx(c, p.topk_idx, chosen * sizeof(int64_t), false);
   HostLoan topk_weights(c, p.topk_weights, chosen * sizeof(float), false);
   HostLoan scores(c, p.scores, tokens * p.experts * sizeof(float), false);
-  const int clusters = (p.tokens + kGateTokens - 1) / kGateTokens;
-  launch(on, "moe_gate", p, clusters * kGateCluster, kGateCluster, kGateSharedBytes);
+  const int groups = gate_groups(p.tokens);
+  HostLoan finished(c, p.finished, size_t(groups) * kGateCluster * sizeof(int32_t), false);
+  const size_t sequences = p.counts ? tokens / p.sequence : 0;
+  HostLoan counts(c, p.counts, sequences * p.experts * sizeof(int64_t), false);
+  HostLoan affinity(c, p.affinity, sequences * (p.experts + 1) * sizeof(int64_t), false);
+  const int slices = (p.experts + kGateExperts - 1) / kGateExperts;
+  launch(on, "moe_gate", p, groups * slices * kGateCluster, kGateCluster, kGateSharedBytes);
 }
 
 void moe_layout(const LaunchOn& on, const MoeLayoutParams& p) {
@@ -101,7 +106,8 @@ void moe_unpermute(const LaunchOn& on, const MoeUnpermuteParams& p, int64_t rows
   HostLoan row_map(c, p.row_map, slots * sizeof(int64_t), true);
   HostLoan weights(c, p.weights, p.weights ? slots * sizeof(float) : 0, true);
   HostLoan out(c, p.out, size_t(p.tokens) * p.depth * element, false);
-  launch(on, "moe_unpermute", p, looping_ctas(on, size_t(p.tokens), 1));
+  const size_t pieces = (size_t(p.depth) + 4 * kThreads - 1) / (4 * kThreads);
+  launch(on, "moe_unpermute", p, looping_ctas(on, size_t(p.tokens) * pieces, 1));
 }
 
 void moe_unpermute_backward(const LaunchOn& on, const MoeUnpermuteBackwardParams& p, int64_t rows) {

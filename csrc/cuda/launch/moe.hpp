@@ -21,6 +21,9 @@ void moe_hidden_quantize(const LaunchOn& on, const MoeHiddenQuantizeParams& para
 void moe_gate_backward(const LaunchOn& on, const MoeGateBackwardParams& params);
 void moe_gate_product(const LaunchOn& on, const MoeGateProductParams& params);
 
+// Groups of tokens that the gate works by: rows of `finished`, of kGateCluster entries each.
+constexpr int gate_groups(int tokens) { return (tokens + kGateTokens - 1) / kGateTokens; }
+
 // Chunks of slots that the layout and the permutation work by: rows of their table.
 constexpr int moe_chunks(int slots) { return (slots + kMoeChunk - 1) / kMoeChunk; }
 

@@ -12,10 +12,12 @@ constexpr int kMoeMaxExperts = 512;  // of the gate; a permutation takes twice a
 constexpr int kMoeMaxGroups = 2 * kMoeMaxExperts;
 constexpr int kMoeChunk = 256;                              // slots that one CTA sorts
 constexpr int kGateTokens = 32;                             // tokens of a cluster of the gate
+constexpr int kGateExperts = 64;                            // its experts
 constexpr int kGateCluster = 8;                             // its CTAs
 constexpr int kHiddenThreads = 512;                         // of moe_hidden_quantize
 constexpr int kHiddenSharedBytes = 3 * 128 * 128 * 4 + 16;  // dgate, dup and act of a tile
-constexpr int kGateSharedBytes = 36 * 1024 + kGateTokens * kMoeMaxExperts * 4;
+constexpr int kGateSharedBytes =
+    8 * kGateTokens * (kGateExperts + 8) * 4 + kGateTokens * kGateExperts * 4 + 16;
 
 struct MoeGateParams {
   const void* x;        // [tokens, depth] of x_type, row stride ld_x
@@ -24,6 +26,10 @@ struct MoeGateParams {
   int64_t* topk_idx;    // [tokens, topk]
   float* topk_weights;  // [tokens, topk]
   float* scores;        // [tokens, experts], unbiased
+  int32_t* finished;    // [tokens / 32, 8], 0 from the caller: CTAs that are done with a token
+  int64_t* counts;      // [sequences, experts], 0 from the caller: choices; or null
+  int64_t* affinity;    // [sequences, experts + 1], likewise: sums of normalised scores in units of
+                        // 2^-40, then how many tokens have a NaN; null if counts is
   int64_t ld_x;         // elements
   int32_t tokens;
   int32_t depth;
@@ -34,6 +40,7 @@ struct MoeGateParams {
   int32_t softmax;      // else sigmoid
   int32_t top2;         // a group is as good as its two best experts' sum, else as its best one
   int32_t renormalize;  // divide the chosen weights by their sum
+  int32_t sequence;     // tokens of one, if counts is given
   float scale;
   WideType x_type;
   WideType weight_type;
