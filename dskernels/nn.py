@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ops.moe import moe_experts_backward
+from .ops.experts import moe_experts_backward
 from .types import ScaledTensor
 
 __all__ = ["Fp8Linear", "fp8_experts", "fp8_linear"]

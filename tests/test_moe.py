@@ -8,7 +8,7 @@ from backend_axis import need, on_cpu, on_device
 
 import dskernels as dsk
 from dskernels.compat.eplb import rebalance_experts
-from dskernels.ops.moe import moe_experts_backward
+from dskernels.ops.experts import moe_experts_backward
 from dskernels.ref import moe as ref
 from dskernels.ref import rowwise
 from dskernels.ref.moe_backward import moe_experts_backward as ref_experts_backward
@@ -128,6 +128,56 @@ def test_gate_does_not_depend_on_the_batch(backend):
         alone = dsk.moe_gate(x[token : token + 1], weight, None, **options)
         for a, b in zip(alone, among):
             assert_bitwise_equal(a[0], b[token])
+
+
+@pytest.mark.parametrize("gate", GATES[:2] + GATES[5:6], ids=lambda g: f"e{g[0]}-{g[4]}")
+@pytest.mark.parametrize("sequences,length", [(1, 1), (3, 13), (2, 33)])
+def test_gate_statistics(backend, gate, sequences, length):
+    """Choices counted exactly; mean affinities within fp32's roundings of fp64's, NaN where a
+    token has one; and everything else as without them."""
+    experts, n_group, topk_group, topk, score, _ = gate
+    need("moe_gate", backend, e=experts)
+    x, weight = torch.randn(sequences * length, 70), torch.randn(experts, 70) / 8
+    if length > 1:
+        x[-1] = torch.nan
+    moved = [on_device(v, backend) for v in (x, weight, torch.randn(experts))]
+    options = dict(n_group=n_group, topk_group=topk_group, topk=topk, score=score, backend=backend)
+    *got, counts, affinity = dsk.moe_gate(*moved, **options, sequences=sequences)
+    for a, b in zip(got, dsk.moe_gate(*moved, **options)):
+        assert_bitwise_equal(on_cpu(a), on_cpu(b))
+    topk_idx, _, scores = (on_cpu(v) for v in got)
+    assert counts.dtype == torch.int64 and affinity.dtype == torch.float32
+    share = scores.double() / (scores.double().sum(dim=-1, keepdim=True) + 1e-20)
+    for s, part in enumerate(torch.arange(sequences * length).split(length)):
+        want = torch.bincount(topk_idx[part].flatten(), minlength=experts)
+        assert_bitwise_equal(on_cpu(counts)[s], want)
+        torch.testing.assert_close(
+            on_cpu(affinity)[s].double(), share[part].mean(dim=0), rtol=1e-6, atol=1e-9,
+            equal_nan=True,
+        )  # fmt: skip
+
+
+def test_gate_statistics_make_the_balance_loss(backend):
+    """Value and gradient of V3's sequence-wise loss from the statistics."""
+    need("moe_gate", backend)
+    if backend == "triton":
+        pytest.skip("triton: the gate's backward has no kernel")
+    b, s, d, e, k = 2, 9, 40, 16, 4
+    leaves = [on_device(v, backend).requires_grad_() for v in (torch.randn(b * s, d),
+                                                               torch.randn(e, d) / 6)]  # fmt: skip
+    topk_idx, weights, scores, counts, affinity = dsk.moe_gate(
+        *leaves, None, topk=k, sequences=b, backend=backend
+    )
+    loss = 0.1 * e / (k * s) * (counts * affinity).sum(dim=-1).mean()
+    got = torch.autograd.grad(loss + weights.square().sum(), leaves)
+    x, weight = (on_cpu(v.detach()).double().requires_grad_() for v in leaves)
+    scores = torch.sigmoid(x @ weight.t())
+    want = ref.sequence_balance_loss(scores.view(b, s, e), on_cpu(topk_idx).view(b, s, k), 0.1)
+    torch.testing.assert_close(on_cpu(loss.detach()).double(), want.detach(), rtol=1e-6, atol=0)
+    chosen = scores.gather(1, on_cpu(topk_idx))
+    want = want + (chosen / chosen.sum(dim=-1, keepdim=True)).square().sum()
+    for g, w in zip(got, torch.autograd.grad(want, (x, weight))):
+        assert calc_diff(on_cpu(g), w) < 1e-10
 
 
 def test_gate_of_nothing(backend):

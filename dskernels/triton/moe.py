@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 import triton
 
-from ..ref.moe import gate_statistics
 from ..types import ScaledTensor, Support, Unsupported
 from . import gemm, rowwise
 from .moe_kernels import (
@@ -77,7 +76,16 @@ def moe_gate(
         )  # fmt: skip
     if sequences is None:
         return topk_idx, weights, scores
-    return topk_idx, weights, scores, *gate_statistics(topk_idx, scores, sequences)
+    return topk_idx, weights, scores, *_gate_statistics(topk_idx, scores, sequences)
+
+
+def _gate_statistics(topk_idx, scores, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choices of each expert and mean shares of the scores, [b, e]; no kernel of its own."""
+    chosen = topk_idx.view(sequences, -1)
+    counts = torch.zeros(sequences, scores.shape[1], dtype=torch.int64, device=scores.device)
+    counts.scatter_add_(1, chosen, torch.ones_like(chosen))
+    share = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+    return counts, share.view(sequences, -1, scores.shape[1]).mean(dim=1)
 
 
 def _layout(

@@ -33,7 +33,6 @@ constexpr int kGatePitch = kGateSlab + 4;  // an odd number of words: 8 rows mee
 constexpr int kGateSumPitch = kGateExperts + 8;
 constexpr int kGateRuns = kGateSlab / 4;                // of 4 values, in a row
 constexpr int kGateRowStep = kGateThreads / kGateRuns;  // rows that threads load at once
-constexpr int kGateLoads = kGateRows / kGateRowStep;    // runs of a thread
 constexpr int kGateTile = 8;                            // tokens, experts of a thread
 
 struct GateSmem {
@@ -48,79 +47,77 @@ struct GateSmem {
 static_assert(sizeof(GateSmem) <= kGateSharedBytes);
 
 // 4 consecutive values on their way from memory to shared memory: raw, so that nobody waits for
-// them before they are stored.
-struct GateRun {
-  uint4 raw;  // bf16: the first half
+// them before they are stored. bf16 takes the first half.
+using GateRun = uint4;
 
-  __device__ __forceinline__ void load(const void* row, WideType type, int column, int left) {
-    if (type == WideType::kBfloat16) {
-      load_words(static_cast<const uint16_t*>(row) + column, left);
-    } else {
-      load_words(static_cast<const uint32_t*>(row) + column, left);
-    }
-  }
-
-  __device__ __forceinline__ float4 values(WideType type) const {
-    if (type != WideType::kBfloat16) {
-      return make_float4(__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z),
-                         __uint_as_float(raw.w));
-    }
-    return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u),
-                       __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u));
-  }
-
- private:
-  template <typename Bits>
-  __device__ __forceinline__ void load_words(const Bits* at, int left) {
-    using W = typename Word<4 * sizeof(Bits)>::Type;
-    if (is_word<Bits, 4>(at, left)) {
-      *reinterpret_cast<W*>(&raw) = __ldg(reinterpret_cast<const W*>(at));
-      return;
-    }
-    uint32_t v[4];
+template <typename Bits>
+__device__ __forceinline__ GateRun gate_load_part(const uint8_t* from, int left) {
+  uint32_t v[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = i < left ? uint32_t(at[i]) : 0u;
-    raw = sizeof(Bits) == 2 ? make_uint4(v[0] | v[1] << 16, v[2] | v[3] << 16, 0u, 0u)
-                            : make_uint4(v[0], v[1], v[2], v[3]);
-  }
-};
+  for (int i = 0; i < 4; ++i) v[i] = i < left ? reinterpret_cast<const Bits*>(from)[i] : 0u;
+  return sizeof(Bits) == 2 ? make_uint4(v[0] | v[1] << 16, v[2] | v[3] << 16, 0u, 0u)
+                           : make_uint4(v[0], v[1], v[2], v[3]);
+}
 
-// Where a thread loads from. Rows behind the last token or expert repeat it: nobody reads their
-// sums.
+__device__ __forceinline__ float4 gate_values(const GateRun& run, bool is_bf16) {
+  if (!is_bf16) {
+    return make_float4(__uint_as_float(run.x), __uint_as_float(run.y), __uint_as_float(run.z),
+                       __uint_as_float(run.w));
+  }
+  return make_float4(__uint_as_float(run.x << 16), __uint_as_float(run.x & 0xffff0000u),
+                     __uint_as_float(run.y << 16), __uint_as_float(run.y & 0xffff0000u));
+}
+
+// A thread's share of some rows of x or of the weights, all of which begin on whole runs or not.
+// Rows behind the last repeat it: nobody reads their sums.
+template <int kLoads>
 class GateLoader {
  public:
-  __device__ __forceinline__ GateLoader(const MoeGateParams& p, int first_token, int first_expert)
-      : p_(p), token_(first_token), expert_(first_expert) {}
-
-  __device__ __forceinline__ void load(int k) {
-    const int column = k + int(threadIdx.x) % kGateRuns * 4;
+  __device__ __forceinline__ GateLoader(const void* from, WideType type, int64_t ld, int first_row,
+                                        int rows)
+      : is_bf16_(type == WideType::kBfloat16) {
+    const int bytes = is_bf16_ ? 2 : 4;
+    const auto* base = static_cast<const uint8_t*>(from);
+    whole_ = (reinterpret_cast<uintptr_t>(base) | uintptr_t(ld * bytes)) % (4 * bytes) == 0;
 #pragma unroll
-    for (int i = 0; i < kGateLoads; ++i) {
-      const int row = i * kGateRowStep + int(threadIdx.x) / kGateRuns;
-      const bool is_x = i * kGateRowStep < kGateTokens;
-      const int64_t at = is_x
-                             ? min(token_ + row, p_.tokens - 1) * p_.ld_x
-                             : min(expert_ + row - kGateTokens, p_.experts - 1) * int64_t(p_.depth);
-      const WideType type = is_x ? p_.x_type : p_.weight_type;
-      const int bytes = type == WideType::kBfloat16 ? 2 : 4;
-      const void* from = static_cast<const uint8_t*>(is_x ? p_.x : p_.weight) + at * bytes;
-      run_[i].load(from, type, column, p_.depth - column);
+    for (int i = 0; i < kLoads; ++i) {
+      const int row = min(first_row + i * kGateRowStep + int(threadIdx.x) / kGateRuns, rows - 1);
+      from_[i] = base + (row * ld + int(threadIdx.x) % kGateRuns * 4) * bytes;
     }
   }
 
-  __device__ __forceinline__ void store(float (&stage)[kGateRows][kGatePitch]) const {
+  __device__ __forceinline__ void load(int k, int depth) {
+    const int left = depth - k - int(threadIdx.x) % kGateRuns * 4;
+    const int64_t offset = int64_t(k) * (is_bf16_ ? 2 : 4);
+    const bool whole = whole_ && k + kGateSlab <= depth;
 #pragma unroll
-    for (int i = 0; i < kGateLoads; ++i) {
-      const int row = i * kGateRowStep + int(threadIdx.x) / kGateRuns;
-      const WideType type = i * kGateRowStep < kGateTokens ? p_.x_type : p_.weight_type;
-      *reinterpret_cast<float4*>(&stage[row][threadIdx.x % kGateRuns * 4]) = run_[i].values(type);
+    for (int i = 0; i < kLoads; ++i) {
+      const uint8_t* at = from_[i] + offset;
+      if (!whole) {
+        run_[i] =
+            is_bf16_ ? gate_load_part<uint16_t>(at, left) : gate_load_part<uint32_t>(at, left);
+      } else if (is_bf16_) {
+        const uint2 word = __ldg(reinterpret_cast<const uint2*>(at));
+        run_[i].x = word.x;
+        run_[i].y = word.y;
+      } else {
+        run_[i] = __ldg(reinterpret_cast<const uint4*>(at));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(float (*row)[kGatePitch]) const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      float* to = row[i * kGateRowStep + threadIdx.x / kGateRuns] + threadIdx.x % kGateRuns * 4;
+      *reinterpret_cast<float4*>(to) = gate_values(run_[i], is_bf16_);
     }
   }
 
  private:
-  const MoeGateParams& p_;
-  int token_, expert_;
-  GateRun run_[kGateLoads];
+  bool is_bf16_, whole_;
+  const uint8_t* from_[kLoads];
+  GateRun run_[kLoads];
 };
 
 // Of a thread: tokens 4 i + lane / 8, experts 8 j + lane % 8.
@@ -132,22 +129,21 @@ __device__ __forceinline__ void gate_multiply_slab(const float (&stage)[kGateRow
   const int first = threadIdx.x / kWarp * kGateWarpDepth;
 #pragma unroll
   for (int k = 0; k < kGateWarpDepth; k += 4) {
-    float4 x[kGateTile];
+    float x[kGateTile][4];
 #pragma unroll
     for (int i = 0; i < kGateTile; ++i) {
-      x[i] = *reinterpret_cast<const float4*>(&stage[4 * i + lane / 8][first + k]);
+      *reinterpret_cast<float4*>(x[i]) =
+          *reinterpret_cast<const float4*>(&stage[4 * i + lane / 8][first + k]);
     }
 #pragma unroll
     for (int j = 0; j < kGateTile; ++j) {
-      const int row = kGateTokens + 8 * j + lane % 8;
-      const float4 w = *reinterpret_cast<const float4*>(&stage[row][first + k]);
+      float w[4];
+      *reinterpret_cast<float4*>(w) =
+          *reinterpret_cast<const float4*>(&stage[kGateTokens + 8 * j + lane % 8][first + k]);
 #pragma unroll
-      for (int i = 0; i < kGateTile; ++i) {
-        float s = sum[i][j];
-        s = __fmaf_rn(x[i].x, w.x, s);
-        s = __fmaf_rn(x[i].y, w.y, s);
-        s = __fmaf_rn(x[i].z, w.z, s);
-        sum[i][j] = __fmaf_rn(x[i].w, w.w, s);
+      for (int c = 0; c < 4; ++c) {  // outside: eight sums that do not wait for each other
+#pragma unroll
+        for (int i = 0; i < kGateTile; ++i) sum[i][j] = __fmaf_rn(x[i][c], w[c], sum[i][j]);
       }
     }
   }
@@ -161,13 +157,20 @@ __device__ __forceinline__ void gate_multiply(const MoeGateParams& p, GateSmem& 
   const int first = ptx::cluster_rank() * per_rank;
   const int last = min(first + per_rank, slabs);
   GateSums sum = {};
-  GateLoader loader(p, first_token, first_expert);
-  if (first < last) loader.load(first * kGateSlab);
+  GateLoader<kGateTokens / kGateRowStep> x(p.x, p.x_type, p.ld_x, first_token, p.tokens);
+  GateLoader<kGateExperts / kGateRowStep> weight(p.weight, p.weight_type, p.depth, first_expert,
+                                                 p.experts);
+  const auto load = [&](int slab) {
+    x.load(slab * kGateSlab, p.depth);
+    weight.load(slab * kGateSlab, p.depth);
+  };
+  if (first < last) load(first);
   for (int i = first; i < last; ++i) {
     auto& stage = smem.stage[(i - first) % 2];  // everyone left it a barrier ago
-    loader.store(stage);
+    x.store(stage);
+    weight.store(stage + kGateTokens);
     __syncthreads();
-    if (i + 1 < last) loader.load((i + 1) * kGateSlab);
+    if (i + 1 < last) load(i + 1);
     gate_multiply_slab(stage, sum);
   }
   __syncthreads();  // the warps' sums take the stages' place

@@ -19,6 +19,12 @@ struct GateChoiceSmem {
 
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
 
+// Integers in the order of the numbers; the zeros are equal.
+__device__ __forceinline__ uint32_t ordered(float value) {
+  const uint32_t bits = __float_as_uint(__fadd_rn(value, 0.f));
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
 // The index of the largest value, the lowest of equal ones; NaNs are not in the running.
 __device__ __forceinline__ int warp_arg_max(const float* value, int count) {
   float best = -INFINITY;
@@ -30,16 +36,9 @@ __device__ __forceinline__ int warp_arg_max(const float* value, int count) {
       at = i;
     }
   }
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const float v = __shfl_xor_sync(0xffffffffu, best, offset);
-    const int i = __shfl_xor_sync(0xffffffffu, at, offset);
-    if (v > best || (v == best && i < at)) {
-      best = v;
-      at = i;
-    }
-  }
-  return at;
+  const uint32_t key = ordered(best);
+  const uint32_t top = __reduce_max_sync(0xffffffffu, key);
+  return int(__reduce_min_sync(0xffffffffu, uint32_t(key == top ? at : count)));
 }
 
 // Take the `count` best of `values`, one after another; each becomes NaN.
