@@ -17,6 +17,7 @@
 #include "cuda/tile/gemm_promote.cuh"
 #include "cuda/tile/gemm_result.cuh"
 #include "cuda/tile/gemm_roles.cuh"
+#include "cuda/tile/gemm_scales.cuh"
 #include "cuda/tile/gemm_scheduler.cuh"
 #include "cuda/tile/gemm_split.cuh"
 #include "cuda/tile/ring.cuh"
@@ -53,33 +54,27 @@ struct alignas(1024) GemmFp8Smem {
   __device__ Partial& partial() { return *reinterpret_cast<Partial*>(a); }
 };
 
-// The scales of one tile: A's by row, from the stage; B's for the whole tile, from memory, fetched
-// one k block ahead so that their latency hides behind the wgmma. Registers are scarce here: the
-// widest tile leaves about 30 beside its accumulators and sums.
+// The scales of one tile: A's by row, from the stage; B's for the whole tile. Registers are scarce
+// here: the widest tile leaves about 30 beside its accumulators and sums.
 template <class Shape>
 class RowAndBlockScales {
  public:
   __device__ __forceinline__ RowAndBlockScales(const GemmFp8Params& p, const GemmTile& tile,
                                                const GemmFp8Smem<Shape>& smem, int warpgroup)
-      : p_(p), smem_(smem) {
+      : smem_(smem), blocks_(p, first_blocks(p, tile), tile.k_begin) {
     row_ = warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-    const int block_rows = (p.extent.n + 127) / 128;
-    // The second tile of a pair may lie behind the last row of scales.
-    const int block_row = min(tile.n_start / 128, block_rows - 1);
-    first_ = (tile.group * block_rows + block_row) * k_blocks();
-    // The tile's columns from boundary_ on use the next row, if B has one.
-    boundary_ = block_row + 1 < block_rows ? 128 - tile.n_start % 128 : Shape::kBlockN;
-    fetch(min(tile.k_begin, k_blocks() - 1));
+    boundary_ = boundary(p, tile);
   }
 
   __device__ __forceinline__ void read(int k_block, int stage) {
     const float sa[2] = {smem_.sfa[stage][row_], smem_.sfa[stage][row_ + 8]};
+    float sb[kRows];
+    blocks_.take(k_block, sb);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      scale_[0][half] = __fmul_rn(sa[half], next_[0]);
-      scale_[1][half] = __fmul_rn(sa[half], next_[1]);
+    for (int row = 0; row < kRows; ++row) {
+      scale_[row][0] = __fmul_rn(sa[0], sb[row]);
+      scale_[row][1] = __fmul_rn(sa[1], sb[row]);
     }
-    fetch(min(k_block + 1, k_blocks() - 1));
   }
 
   __device__ __forceinline__ void read_rest(int) {}
@@ -89,10 +84,10 @@ class RowAndBlockScales {
 #pragma unroll
     for (int column = 0; column < Shape::kBlockN; column += 8) {
       // Tiles start at multiples of 64 columns, so the scale changes between panels, if at all.
-      const bool second = Shape::kTwoScales && column / kPanelColumns * kPanelColumns >= boundary_;
+      const bool second = kRows > 1 && column / kPanelColumns * kPanelColumns >= boundary_;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // rows r and r + 8 of the fragment
-        const float scale = second ? scale_[1][half] : scale_[0][half];
+        const float scale = second ? scale_[kRows - 1][half] : scale_[0][half];
         const int i = column / 2 + half * 2;
         sum[i] = __fmaf_rn(scale, partial[i], sum[i]);
         sum[i + 1] = __fmaf_rn(scale, partial[i + 1], sum[i + 1]);
@@ -101,24 +96,34 @@ class RowAndBlockScales {
   }
 
  private:
-  __device__ __forceinline__ int k_blocks() const {
-    return (p_.extent.k + kFp8BlockK - 1) / kFp8BlockK;
+  static constexpr int kRows = Shape::kTwoScales ? 2 : 1;
+
+  __device__ static __forceinline__ int block_rows(const GemmFp8Params& p) {
+    return (p.extent.n + 127) / 128;
+  }
+  // The second tile of a pair may lie behind the last row of scales.
+  __device__ static __forceinline__ int block_row(const GemmFp8Params& p, const GemmTile& tile) {
+    return min(tile.n_start / 128, block_rows(p) - 1);
+  }
+  // The tile's columns from here on use the next row, if B has one.
+  __device__ static __forceinline__ int boundary(const GemmFp8Params& p, const GemmTile& tile) {
+    return block_row(p, tile) + 1 < block_rows(p) ? 128 - tile.n_start % 128 : Shape::kBlockN;
+  }
+  __device__ static __forceinline__ BlockRows<kRows> first_blocks(const GemmFp8Params& p,
+                                                                  const GemmTile& tile) {
+    const int k_blocks = (p.extent.k + kFp8BlockK - 1) / kFp8BlockK;
+    BlockRows<kRows> rows;
+    rows.first[0] = (tile.group * block_rows(p) + block_row(p, tile)) * k_blocks;
+    const bool two = boundary(p, tile) < Shape::kBlockN;
+    rows.first[kRows - 1] = rows.first[0] + (two ? k_blocks : 0);
+    return rows;
   }
 
-  __device__ __forceinline__ void fetch(int k_block) {
-    const float* scale = p_.sfb + first_ + k_block;
-    next_[0] = __ldg(scale);
-    const bool two = Shape::kTwoScales && boundary_ < Shape::kBlockN;
-    next_[1] = two ? __ldg(scale + k_blocks()) : next_[0];
-  }
-
-  const GemmFp8Params& p_;
   const GemmFp8Smem<Shape>& smem_;
-  int first_;  // index in p.sfb of the first row's first block
+  BlockScales<kRows> blocks_;
   int row_;
   int boundary_;
-  float next_[2];
-  float scale_[2][2];
+  float scale_[kRows][2];
 };
 
 template <class Shape>

@@ -17,6 +17,7 @@
 #include "cuda/params/gemm.hpp"
 #include "cuda/tile/gemm_promote.cuh"
 #include "cuda/tile/gemm_roles.cuh"
+#include "cuda/tile/gemm_scales.cuh"
 #include "cuda/tile/gemm_scheduler.cuh"
 #include "cuda/tile/gemm_split.cuh"
 #include "cuda/tile/gemm_swapped.cuh"
@@ -52,28 +53,23 @@ struct alignas(1024) GemmFp8SwappedSmem {
   __device__ Partial& partial() { return *reinterpret_cast<Partial*>(b); }
 };
 
-// One scale of B for the whole tile, fetched a k block ahead; A's by column of the fragment.
+// One scale of B for the whole tile; A's by column of the fragment.
 template <class Shape>
 class BlockAndColumnScales {
  public:
   __device__ __forceinline__ BlockAndColumnScales(const GemmFp8Params& p, const GemmTile& tile,
                                                   const GemmFp8SwappedSmem<Shape>& smem)
-      : smem_(smem) {
-    const int k_blocks = (p.extent.k + kFp8BlockK - 1) / kFp8BlockK;
-    const int block_rows = (p.extent.n + 127) / 128;
-    sfb_ = p.sfb + (tile.group * block_rows + tile.n_start / 128) * k_blocks;
-    last_ = k_blocks - 1;
-    next_ = __ldg(sfb_ + min(tile.k_begin, last_));
-  }
+      : smem_(smem), blocks_(p, first_block(p, tile), tile.k_begin) {}
 
   __device__ __forceinline__ void read(int k_block, int stage) {
+    float sb[1];
+    blocks_.take(k_block, sb);
     const float* tokens = smem_.sfa[stage] + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int i = 0; i < Shape::kTokens / 8; ++i) {
       const float2 sa = *reinterpret_cast<const float2*>(tokens + i * 8);
-      scale_[i] = make_float2(__fmul_rn(sa.x, next_), __fmul_rn(sa.y, next_));
+      scale_[i] = make_float2(__fmul_rn(sa.x, sb[0]), __fmul_rn(sa.y, sb[0]));
     }
-    next_ = __ldg(sfb_ + min(k_block + 1, last_));
   }
 
   __device__ __forceinline__ void read_rest(int) {}
@@ -88,10 +84,15 @@ class BlockAndColumnScales {
   }
 
  private:
+  __device__ static __forceinline__ BlockRows<1> first_block(const GemmFp8Params& p,
+                                                             const GemmTile& tile) {
+    const int k_blocks = (p.extent.k + kFp8BlockK - 1) / kFp8BlockK;
+    const int block_rows = (p.extent.n + 127) / 128;
+    return {{(tile.group * block_rows + tile.n_start / 128) * k_blocks}};
+  }
+
   const GemmFp8SwappedSmem<Shape>& smem_;
-  const float* sfb_;
-  int last_;
-  float next_;
+  BlockScales<1> blocks_;
   float2 scale_[Shape::kTokens / 8];
 };
 

@@ -22,6 +22,7 @@
 #include "cuda/tile/gemm_promote.cuh"
 #include "cuda/tile/gemm_result.cuh"
 #include "cuda/tile/gemm_roles.cuh"
+#include "cuda/tile/gemm_scales.cuh"
 #include "cuda/tile/gemm_scheduler.cuh"
 #include "cuda/tile/ring.cuh"
 #include "cuda/tile/smem_layout.cuh"
@@ -62,27 +63,20 @@ class SwigluScales {
  public:
   __device__ __forceinline__ SwigluScales(const GemmFp8Params& p, const GemmTile& tile,
                                           const Smem& smem, int warpgroup)
-      : p_(p), smem_(smem) {
+      : smem_(smem), blocks_(p, first_blocks(p, tile, warpgroup), tile.k_begin) {
     row_ = threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-    const int block_rows = (p.extent.n + 127) / 128;
-    const int column = tile.n_start / 2 + warpgroup * Shape::kColumns;
-    const int up = p.extent.n / 2 + column;
-    const int first = tile.group * block_rows;
-    // Columns behind the last are computed for nothing: any scale will do.
-    gate_ = (first + min(column / 128, block_rows - 1)) * k_blocks();
-    up_ = (first + min(up / 128, block_rows - 1)) * k_blocks();
-    boundary_ = up / 128 + 1 < block_rows ? 128 - up % 128 : Shape::kColumns;
-    fetch(tile.k_begin);
+    boundary_ = boundary(p, up_row(p, tile, warpgroup));
   }
 
   __device__ __forceinline__ void read(int k_block, int stage) {
     const float sa[2] = {smem_.sfa[stage][row_], smem_.sfa[stage][row_ + 8]};
+    float sb[3];
+    blocks_.take(k_block, sb);
 #pragma unroll
     for (int which = 0; which < 3; ++which) {
-      scale_[which][0] = __fmul_rn(sa[0], next_[which]);
-      scale_[which][1] = __fmul_rn(sa[1], next_[which]);
+      scale_[which][0] = __fmul_rn(sa[0], sb[which]);
+      scale_[which][1] = __fmul_rn(sa[1], sb[which]);
     }
-    fetch(min(k_block + 1, k_blocks() - 1));
   }
 
   __device__ __forceinline__ void read_rest(int) {}
@@ -105,22 +99,35 @@ class SwigluScales {
   }
 
  private:
-  __device__ __forceinline__ int k_blocks() const {
-    return (p_.extent.k + kFp8BlockK - 1) / kFp8BlockK;
+  __device__ static __forceinline__ int block_rows(const GemmFp8Params& p) {
+    return (p.extent.n + 127) / 128;
+  }
+  // The warpgroup's first row of B in the up-projection.
+  __device__ static __forceinline__ int up_row(const GemmFp8Params& p, const GemmTile& tile,
+                                               int warpgroup) {
+    return p.extent.n / 2 + tile.n_start / 2 + warpgroup * Shape::kColumns;
+  }
+  // The columns from here on use the up-projection's next row of scales, if B has one.
+  __device__ static __forceinline__ int boundary(const GemmFp8Params& p, int up) {
+    return up / 128 + 1 < block_rows(p) ? 128 - up % 128 : Shape::kColumns;
+  }
+  __device__ static __forceinline__ BlockRows<3> first_blocks(const GemmFp8Params& p,
+                                                              const GemmTile& tile,
+                                                              int warpgroup) {
+    const int k_blocks = (p.extent.k + kFp8BlockK - 1) / kFp8BlockK;
+    const int up = up_row(p, tile, warpgroup);
+    // Columns behind the last are computed for nothing: any scale will do.
+    const auto start = [&](int row) {
+      return (tile.group * block_rows(p) + min(row / 128, block_rows(p) - 1)) * k_blocks;
+    };
+    const int next = boundary(p, up) < Shape::kColumns ? k_blocks : 0;
+    return {{start(up - p.extent.n / 2), start(up), start(up) + next}};
   }
 
-  __device__ __forceinline__ void fetch(int k_block) {
-    next_[0] = __ldg(p_.sfb + gate_ + k_block);
-    next_[1] = __ldg(p_.sfb + up_ + k_block);
-    next_[2] = boundary_ < Shape::kColumns ? __ldg(p_.sfb + up_ + k_blocks() + k_block) : next_[1];
-  }
-
-  const GemmFp8Params& p_;
   const Smem& smem_;
-  int gate_, up_;  // indices in p.sfb
+  BlockScales<3> blocks_;
   int row_;
   int boundary_;
-  float next_[3];
   float scale_[3][2];
 };
 

@@ -54,6 +54,7 @@ GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmC
   params.extent.kind = group_kind(args.kind);
   params.extent.cluster = cluster_use(choice.cluster);
   params.extent.raster = choice.raster;
+  params.extent.k_share = int((k_blocks(args) + choice.cluster.split - 1) / choice.cluster.split);
   params.extent.skip_empty = args.c.address == args.d.address && args.c.type == args.d.type;
   return params;
 }

@@ -36,6 +36,7 @@ struct GemmExtent {
   GroupKind kind;
   ClusterUse cluster;
   int32_t raster;      // blocks of rows that are walked before the next block of columns
+  int32_t k_share;     // kSplitK: blocks of k for each CTA of a cluster, the last one's may be fewer
   int32_t skip_empty;  // kAlongK: D already holds what an empty group leaves there
 
   // CTAs that load for each other.

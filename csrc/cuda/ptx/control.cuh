@@ -1,4 +1,4 @@
-// Register budgets and named barriers: instructions without a libcu++ wrapper.
+// Register budgets, named barriers, register pairs: instructions without a libcu++ wrapper.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +25,13 @@ __device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads
 // barrier.arrive id, threads;   counts this warp in and goes on; others wait by barrier.sync
 __device__ __forceinline__ void named_barrier_arrive(uint32_t id, uint32_t threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// mov.b64 d, {low, high};
+__device__ __forceinline__ uint64_t join_words(uint32_t low, uint32_t high) {
+  uint64_t both;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "r"(low), "r"(high));
+  return both;
 }
 
 }  // namespace dsk::ptx

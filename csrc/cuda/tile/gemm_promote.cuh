@@ -30,16 +30,15 @@ __device__ __forceinline__ void promoted_sum(Stages& ring, typename Stages::Posi
 #pragma unroll
   for (float& value : sum) value = 0.f;
 
+  const StageDescriptors a(left(0), left(1)), b(right(0), right(1));
   for (int k_block = k_begin; k_block < k_end; ++k_block) {
     ring.await(at);
     float partial[kN / 2];
-    const uint64_t desc_a = k_major_descriptor(left(at.stage));
-    const uint64_t desc_b = k_major_descriptor(right(at.stage));
     ptx::fence_accumulators(partial);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kFp8BlockK; k += kFp8MmaK) {
-      ptx::WgmmaE4m3<kN>::mma(partial, advance_k(desc_a, k), advance_k(desc_b, k), k != 0);
+      ptx::WgmmaE4m3<kN>::mma(partial, a.at(at.stage, k), b.at(at.stage, k), k != 0);
     }
     ptx::wgmma_commit_group();
     scales.read(k_block, at.stage);

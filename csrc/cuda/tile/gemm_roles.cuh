@@ -94,9 +94,9 @@ __device__ __forceinline__ void run_roles(Smem& smem, int sharers, Produce produ
   constexpr int kMathThreads = kMathWarpgroups * kWarpgroup;
   constexpr int kProducerRegisters = 40;
   constexpr int kMathRegisters = kMathWarpgroups == 1 ? 248 : 232;
-  if (threadIdx.x == 0) {
-    smem.ring.init(kMathThreads / 32, 1, sharers);
-    smem.queue.ring.init(kMathThreads / 32);
+  if (threadIdx.x < 32) {
+    smem.ring.init_by_warp(kMathThreads / 32, 1, sharers);
+    smem.queue.ring.init_by_warp(kMathThreads / 32);
   }
   if (sharers == 1) {
     __syncthreads();

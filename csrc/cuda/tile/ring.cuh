@@ -47,6 +47,18 @@ struct Ring {
     cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
   }
 
+  // The same by a whole warp: a lane for each stage.
+  __device__ __forceinline__ void init_by_warp(uint32_t consumers, uint32_t producers = 1,
+                                               uint32_t sharers = 1) {
+    static_assert(kNumStages <= 32);
+    const int stage = threadIdx.x % 32;
+    if (stage < kNumStages) {
+      cuda::ptx::mbarrier_init(&full[stage], producers);
+      cuda::ptx::mbarrier_init(&empty[stage], consumers * sharers);
+    }
+    cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+  }
+
   // Producer: wait until the stage is free (the first round finds every stage free), then announce
   // the bytes that will land in it.
   __device__ __forceinline__ void acquire(const Position& at, uint32_t bytes) {
