@@ -123,7 +123,8 @@ __device__ __forceinline__ void gemm_fp8_swapped(const GemmFp8Params& p) {
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[kN / 2];
       BlockAndColumnScales<Shape> scales(p, tile, smem);
-      promoted_sum<kN>(smem.ring, at, kSharers, tile.k_begin, tile.k_end, left, right, scales, sum);
+      promoted_sum<kN, kOverlapsItself<kN, Shape::kMathWarpgroups>>(
+          smem.ring, at, kSharers, tile.k_begin, tile.k_end, left, right, scales, sum);
       ResultPlace place{tile.a_row, min(tile.row_end - tile.a_row, kN), tile.n_start, tile.group,
                         ends_with_map(p.extent, tile)};
       if (p.extent.cluster == ClusterUse::kSplitK) {

@@ -112,8 +112,7 @@ class SwigluScales {
     return up / 128 + 1 < block_rows(p) ? 128 - up % 128 : Shape::kColumns;
   }
   __device__ static __forceinline__ BlockRows<3> first_blocks(const GemmFp8Params& p,
-                                                              const GemmTile& tile,
-                                                              int warpgroup) {
+                                                              const GemmTile& tile, int warpgroup) {
     const int k_blocks = (p.extent.k + kFp8BlockK - 1) / kFp8BlockK;
     const int up = up_row(p, tile, warpgroup);
     // Columns behind the last are computed for nothing: any scale will do.
@@ -254,8 +253,9 @@ __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[2 * Shape::kColumns / 2];
       SwigluScales<Shape, Smem> scales(p, tile, smem, warpgroup);
-      promoted_sum<2 * Shape::kColumns>(smem.ring, at, sharers, tile.k_begin, tile.k_end, left,
-                                        right, scales, sum);
+      promoted_sum<2 * Shape::kColumns,
+                   kOverlapsItself<2 * Shape::kColumns, Shape::kMathWarpgroups>>(
+          smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum);
       float h[Shape::kColumns / 2];
       swiglu(sum, h);
       ResultPlace place{tile.a_row, min(tile.row_end - tile.a_row, Shape::kBlockM),

@@ -21,35 +21,101 @@ namespace dsk {
 constexpr int kFp8BlockK = 128;  // e4m3 values: a swizzled row, and what one scale covers
 constexpr int kFp8MmaK = 32;     // e4m3 values one wgmma consumes
 
-// sum = one warpgroup's 64 x kN sums over k blocks [k_begin, k_end), in the wgmma accumulator
-// layout. left(stage) and right(stage) are the stage's operands: 64 and kN swizzled rows.
-template <int kN, class Stages, class Left, class Right, class Scales>
+// Whether a second set of partial sums finds room beside the first: then a k block's products are
+// under way while the block before is promoted, and one warpgroup alone keeps the tensor cores
+// busy.
+template <int kN, int kMathWarpgroups>
+constexpr bool kOverlapsItself = kN <= 64 || (kN <= 128 && kMathWarpgroups == 1);
+
+// The products of one warpgroup, k block after k block: its 64 rows by kN columns.
+template <int kN, class Stages, class Scales>
+class PromotingLoop {
+ public:
+  using Position = typename Stages::Position;
+  using Sums = float[kN / 2];  // in the wgmma accumulator layout
+
+  __device__ __forceinline__ PromotingLoop(Stages& ring, Position& at, int sharers,
+                                           const StageDescriptors& left,
+                                           const StageDescriptors& right, Scales& scales, Sums& sum)
+      : ring_(ring),
+        next_(at),
+        done_(at),
+        sharers_(sharers),
+        left_(left),
+        right_(right),
+        scales_(scales),
+        sum_(sum) {}
+
+  // Starts the products of the next stage.
+  __device__ __forceinline__ void start(Sums& partial) {
+    ring_.await(next_);
+    ptx::fence_accumulators(partial);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kFp8BlockK; k += kFp8MmaK) {
+      ptx::WgmmaE4m3<kN>::mma(partial, left_.at(next_.stage, k), right_.at(next_.stage, k), k != 0);
+    }
+    ptx::wgmma_commit_group();
+    ptx::fence_accumulators(partial);
+    next_.advance();
+  }
+
+  // Waits for the oldest products, of which at most kPending newer ones are under way; frees their
+  // stage and adds them to the sums.
+  template <int kPending>
+  __device__ __forceinline__ void finish(int k_block, Sums& partial) {
+    scales_.read(k_block, done_.stage);
+    ptx::wgmma_wait_group<kPending>();
+    ptx::fence_accumulators(partial);
+    scales_.read_rest(done_.stage);
+    ring_.release(done_, sharers_);
+    done_.advance();
+    scales_.promote(sum_, partial);
+  }
+
+ private:
+  Stages& ring_;
+  Position& next_;  // to be started
+  Position done_;   // to be finished
+  const int sharers_;
+  const StageDescriptors left_, right_;
+  Scales& scales_;
+  Sums& sum_;
+};
+
+// sum = one warpgroup's sums over k blocks [k_begin, k_end). left(stage) and right(stage) are the
+// stage's operands: 64 and kN swizzled rows.
+template <int kN, bool kOverlapped, class Stages, class Left, class Right, class Scales>
 __device__ __forceinline__ void promoted_sum(Stages& ring, typename Stages::Position& at,
                                              int sharers, int k_begin, int k_end, Left left,
                                              Right right, Scales& scales, float (&sum)[kN / 2]) {
 #pragma unroll
   for (float& value : sum) value = 0.f;
-
-  const StageDescriptors a(left(0), left(1)), b(right(0), right(1));
-  for (int k_block = k_begin; k_block < k_end; ++k_block) {
-    ring.await(at);
-    float partial[kN / 2];
-    ptx::fence_accumulators(partial);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kFp8BlockK; k += kFp8MmaK) {
-      ptx::WgmmaE4m3<kN>::mma(partial, a.at(at.stage, k), b.at(at.stage, k), k != 0);
+  PromotingLoop<kN, Stages, Scales> loop(ring, at, sharers, {left(0), left(1)},
+                                         {right(0), right(1)}, scales, sum);
+  int k_block = k_begin;
+  if constexpr (!kOverlapped) {
+    for (; k_block < k_end; ++k_block) {
+      float partial[kN / 2];
+      loop.start(partial);
+      loop.template finish<0>(k_block, partial);
     }
-    ptx::wgmma_commit_group();
-    scales.read(k_block, at.stage);
-    ptx::fence_accumulators(partial);
-    ptx::wgmma_wait_group<0>();
-    ptx::fence_accumulators(partial);
-    scales.read_rest(at.stage);
-    ring.release(at, sharers);
-    at.advance();
-
-    scales.promote(sum, partial);
+  } else if (k_begin < k_end) {
+    float even[kN / 2], odd[kN / 2];
+    loop.start(even);
+    for (; k_block + 2 < k_end; k_block += 2) {
+      loop.start(odd);
+      loop.template finish<1>(k_block, even);
+      loop.start(even);
+      loop.template finish<1>(k_block + 1, odd);
+    }
+    if (k_block + 1 < k_end) {
+      loop.start(odd);
+      loop.template finish<1>(k_block++, even);
+      loop.template finish<0>(k_block, odd);
+    } else {
+      loop.template finish<0>(k_block, even);
+    }
   }
 }
 
