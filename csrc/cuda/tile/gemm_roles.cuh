@@ -48,7 +48,7 @@ class TileProducer {
       queue_.ring.fill(slot);
       if (!more_) return;
       for (int k_block = tile_.k_begin; k_block < tile_.k_end; ++k_block) {
-        ring_.acquire_in_cluster(at, bytes_);
+        ring_.acquire(at, bytes_);
         load_(tile_, k_block, at.stage, &ring_.full[at.stage]);
         at.advance();
       }
@@ -108,9 +108,16 @@ __device__ __forceinline__ void load_tile(uint8_t* to, const TensorMapBytes& map
   }
 }
 
+// Every CTA of the cluster has come here, and what one of them wrote the others see.
 __device__ __forceinline__ void sync_cluster() {
   cuda::ptx::barrier_cluster_arrive(cuda::ptx::sem_release);
   cuda::ptx::barrier_cluster_wait(cuda::ptx::sem_acquire);
+}
+
+// Every CTA of the cluster has come here, and no more: without the fences of a release.
+__device__ __forceinline__ void meet_cluster() {
+  cuda::ptx::barrier_cluster_arrive(cuda::ptx::sem_relaxed);
+  cuda::ptx::barrier_cluster_wait();
 }
 
 // Splits the CTA: the producer runs in one thread, compute(warpgroup) in each math thread. Every
@@ -131,7 +138,7 @@ __device__ __forceinline__ void run_roles(Smem& smem, int sharers, Producer prod
   if (sharers == 1) {
     __syncthreads();
   } else {
-    sync_cluster();
+    meet_cluster();  // init_by_warp's fence has made the barriers visible
   }
 
   if (threadIdx.x >= kMathThreads) {
@@ -142,7 +149,7 @@ __device__ __forceinline__ void run_roles(Smem& smem, int sharers, Producer prod
     compute(__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0));
   }
   // The peer may still write into this CTA's stages, or arrive on its barriers.
-  if (sharers > 1) sync_cluster();
+  if (sharers > 1) meet_cluster();
 }
 
 }  // namespace dsk

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/control.cuh"
 
 namespace dsk {
 
@@ -76,14 +77,6 @@ struct Ring {
                                cuda::ptx::space_shared, &full[at.stage]);
   }
 
-  // acquire() where consumers of another CTA may free the stage.
-  __device__ __forceinline__ void acquire_in_cluster(const Position& at, uint32_t bytes) {
-    while (!cuda::ptx::mbarrier_try_wait_parity(cuda::ptx::sem_acquire, cuda::ptx::scope_cluster,
-                                                &empty[at.stage], at.phase ^ 1)) {
-    }
-    announce(at, bytes);
-  }
-
   // Consumer: wait for the stage's bytes.
   __device__ __forceinline__ void await(const Position& at) { wait(&full[at.stage], at.phase); }
 
@@ -93,15 +86,14 @@ struct Ring {
                                cuda::ptx::space_shared, &empty[at.stage]);
   }
 
-  // Consumer, by a whole warp: its arrival in each of the CTAs that share.
+  // Consumer, by a whole warp: its arrival in each of the CTAs that share. The stage has only been
+  // read, and is only written by TMA, so nothing has to become visible to the other CTA.
   __device__ __forceinline__ void release(const Position& at, int sharers) {
     const int lane = threadIdx.x % 32;
     if (sharers == 1) {
       if (lane == 0) consume(at);
     } else if (lane < sharers) {
-      cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cluster,
-                                 cuda::ptx::space_cluster,
-                                 ptx::map_to_rank(&empty[at.stage], lane));
+      ptx::mbarrier_arrive_remote(ptx::map_to_rank(&empty[at.stage], lane));
     }
   }
 
