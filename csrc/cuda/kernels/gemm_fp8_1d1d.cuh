@@ -58,7 +58,7 @@ class RowAndColumnScales {
     row_ = warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
   }
 
-  __device__ __forceinline__ void read(int, int stage) {
+  __device__ __forceinline__ void read(int stage) {
     row_scale_[0] = smem_.sfa[stage][row_];
     row_scale_[1] = smem_.sfa[stage][row_ + 8];
     read_columns<0>(stage);
@@ -119,7 +119,7 @@ __device__ __forceinline__ void gemm_fp8_1d1d(const GemmFp8Params& p) {
     const int32_t sfa_at[2] = {tile.a_row, k_block};
     const int32_t sfb_at[2] = {tile.n_start, k_block};
     cp_async_bulk_tensor(space_cluster, space_global, smem.sfa[stage], &p.sfa, sfa_at, full);
-    cp_async_bulk_tensor(space_cluster, space_global, smem.sfb[stage], &p.sfb_map, sfb_at, full);
+    cp_async_bulk_tensor(space_cluster, space_global, smem.sfb[stage], &p.sfb, sfb_at, full);
   };
   const auto compute = [&](int warpgroup) {
     constexpr int kN = Shape::kBlockN;

@@ -32,10 +32,11 @@ struct GemmFp8Shape {
   static constexpr int kNumStages = kNumStages_;
   static constexpr int kMathWarpgroups = kBlockM / kMmaM;
   static constexpr int kMathThreads = kMathWarpgroups * kWarpgroup;
-  static constexpr int kStageBytes =
-      (kBlockM + kBlockN) * kFp8BlockK + kBlockM * int(sizeof(float));
   // A tile wider than one scale block, or not aligned to it, meets two scales of B.
-  static constexpr bool kTwoScales = 128 % kBlockN != 0;
+  static constexpr int kRowsOfScales = 128 % kBlockN == 0 ? 1 : 2;
+  using ScalesOfB = StageScales<kRowsOfScales>;
+  static constexpr int kStageBytes =
+      (kBlockM + kBlockN) * kFp8BlockK + kBlockM * int(sizeof(float)) + ScalesOfB::kBytes;
   static_assert(kBlockM % kMmaM == 0 && kBlockN % kPanelColumns == 0);
   static_assert(kBlockN <= 192, "accumulators and running sums must fit the register file");
 };
@@ -46,6 +47,7 @@ struct alignas(1024) GemmFp8Smem {
   uint8_t b[Shape::kNumStages][Shape::kBlockN * kFp8BlockK];
   ResultPanels<Shape::kBlockN> d[Shape::kMathWarpgroups];
   alignas(128) float sfa[Shape::kNumStages][Shape::kBlockM];
+  typename Shape::ScalesOfB sfb[Shape::kNumStages];
   Ring<Shape::kNumStages> ring;
   TileQueue queue;
 
@@ -54,26 +56,24 @@ struct alignas(1024) GemmFp8Smem {
   __device__ Partial& partial() { return *reinterpret_cast<Partial*>(a); }
 };
 
-// The scales of one tile: A's by row, from the stage; B's for the whole tile. Registers are scarce
-// here: the widest tile leaves about 30 beside its accumulators and sums.
+// The scales of one tile: A's by row, B's for its columns up to a boundary and behind it.
 template <class Shape>
 class RowAndBlockScales {
  public:
-  __device__ __forceinline__ RowAndBlockScales(const GemmFp8Params& p, const GemmTile& tile,
-                                               const GemmFp8Smem<Shape>& smem, int warpgroup)
-      : smem_(smem), blocks_(p, first_blocks(p, tile), tile.k_begin) {
+  __device__ __forceinline__ RowAndBlockScales(const GemmTile& tile, const GemmFp8Smem<Shape>& smem,
+                                               int warpgroup)
+      : smem_(smem) {
     row_ = warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-    boundary_ = boundary(p, tile);
+    boundary_ = 128 - tile.n_start % 128;
   }
 
-  __device__ __forceinline__ void read(int k_block, int stage) {
+  __device__ __forceinline__ void read(int stage) {
     const float sa[2] = {smem_.sfa[stage][row_], smem_.sfa[stage][row_ + 8]};
-    float sb[kRows];
-    blocks_.take(k_block, sb);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      scale_[row][0] = __fmul_rn(sa[0], sb[row]);
-      scale_[row][1] = __fmul_rn(sa[1], sb[row]);
+      const float sb = smem_.sfb[stage].row[row][0];
+      scale_[row][0] = __fmul_rn(sa[0], sb);
+      scale_[row][1] = __fmul_rn(sa[1], sb);
     }
   }
 
@@ -96,33 +96,11 @@ class RowAndBlockScales {
   }
 
  private:
-  static constexpr int kRows = Shape::kTwoScales ? 2 : 1;
-
-  __device__ static __forceinline__ int block_rows(const GemmFp8Params& p) {
-    return (p.extent.n + 127) / 128;
-  }
-  // The second tile of a pair may lie behind the last row of scales.
-  __device__ static __forceinline__ int block_row(const GemmFp8Params& p, const GemmTile& tile) {
-    return min(tile.n_start / 128, block_rows(p) - 1);
-  }
-  // The tile's columns from here on use the next row, if B has one.
-  __device__ static __forceinline__ int boundary(const GemmFp8Params& p, const GemmTile& tile) {
-    return block_row(p, tile) + 1 < block_rows(p) ? 128 - tile.n_start % 128 : Shape::kBlockN;
-  }
-  __device__ static __forceinline__ BlockRows<kRows> first_blocks(const GemmFp8Params& p,
-                                                                  const GemmTile& tile) {
-    const int k_blocks = (p.extent.k + kFp8BlockK - 1) / kFp8BlockK;
-    BlockRows<kRows> rows;
-    rows.first[0] = (tile.group * block_rows(p) + block_row(p, tile)) * k_blocks;
-    const bool two = boundary(p, tile) < Shape::kBlockN;
-    rows.first[kRows - 1] = rows.first[0] + (two ? k_blocks : 0);
-    return rows;
-  }
+  static constexpr int kRows = Shape::kRowsOfScales;
 
   const GemmFp8Smem<Shape>& smem_;
-  BlockScales<kRows> blocks_;
   int row_;
-  int boundary_;
+  int boundary_;  // the tile's columns from here on use the next row of scales
   float scale_[kRows][2];
 };
 
@@ -146,6 +124,11 @@ __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
                               p.extent.cluster == ClusterUse::kSharedB, full);
     const int32_t sfa_at[2] = {tile.row, tile.plane * k_blocks + k_block};
     cp_async_bulk_tensor(space_cluster, space_global, smem.sfa[stage], &p.sfa, sfa_at, full);
+    const int block_row = tile.n_start / 128;
+    if constexpr (Shape::kRowsOfScales == 2)
+      load_scales<2>(smem.sfb[stage], p, tile, {block_row, block_row + 1}, k_block, full);
+    else
+      load_scales<1>(smem.sfb[stage], p, tile, {block_row}, k_block, full);
   };
   const auto compute = [&](int warpgroup) {
     constexpr int kN = Shape::kBlockN;
@@ -155,7 +138,7 @@ __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
     RingPosition<Shape::kNumStages> at;
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[kN / 2];
-      RowAndBlockScales<Shape> scales(p, tile, smem, warpgroup);
+      RowAndBlockScales<Shape> scales(tile, smem, warpgroup);
       promoted_sum<kN, kOverlapsItself<kN, Shape::kMathWarpgroups>>(
           smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum);
       ResultPlace place{tile.a_row, tile.row_end - tile.a_row, tile.n_start, tile.group,

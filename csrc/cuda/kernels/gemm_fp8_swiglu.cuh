@@ -38,7 +38,7 @@ struct GemmSwigluShape {
   static constexpr int kMathThreads = kMathWarpgroups * kWarpgroup;
   static constexpr int kColumns = 64;  // of D, for each warpgroup
   static constexpr int kStageBytes =
-      (kBlockM + kBlockN) * kFp8BlockK + kBlockM * int(sizeof(float));
+      (kBlockM + kBlockN) * kFp8BlockK + kBlockM * int(sizeof(float)) + StageScales<3>::kBytes;
 };
 
 template <class Shape>
@@ -51,31 +51,32 @@ struct alignas(1024) GemmSwigluSmem {
     uint8_t quantised[Shape::kBlockM * kSwizzleBytes];  // e4m3, both together
   } d;
   alignas(128) float sfa[Shape::kNumStages][Shape::kBlockM];
-  float amax[2][2][Shape::kBlockM];  // [tile parity][warpgroup][row]
+  StageScales<3> sfb[Shape::kNumStages];  // of the gate; of the up-projection, and the next row
+  float amax[2][2][Shape::kBlockM];       // [tile parity][warpgroup][row]
   Ring<Shape::kNumStages> ring;
   TileQueue queue;
 };
 
-// A's scales by row; B's by block: one for the 64 gate rows, up to two for the 64 up rows, which
-// start wherever i ends.
+// A's scales by row; B's by block: one for the gate's 128 rows, up to two for the up-projection's,
+// which start wherever i ends.
 template <class Shape, class Smem>
 class SwigluScales {
  public:
   __device__ __forceinline__ SwigluScales(const GemmFp8Params& p, const GemmTile& tile,
                                           const Smem& smem, int warpgroup)
-      : smem_(smem), blocks_(p, first_blocks(p, tile, warpgroup), tile.k_begin) {
+      : smem_(smem) {
     row_ = threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-    boundary_ = boundary(p, up_row(p, tile, warpgroup));
+    const int up = (p.extent.n + tile.n_start) / 2;
+    boundary_ = 128 - up % 128 - warpgroup * Shape::kColumns;
   }
 
-  __device__ __forceinline__ void read(int k_block, int stage) {
+  __device__ __forceinline__ void read(int stage) {
     const float sa[2] = {smem_.sfa[stage][row_], smem_.sfa[stage][row_ + 8]};
-    float sb[3];
-    blocks_.take(k_block, sb);
 #pragma unroll
     for (int which = 0; which < 3; ++which) {
-      scale_[which][0] = __fmul_rn(sa[0], sb[which]);
-      scale_[which][1] = __fmul_rn(sa[1], sb[which]);
+      const float sb = smem_.sfb[stage].row[which][0];
+      scale_[which][0] = __fmul_rn(sa[0], sb);
+      scale_[which][1] = __fmul_rn(sa[1], sb);
     }
   }
 
@@ -99,34 +100,9 @@ class SwigluScales {
   }
 
  private:
-  __device__ static __forceinline__ int block_rows(const GemmFp8Params& p) {
-    return (p.extent.n + 127) / 128;
-  }
-  // The warpgroup's first row of B in the up-projection.
-  __device__ static __forceinline__ int up_row(const GemmFp8Params& p, const GemmTile& tile,
-                                               int warpgroup) {
-    return p.extent.n / 2 + tile.n_start / 2 + warpgroup * Shape::kColumns;
-  }
-  // The columns from here on use the up-projection's next row of scales, if B has one.
-  __device__ static __forceinline__ int boundary(const GemmFp8Params& p, int up) {
-    return up / 128 + 1 < block_rows(p) ? 128 - up % 128 : Shape::kColumns;
-  }
-  __device__ static __forceinline__ BlockRows<3> first_blocks(const GemmFp8Params& p,
-                                                              const GemmTile& tile, int warpgroup) {
-    const int k_blocks = (p.extent.k + kFp8BlockK - 1) / kFp8BlockK;
-    const int up = up_row(p, tile, warpgroup);
-    // Columns behind the last are computed for nothing: any scale will do.
-    const auto start = [&](int row) {
-      return (tile.group * block_rows(p) + min(row / 128, block_rows(p) - 1)) * k_blocks;
-    };
-    const int next = boundary(p, up) < Shape::kColumns ? k_blocks : 0;
-    return {{start(up - p.extent.n / 2), start(up), start(up) + next}};
-  }
-
   const Smem& smem_;
-  BlockScales<3> blocks_;
   int row_;
-  int boundary_;
+  int boundary_;  // the columns from here on use the up-projection's next row of scales
   float scale_[3][2];
 };
 
@@ -244,6 +220,9 @@ __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
     }
     const int32_t sfa_at[2] = {tile.row, tile.plane * k_blocks + k_block};
     cp_async_bulk_tensor(space_cluster, space_global, smem.sfa[stage], &p.sfa, sfa_at, full);
+    const int gate_row = tile.n_start / 2 / 128;
+    const int up_row = (p.extent.n + tile.n_start) / 2 / 128;
+    load_scales<3>(smem.sfb[stage], p, tile, {gate_row, up_row, up_row + 1}, k_block, full);
   };
   const auto compute = [&](int warpgroup) {
     const auto left = [&](int stage) { return smem.a[stage]; };

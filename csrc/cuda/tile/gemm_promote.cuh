@@ -5,7 +5,7 @@
 // added on the CUDA cores, together with the scales it needs anyway (V3 report, 3.3.2).
 //
 // A Scales type says which scale belongs to which accumulator:
-//   read(k_block, stage)   fetch this block's scales, while the tensor core works
+//   read(stage)            fetch this block's scales, while the tensor core works
 //   read_rest(stage)       fetch those that found no register beside the accumulators in flight
 //   promote(sum, partial)  sum[i] = fma(scale of A * scale of B, partial[i], sum[i])
 #pragma once
@@ -63,8 +63,8 @@ class PromotingLoop {
   // Waits for the oldest products, of which at most kPending newer ones are under way; frees their
   // stage and adds them to the sums.
   template <int kPending>
-  __device__ __forceinline__ void finish(int k_block, Sums& partial) {
-    scales_.read(k_block, done_.stage);
+  __device__ __forceinline__ void finish(Sums& partial) {
+    scales_.read(done_.stage);
     ptx::wgmma_wait_group<kPending>();
     ptx::fence_accumulators(partial);
     scales_.read_rest(done_.stage);
@@ -93,28 +93,28 @@ __device__ __forceinline__ void promoted_sum(Stages& ring, typename Stages::Posi
   for (float& value : sum) value = 0.f;
   PromotingLoop<kN, Stages, Scales> loop(ring, at, sharers, {left(0), left(1)},
                                          {right(0), right(1)}, scales, sum);
-  int k_block = k_begin;
   if constexpr (!kOverlapped) {
-    for (; k_block < k_end; ++k_block) {
+    for (int left_over = k_end - k_begin; left_over > 0; --left_over) {
       float partial[kN / 2];
       loop.start(partial);
-      loop.template finish<0>(k_block, partial);
+      loop.template finish<0>(partial);
     }
   } else if (k_begin < k_end) {
     float even[kN / 2], odd[kN / 2];
     loop.start(even);
-    for (; k_block + 2 < k_end; k_block += 2) {
+    int left_over = k_end - k_begin - 1;  // to be started
+    for (; left_over >= 2; left_over -= 2) {
       loop.start(odd);
-      loop.template finish<1>(k_block, even);
+      loop.template finish<1>(even);
       loop.start(even);
-      loop.template finish<1>(k_block + 1, odd);
+      loop.template finish<1>(odd);
     }
-    if (k_block + 1 < k_end) {
+    if (left_over == 1) {
       loop.start(odd);
-      loop.template finish<1>(k_block++, even);
-      loop.template finish<0>(k_block, odd);
+      loop.template finish<1>(even);
+      loop.template finish<0>(odd);
     } else {
-      loop.template finish<0>(k_block, even);
+      loop.template finish<0>(even);
     }
   }
 }

@@ -1,61 +1,38 @@
-// B's scales of one per 128x128, on their way from memory to the promotion.
+// B's scales of one per 128x128, on their way from memory to the promotion: with the stage whose
+// products they scale. A load of the math warps' own would queue behind the TMA loads of the ring.
 #pragma once
 
+#include <cuda/ptx>
+
+#include "cuda/gemm_shape.hpp"
 #include "cuda/params/gemm.hpp"
+#include "cuda/tile/gemm_scheduler.cuh"
 
 namespace dsk {
 
-// Where each of a tile's rows of blocks starts in p.sfb.
+// A stage's scales, one from each of up to kRows rows of B's blocks. TMA brings no less than four
+// floats, to a multiple of 128 bytes: the first is the one.
 template <int kRows>
-struct BlockRows {
-  int first[kRows];
+struct alignas(128) StageScales {
+  float row[kRows][32];
+  static constexpr int kBytes = kRows * 16;  // that arrive
 };
 
-// The scales of one tile's kRows rows of blocks, k block after k block. Each lane keeps one of 32,
-// so a load serves 32 k blocks and is under way 32 k blocks before anyone needs it: a load that
-// misses L1 queues behind the TMA loads of the whole ring.
+// Producer: the scales at k_block of B's rows `row` (in blocks of 128, of the tile's group); a row
+// behind the last is replaced by the last.
 template <int kRows>
-class BlockScales {
- public:
-  // By whole warps, as is take().
-  __device__ __forceinline__ BlockScales(const GemmFp8Params& p, const BlockRows<kRows>& rows,
-                                         int k_begin)
-      : p_(p), rows_(rows) {
-    const int window = k_begin / kWindow * kWindow;
+__device__ __forceinline__ void load_scales(StageScales<kRows>& to, const GemmFp8Params& p,
+                                            const GemmTile& tile, const int (&row)[kRows],
+                                            int k_block, uint64_t* full) {
+  using namespace cuda::ptx;
+  const int k_blocks = (p.extent.k + 127) / 128;
+  const int block_rows = (p.extent.n + 127) / 128;
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) now_[row] = fetch(row, window);
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) ahead_[row] = fetch(row, window + kWindow);
+  for (int i = 0; i < kRows; ++i) {
+    const int block_row = tile.group * block_rows + min(row[i], block_rows - 1);
+    const int32_t at[2] = {p.sfb_offset + block_row * k_blocks + k_block, 0};
+    cp_async_bulk_tensor(space_cluster, space_global, to.row[i], &p.sfb, at, full);
   }
-
-  // scale = those of k_block; k blocks are taken in order.
-  __device__ __forceinline__ void take(int k_block, float (&scale)[kRows]) {
-    const int lane = unsigned(k_block) % kWindow;
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      scale[row] = __shfl_sync(0xffffffffu, now_[row], lane);
-    }
-    if (lane != kWindow - 1) return;
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      now_[row] = ahead_[row];
-      ahead_[row] = fetch(row, k_block + 1 + kWindow);
-    }
-  }
-
- private:
-  static constexpr int kWindow = 32;
-
-  __device__ __forceinline__ float fetch(int row, int window) const {
-    const int k_blocks = (p_.extent.k + 127) / 128;
-    const int k_block = window + threadIdx.x % 32;
-    return k_block < k_blocks ? __ldg(p_.sfb + rows_.first[row] + k_block) : 0.f;
-  }
-
-  const GemmFp8Params& p_;
-  BlockRows<kRows> rows_;
-  float now_[kRows];
-  float ahead_[kRows];
-};
+}
 
 }  // namespace dsk
