@@ -50,7 +50,7 @@ constexpr GemmCluster kClusters[] = {{1, 1, 1}, {2, 1, 1}, {1, 2, 1},
 
 // An H100 or H800 SXM in clock cycles at 1.755 GHz, as the emulator's timing model has it: that
 // model replays the kernels themselves, and these few numbers reproduce its order of preference.
-constexpr double kMemoryBytes = 1720;   // per cycle, of the device
+constexpr double kMemoryBytes = 1680;   // per cycle, of the device
 constexpr double kL2Bytes = 5400;       // per cycle, of the device
 constexpr double kL2BytesPerSm = 64;    // per cycle, that TMA can bring into one SM
 constexpr double kMinWgmma = 16;        // the narrowest wgmma
@@ -58,7 +58,8 @@ constexpr double kHandover = 150;       // barrier, first wgmma's latency, scale
 constexpr double kIssue = 200;          // what one warp issues for a k block, but for promotion
 constexpr double kIssueOfTwo = 270;     // the same where two warps share a scheduler
 constexpr double kStart = 3300;         // launch, first bytes from memory
-constexpr double kStoreBytes = 20;      // per cycle, of one CTA's epilogue
+constexpr double kStoreBytes = 32;      // per cycle, of one CTA's epilogue
+constexpr double kExposed = 0.3;        // of the last k block and store, behind the last bytes
 constexpr double kReduction = 900;      // two cluster barriers and what lies between
 constexpr double kReductionBytes = 32;  // per cycle, of partial sums
 
@@ -200,7 +201,8 @@ double gemm_cycles(const GemmProblem& problem, const GemmConfig& config,
   const double block =
       std::max(math_cycles(config), operand_cycles(config, cluster, std::max(1.0, active)));
   const double tiles = double(waves) * (k_blocks * block + store_cycles(config));
-  return kStart + std::max(tiles, memory_cycles(problem)) + reduction_cycles(config, cluster.split);
+  const double memory = memory_cycles(problem) + kExposed * (block + store_cycles(config));
+  return kStart + std::max(tiles, memory) + reduction_cycles(config, cluster.split);
 }
 
 GemmChoice choose_gemm(const GemmProblem& problem, const GemmForce& force) {
