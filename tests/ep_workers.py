@@ -23,7 +23,7 @@ from dskernels.ref import ep as ref
 HERE = str(Path(__file__).resolve().parent)
 
 
-def run_ranks(function, ranks: int, *args, timeout: float = 60.0, expect_dead=()) -> list:
+def run_ranks(function, ranks: int, *args, timeout: float = 150.0, expect_dead=()) -> list:
     """Run function(store, rank, ranks, *args) in `ranks` processes; results by rank, None for the
     ranks in expect_dead. A process that raises fails the test with its traceback."""
     context = multiprocessing.get_context("forkserver")

@@ -18,21 +18,31 @@ from ep_workers import (
     make_group,
     problem,
     run_ranks,
+    same,
 )
 
 import dskernels as dsk
+from dskernels.ref import ep as ref
 
 pytestmark = pytest.mark.timeout(180)
-TIMEOUT = 2.0
-LATE = 4.0  # what a loaded machine may add
+TIMEOUT = 1.0  # of calls that shall run into it
+PATIENCE = 60.0  # of all others: no rank is late on a busy machine
 
 
-def options(ranks, timeout=TIMEOUT):
-    return dict(num_experts=4 * ranks, max_tokens=T, hidden=H, topk=K, timeout=timeout)
+def options(ranks):
+    return dict(num_experts=4 * ranks, max_tokens=T, hidden=H, topk=K, timeout=PATIENCE)
+
+
+def until_stopped(group, rank):
+    while group.peer_state(rank) == "alive":
+        time.sleep(0.005)
 
 
 def worker_victim(store, rank, ranks, victim, how, when):
-    """The victim goes before its dispatch, or between dispatch and combine."""
+    """The victim goes before its dispatch, or between dispatch and combine. Its death is noticed
+    long before any timeout; a stopped rank is only silent."""
+    stops = how == signal.SIGSTOP and rank != victim
+    timeout = TIMEOUT if stops else PATIENCE
     group = make_group(store, rank, ranks, **options(ranks))
     xs, idxs, weights = case = problem("even", ranks, 7)
     compare_normal(group, case)
@@ -43,10 +53,17 @@ def worker_victim(store, rank, ranks, victim, how, when):
     try:
         if rank == victim and when == "dispatch":
             os.kill(os.getpid(), how)
-        got = dsk.ep.dispatch(group, xs[rank], idxs[rank], weights[rank])
+        elif stops and when == "dispatch":
+            until_stopped(group, victim)
+        got = dsk.ep.dispatch(
+            group, xs[rank], idxs[rank], weights[rank],
+            timeout=timeout if when == "dispatch" else PATIENCE,
+        )  # fmt: skip
         if rank == victim:
             os.kill(os.getpid(), how)
-        dsk.ep.combine(group, got.x, got)
+        elif stops:
+            until_stopped(group, victim)
+        dsk.ep.combine(group, got.x, got, timeout=timeout)
     except dsk.ep.PeerSilent as caught:
         error = caught
     waited = time.monotonic() - began
@@ -56,7 +73,7 @@ def worker_victim(store, rank, ranks, victim, how, when):
             group.recover()
         return "given up"
     assert error is not None, "no error although a rank is gone"
-    assert waited < TIMEOUT + LATE, waited
+    assert waited < PATIENCE, waited
     with pytest.raises(ValueError, match=r"call recover\(\) on every surviving rank first"):
         dsk.ep.dispatch(group, xs[rank], idxs[rank])
     alive = group.recover()
@@ -87,15 +104,19 @@ def test_a_rank_that_goes_is_named_and_masked(how, when):
     assert all(f"rank {victim} died" == r or r == "timeout" or "aborted" in r for r in reasons)
     if not dead:
         assert results[victim] == "given up"
-    else:
-        assert min(waited for waited, _ in survivors) < TIMEOUT  # not by waiting it out
+        assert max(waited for waited, _ in survivors) >= TIMEOUT
 
 
 def worker_mid_flight(store, rank, ranks, victim, how, seed):
-    """Rank 0 shoots at a random moment while all are exchanging large batches."""
+    """Rank 0 shoots at a random moment while all are exchanging large batches.
+
+    A death is noticed by itself; a stopped rank by a timeout, which a busy machine may reach
+    without a shot: then all recover, the victim too, and go on.
+    """
+    timeout = TIMEOUT if how == signal.SIGSTOP else PATIENCE
     group = dsk.ep.Group.from_store(
         dist.PrefixStore("group", store), rank, ranks, num_experts=ranks, max_tokens=256,
-        hidden=4096, topk=ranks // 2, timeout=TIMEOUT,
+        hidden=4096, topk=ranks // 2, timeout=PATIENCE,
     )  # fmt: skip
     store.set(f"pid{rank}", str(os.getpid()))
     x = torch.full((256, 4096), float(rank + 1)).bfloat16()
@@ -104,23 +125,23 @@ def worker_mid_flight(store, rank, ranks, victim, how, seed):
         pid = int(store.get(f"pid{victim}"))
         delay = random.Random(seed).uniform(0.02, 0.2)
         threading.Timer(delay, os.kill, (pid, how)).start()
-    steps, error = 0, None
-    while error is None:
+    steps, alive = 0, [True] * ranks
+    while all(alive):
         try:
-            got = dsk.ep.dispatch(group, x, idx)
+            got = dsk.ep.dispatch(group, x, idx, timeout=timeout)
             assert torch.equal(got.x[:, 0].long(), got.source[:, 0] + 1)
             assert torch.equal(got.x[:, -1].long(), got.source[:, 0] + 1)
-            out, _ = dsk.ep.combine(group, got.x, got)
+            out, _ = dsk.ep.combine(group, got.x, got, timeout=timeout)
             assert torch.equal(out, x * (ranks // 2))
             del got
             steps += 1
         except dsk.ep.PeerSilent as caught:
             error = caught
-    if rank == victim:  # stopped and woken
-        with pytest.raises(ValueError, match="has given up on this rank"):
-            group.recover()
-        return None
-    alive = group.recover()
+            try:
+                alive = group.recover()
+            except ValueError as given_up:  # the victim: stopped and woken
+                assert rank == victim and "has given up on this rank" in str(given_up)
+                return None
     assert alive == [r != victim for r in range(ranks)]
     reached = torch.stack([(idx == r).any(1) & (r != victim) for r in range(ranks)]).sum(0)
     if how == signal.SIGSTOP and rank == 1:  # its stores now go nowhere
@@ -150,23 +171,24 @@ def worker_absent(store, rank, ranks):
     group = make_group(store, rank, ranks, **options(ranks))
     xs, idxs, _ = problem("even", ranks, 3)
     if rank == 1:
-        time.sleep(TIMEOUT + 1.5)
+        store.wait(["gave up 0", "gave up 2"])
         with pytest.raises(dsk.ep.PeerSilent):  # it was aborted before it came
             dsk.ep.dispatch(group, xs[rank], idxs[rank])
     else:
         with pytest.raises(dsk.ep.PeerSilent) as caught:
-            dsk.ep.dispatch(group, xs[rank], idxs[rank])
+            dsk.ep.dispatch(group, xs[rank], idxs[rank], timeout=TIMEOUT)
+        store.set(f"gave up {rank}", "")
         error = caught.value
         if error.report["reason"] == "timeout":
-            assert error.ranks == [1] and error.dead == []
+            assert 1 in error.ranks and error.dead == []
             assert error.report["phase"] == "notice" and error.report["waited_seconds"] >= TIMEOUT
             assert "rank 1 is silent: alive, at 0" in str(error)
-    assert group.recover(timeout=10) == [True] * ranks  # all are there: nobody is masked
+    assert group.recover() == [True] * ranks  # all are there: nobody is masked
     compare_normal(group, problem("even", ranks, 4))
-    alive = group.recover(exclude=[2], timeout=10) if rank != 2 else None
+    alive = group.recover(exclude=[2]) if rank != 2 else None
     if rank == 2:
         with pytest.raises(ValueError, match="has given up on this rank"):
-            group.recover(timeout=10)
+            group.recover()
         return True
     compare_normal(group, problem("even", ranks, 5), alive=alive)
     return True
@@ -176,20 +198,50 @@ def test_late_ranks_and_exclusion():
     assert all(run_ranks(worker_absent, 3))
 
 
+def worker_still_in_the_call(store, rank, ranks):
+    """Rank 2 goes on to recover without rank 1 while rank 0 is still in a call, waiting for 1."""
+    group = make_group(store, rank, ranks, **options(ranks))
+    xs, idxs, _ = problem("even", ranks, 3)
+    if rank == 1:
+        store.wait(["rank 2 has left"])
+    got, hook = dsk.ep.low_latency_dispatch(group, xs[rank], idxs[rank], return_recv_hook=True)
+    if rank == 2:
+        group._transport.leave()  # what recover() begins with
+        store.set("rank 2 has left", "")
+    else:
+        hook()  # complete, whatever rank 2 does meanwhile
+        want = ref.low_latency_dispatch(xs, idxs, max_tokens=T, num_experts=4 * ranks)
+        same(got.count, want[rank].count, "count")
+    if rank == 1:  # does not know, and is not waited for any more
+        with pytest.raises(dsk.ep.PeerSilent, match="left the call to recover"):
+            dsk.ep.dispatch(group, xs[rank], idxs[rank])
+        with pytest.raises(ValueError, match="has given up on this rank"):
+            group.recover()
+        return True
+    alive = group.recover(exclude=[1])
+    assert alive == [True, False, True]
+    compare_normal(group, problem("even", ranks, 5), alive=alive)
+    return True
+
+
+def test_recovery_lets_calls_in_progress_finish():
+    assert all(run_ranks(worker_still_in_the_call, 3))
+
+
 def worker_membership(store, rank, ranks):
     """2 ranks, then 4, then 3 with other numbers."""
     from dskernels.ep.group import store_gather
 
     def gather(step, me, count):
-        return store_gather(dist.PrefixStore(f"step{step}", store), me, count, 30.0)
+        return store_gather(dist.PrefixStore(f"step{step}", store), me, count, PATIENCE)
 
     group = None
     if rank < 2:
-        group = make_group(store, rank, 2, **options(2, 30.0))
+        group = make_group(store, rank, 2, **options(2))
         compare_normal(group, problem("even", 2, 1))
         group.reform(rank, 4, gather(1, rank, 4), num_experts=16)
     else:
-        group = dsk.ep.Group(rank, 4, gather(1, rank, 4), **options(4, 30.0))
+        group = dsk.ep.Group(rank, 4, gather(1, rank, 4), **options(4))
     compare_normal(group, problem("even", 4, 2))
     if rank == 1:
         return True  # leaves

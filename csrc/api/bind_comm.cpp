@@ -422,7 +422,7 @@ void dsk::api::bind_comm(pybind11::module_& m) {
            })
       .def("peer_state",
            [](const Endpoint& e, int rank) { return state_name(e.transport->peer_state(rank)); })
-      .def("abort", [](const Endpoint& e) { e.transport->abort(0); });
+      .def("leave", [](const Endpoint& e) { e.transport->leave(); });
 
   py::class_<PyNetwork>(comm, "FakeNetwork")
       .def(py::init([](int ranks, uint64_t bytes, uint64_t seed, double repeat, int lost_source,

@@ -57,9 +57,11 @@ void Exchange::give_up(Counter kind, uint64_t value, Wait why, int peer, Clock::
   report.phase = proto::kCounterNames[kind];
   report.epoch = value;
   report.waited_seconds = std::chrono::duration<double>(Clock::now() - since).count();
-  report.reason = why == Wait::kTimeout ? "timeout"
-                  : why == Wait::kPeerDead
-                      ? "rank " + std::to_string(peer) + " died"
+  const std::string who = "rank " + std::to_string(peer);
+  report.reason = why == Wait::kTimeout    ? "timeout"
+                  : why == Wait::kPeerDead ? who + " died"
+                  : why == Wait::kPeerLeft
+                      ? who + " left the call to recover"
                       : "aborted by rank " + std::to_string(transport_.aborted_by());
   for (uint32_t kind_idx = 0; kind_idx < proto::kNumCounters; ++kind_idx) {
     std::vector<uint64_t>& row = report.counters.emplace_back();
@@ -82,7 +84,9 @@ void Exchange::give_up(Counter kind, uint64_t value, Wait why, int peer, Clock::
     }
     report.silent.push_back(std::move(silent));
   }
-  transport_.abort(value);  // so that the others do not wait for us
+  // So that the others do not wait for us. Where the cause is that one has left, those who can
+  // still complete an earlier call shall do so.
+  why == Wait::kPeerLeft ? transport_.leave() : transport_.abort(value);
   throw WaitFailed{std::move(report)};
 }
 

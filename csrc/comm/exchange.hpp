@@ -27,7 +27,7 @@ struct SilentPeer {
 };
 struct WaitReport {
   int rank = 0;
-  std::string reason;  // "timeout", "peer died", "aborted by rank 3"
+  std::string reason;  // "timeout", "rank 3 died", "aborted by rank 3", "rank 3 left ..."
   std::string phase;   // what was awaited, see proto::kCounterNames
   uint64_t epoch = 0;
   double waited_seconds = 0;

@@ -15,6 +15,7 @@ FakeNetwork::FakeNetwork(int ranks, uint64_t window_bytes, const FakeFaults& fau
       fenced_(ranks * ranks),
       counters_(ranks, std::vector<uint64_t>(proto::kCounterSlots)),
       dead_(ranks),
+      left_(ranks),
       puts_(ranks) {
   for (int r = 0; r < ranks; ++r) {
     windows_.push_back(std::make_unique<std::byte[]>(window_bytes));
@@ -113,6 +114,7 @@ Wait FakeTransport::wait_count(uint32_t counter, uint64_t value, int peer, Deadl
       continue;
     }
     if (network_.dead_[peer]) return Wait::kPeerDead;
+    if (network_.left_[peer]) return Wait::kPeerLeft;
     if (network_.changed_.wait_until(lock, deadline) == std::cv_status::timeout) {
       return Wait::kTimeout;
     }
@@ -128,6 +130,12 @@ PeerState FakeTransport::peer_state(int peer) {
 void FakeTransport::abort(uint64_t) {
   const std::lock_guard<std::mutex> lock(network_.mutex_);
   if (network_.aborted_by_ < 0) network_.aborted_by_ = rank();
+  network_.changed_.notify_all();
+}
+
+void FakeTransport::leave() {
+  const std::lock_guard<std::mutex> lock(network_.mutex_);
+  network_.left_[rank()] = true;
   network_.changed_.notify_all();
 }
 

@@ -59,6 +59,7 @@ class FakeNetwork {
   std::vector<std::unique_ptr<std::byte[]>> windows_;
   std::vector<bool> dead_;
   std::vector<uint64_t> puts_;
+  std::vector<bool> left_;
   int aborted_by_ = -1;
   std::vector<std::unique_ptr<FakeTransport>> endpoints_;
 };
@@ -82,6 +83,7 @@ class FakeTransport final : public Transport {
   PeerState peer_state(int peer) override;
   void abort(uint64_t epoch) override;
   int aborted_by() const override;
+  void leave() override;
 
  private:
   FakeNetwork& network_;

@@ -66,6 +66,7 @@ struct ShmMemory::Header {
   alignas(64) std::atomic<uint32_t> doorbell;  // counts notifications of any kind
   std::atomic<uint32_t> sleepers;              // owner waits in the kernel
   alignas(64) std::atomic<uint64_t> aborted;   // 1 + rank that aborted; 0: nobody
+  std::atomic<uint64_t> left;                  // bit r: rank r has left the epoch's calls
   // What the owner waits for; written by the owner, read for reports.
   alignas(64) std::atomic<uint32_t> wait_counter;
   std::atomic<uint64_t> wait_value;
@@ -203,9 +204,12 @@ Wait ShmTransport::wait_until(int peer, Deadline deadline, bool heed_abort, Reac
     header.sleepers.store(1);
     // The bell was read first: what arrives from here on changes it, and the futex does not sleep.
     if (reached()) break;
-    if (heed_abort && header.aborted.load() != 0) {
+    const bool aborted = heed_abort && header.aborted.load() != 0;
+    const bool peer_left = heed_abort && proto::is_alive(header.left.load(), peer);
+    if (aborted || peer_left) {
       header.sleepers.store(0);
-      return Wait::kAborted;
+      // A peer raises what it owes before it leaves, perhaps just after we looked.
+      return reached() ? Wait::kReached : aborted ? Wait::kAborted : Wait::kPeerLeft;
     }
     const Deadline now = Clock::now();
     if (now >= deadline) {
@@ -290,12 +294,29 @@ void ShmTransport::abort(uint64_t) {
   }
 }
 
+void ShmTransport::leave() {
+  for (const Peer& peer : peers_) {
+    if (peer.memory == nullptr) continue;
+    peer.memory->header().left.fetch_or(uint64_t{1} << rank());
+    ring(peer.memory->header());
+  }
+}
+
 int ShmTransport::aborted_by() const { return static_cast<int>(own_->header().aborted.load()) - 1; }
 
 uint64_t ShmTransport::recover(uint64_t alive, Deadline deadline) {
   const std::shared_ptr<ShmMemory> fresh = ShmMemory::create(own_->window_bytes());
   std::vector<ShmHandle> handles(ranks());
   handles[rank()] = fresh->handle();
+  const auto check_word = [&](const RecoveryWord& word, int from) {
+    DSK_CHECK(proto::is_alive(word.alive, rank()), "recover: rank ", from,
+              " has given up on this rank (", rank(), "), which was silent for too long");
+  };
+  // Words of ranks that are gone by now count, too: they may have gone on without us and ended.
+  for (int r = 0; r < ranks(); ++r) {
+    const RecoveryWord& word = own_->header().recovery[1][r];
+    if (word.round.load(std::memory_order_acquire) != 0) check_word(word, r);
+  }
   // Round by round, tell everybody whom I think alive, hear the same from them, and keep the
   // intersection; done when all of a round's words are equal. Each round but the last loses at
   // least one rank.
@@ -320,8 +341,7 @@ uint64_t ShmTransport::recover(uint64_t alive, Deadline deadline) {
         equal = false;
         continue;
       }
-      DSK_CHECK(proto::is_alive(word.alive, rank()), "recover: rank ", r,
-                " has given up on this rank (", rank(), "), which was silent for too long");
+      check_word(word, r);
       equal = equal && word.alive == alive;
       common &= word.alive;
       handles[r] = word.handle;

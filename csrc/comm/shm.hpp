@@ -73,6 +73,7 @@ class ShmTransport final : public Transport {
   uint64_t peer_count(int peer, uint32_t counter) override;
   void abort(uint64_t epoch) override;
   int aborted_by() const override;
+  void leave() override;
 
  private:
   struct Peer {

@@ -22,7 +22,7 @@ using Clock = std::chrono::steady_clock;
 using Deadline = Clock::time_point;
 
 enum class PeerState { kAlive, kStopped, kDead, kUnknown };
-enum class Wait { kReached, kTimeout, kPeerDead, kAborted };
+enum class Wait { kReached, kTimeout, kPeerDead, kPeerLeft, kAborted };
 
 inline const char* state_name(PeerState state) {
   static constexpr const char* kNames[] = {"alive", "stopped", "dead", "unknown"};
@@ -71,6 +71,9 @@ class Transport {
   // Make every wait of every peer of this epoch, and of this rank, end with kAborted.
   virtual void abort(uint64_t epoch) = 0;
   virtual int aborted_by() const = 0;  // -1: nobody
+  // Make waits for this rank end with kPeerLeft, unless it raised their counter before it left.
+  // Waits for others go on: what this rank owed to calls that it has completed is there.
+  virtual void leave() = 0;
 
  private:
   int rank_, ranks_;

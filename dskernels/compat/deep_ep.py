@@ -237,13 +237,14 @@ class Buffer:
         data = tokens.data if isinstance(tokens, ScaledTensor) else tokens
         # Results come back in bf16 or wider.
         row = data.shape[1] * max(2, data.dtype.itemsize)
-        want = torch.tensor([len(data), row, topk_idx.shape[1], num_experts])
+        lost = self._normal is None  # on any rank: all make a new one
+        want = torch.tensor([len(data), row, topk_idx.shape[1], num_experts, int(lost)])
         dist.all_reduce(want, op=dist.ReduceOp.MAX, group=self.group)
-        tokens_, row_, topk, experts = want.tolist()
+        tokens_, row_, topk, experts, lost = want.tolist()
         have = self._shape
         fits = (tokens_ <= have.tokens and row_ <= have.row_bytes and topk <= have.topk
                 and experts == have.experts)  # fmt: skip
-        if self._normal is None or not fits:
+        if lost or not fits:
             self._shape = _Shape(
                 max(have.tokens, tokens_, 1),
                 max(have.row_bytes, row_),
@@ -312,7 +313,13 @@ class Buffer:
         return result, EventOverlap(), hook if return_recv_hook else _nothing
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = True) -> None:
-        """Leave a rank out from the next dispatch on (mask), or take it back in."""
+        """Leave a rank out from the next dispatch on (mask), or take it back in.
+
+        The mask itself is local. The next low_latency_dispatch makes it true among all that are not
+        masked: each of them masks the same ranks before it, and calls it within the timeout (30 s);
+        a rank still in an earlier call completes that first. Taking back in: all ranks of the group
+        clear the mask, those that were left out call destroy(), and all meet in the next dispatch.
+        """
         (self._masked.add if mask else self._masked.discard)(rank_to_mask)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:

@@ -82,7 +82,8 @@ def _supports(machine: str, op: str, **shapes) -> Support:
 
 
 def on(machine: str):
-    """mla_schedule(), mla_decode(), mla_prefill() and supports() for "cuda" or "emu"."""
+    """mla_schedule(), mla_decode(), mla_prefill(), mla_prefill_backward() and supports() for "cuda"
+    or "emu"."""
 
     def where(x: torch.Tensor) -> dict:
         return dict(machine=machine, ordinal=device_of(x), stream=stream_of(x))
@@ -182,7 +183,8 @@ def on(machine: str):
 
     supports = functools.partial(_supports, machine)
     mla_prefill = functools.partial(_prefill.prefill, machine)
-    return mla_schedule, mla_decode, mla_prefill, supports
+    mla_prefill_backward = functools.partial(_prefill.prefill_backward, machine)
+    return mla_schedule, mla_decode, mla_prefill, mla_prefill_backward, supports
 
 
-mla_schedule, mla_decode, mla_prefill, supports = on("cuda")
+mla_schedule, mla_decode, mla_prefill, mla_prefill_backward, supports = on("cuda")

@@ -2,4 +2,4 @@
 
 from ..cuda.mla import on
 
-mla_schedule, mla_decode, mla_prefill, supports = on("emu")
+mla_schedule, mla_decode, mla_prefill, mla_prefill_backward, supports = on("emu")

@@ -122,17 +122,18 @@ class Group:
 
         exclude: ranks to leave out although they may answer; dead and stopped ones are left out
         anyway. Every survivor must call this, after a PeerSilent or between calls; whoever does not
-        within `timeout` counts as dead. The memory is
-        new afterwards, so a stopped rank that wakes up cannot write into it; results received
-        earlier stay valid, but cannot be combined any more. Returns `alive`. Raises ValueError on a
-        rank that the others have given up on.
+        within `timeout` counts as dead. Ranks, left out or not, that are still in a call which
+        this one has completed complete it; one that waits for this rank in a later call gets
+        PeerSilent. The memory is new afterwards, so a stopped rank that wakes up cannot write into
+        it; results received earlier stay valid, but cannot be combined any more. Returns `alive`.
+        Raises ValueError on a rank that the others have given up on.
         """
         mask = self._exchange.alive
         for rank in range(self.num_ranks):
             gone = rank != self.rank and self.peer_state(rank) in ("dead", "stopped")
             if gone or rank in exclude:
                 mask &= ~(1 << rank)
-        self._transport.abort()  # whoever still waits in a call of the old epoch comes along
+        self._transport.leave()  # whoever waits for this rank comes along
         alive = self._transport.recover(mask, self._seconds(timeout))
         self._exchange.restart(alive)
         return self.alive

@@ -9,8 +9,9 @@ csrc/cuda/kernels and csrc/cuda/tile that the stem's kernels include. For each, 
 touches are compiled to PTX, and the tests that launch them run on the emulator with its checks on,
 under the fixed schedule and under random ones. A baseline run tells which test launches what.
 
-caught          a test failed: wrong bits, a hazard, a deadlock, a timeout
-same code       the compiler makes the same PTX of it: no mutant at all
+caught          a test failed: wrong bits, a hazard, a deadlock, a timeout; or the build's gates
+                complain of its machine code
+same code       the compiler makes the same PTX, or machine code, of it: no mutant at all
 no compile      neither
 explained       it survives, and cuda_survivors.py argues why it must
 SURVIVED        it survives: a test is missing
@@ -40,6 +41,7 @@ from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
 
+from cuda_machine_code import SAME, verdict  # noqa: E402
 from cuda_mutants import Instance, Mutant, includes_of, instances_of, mutants_of  # noqa: E402
 from cuda_survivors import EXPLAINED  # noqa: E402
 
@@ -234,8 +236,13 @@ class Stem:
                     return Outcome(mutant, "no compile", "")
                 if code_lines(ptx.read_text()) == code_lines(original):
                     continue
-                changed = True
                 how = self._run(instance.name, kernels)
+                if not how:
+                    build = Path(folder, "build", instance.name)
+                    how = verdict(instance, overlay, self.csrc, find_nvcc(), build)
+                    if how == SAME:
+                        continue
+                changed = True
                 if how:
                     return Outcome(mutant, "caught", f"{instance.name}: {how}")
         return self._uncaught(mutant, changed, bool(touched))
@@ -264,6 +271,8 @@ class Stem:
 
 def reason(how: str) -> str:
     """The kind of failure, for the summary."""
+    if any(word in how for word in ("ptxas", "wgmma of", "setmaxnreg")):
+        return "machine code"
     for word in ("race", "hazard", "deadlock", "no end", "out of bounds", "uninitiali", "died"):
         if word in how.lower():
             return word

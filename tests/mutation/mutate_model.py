@@ -76,11 +76,13 @@ MUTANTS = [
     Mutant(
         "no renormalisation",
         GATE,
-        'if renormalize if renormalize is not None else score == "sigmoid":',
-        "if False:",
+        "    if renormalize:",
+        "    if False:",
         HF,
     ),
-    Mutant("no routed scale", GATE, "weights * scale, scores", "weights, scores", HF),
+    Mutant(
+        "no routed scale", GATE, "return topk_idx, weights * scale", "return topk_idx, weights", HF
+    ),
     Mutant(
         "unchosen groups masked with 0.0 for -inf",
         GATE,

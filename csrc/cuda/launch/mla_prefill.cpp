@@ -12,9 +12,10 @@ namespace cu = device::cu;
 
 constexpr int kThreads = 384;  // as in instances/mla.def
 
-// A contiguous bf16 tensor [rows, heads, width] as TMA sees one head: boxes of box_rows x 64.
-TensorMapBytes encode(const Context& context, const void* address, int rows, int heads, int width,
-                      int box_rows) {
+}  // namespace
+
+TensorMapBytes encode_heads(const Context& context, const void* address, int rows, int heads,
+                            int width, int box_rows) {
   device::TensorMapSpec spec;
   spec.type = cu::kBfloat16;
   spec.rank = 3;
@@ -35,8 +36,6 @@ TensorMapBytes encode(const Context& context, const void* address, int rows, int
   return bytes;
 }
 
-}  // namespace
-
 void mla_prefill(Context& context, const MlaPrefillArgs& args, cu::Stream stream) {
   if (args.t == 0 || args.h == 0) return;
   const size_t q_rows = size_t(args.t) * args.h, k_rows = size_t(args.keys) * args.h;
@@ -49,9 +48,9 @@ void mla_prefill(Context& context, const MlaPrefillArgs& args, cu::Stream stream
   HostLoan lse(context, args.lse, q_rows * sizeof(float), false);
 
   MlaPrefillParams params{};
-  params.q = encode(context, args.q, args.t, args.h, kPrefillWidth, kPrefillRows / 2);
-  params.k = encode(context, args.k, args.keys, args.h, kPrefillWidth, kPrefillBlock);
-  params.v = encode(context, args.v, args.keys, args.h, kPrefillValues, kPrefillBlock);
+  params.q = encode_heads(context, args.q, args.t, args.h, kPrefillWidth, kPrefillRows / 2);
+  params.k = encode_heads(context, args.k, args.keys, args.h, kPrefillWidth, kPrefillBlock);
+  params.v = encode_heads(context, args.v, args.keys, args.h, kPrefillValues, kPrefillBlock);
   params.cu_seqlens_q = args.cu_seqlens_q;
   params.cu_seqlens_k = args.cu_seqlens_k;
   params.out = args.out;

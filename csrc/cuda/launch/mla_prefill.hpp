@@ -4,8 +4,13 @@
 #include <cstdint>
 
 #include "cuda/launch/context.hpp"
+#include "cuda/params/tensor_map.hpp"
 
 namespace dsk::launch {
+
+// A contiguous bf16 tensor [rows, heads, width] as TMA sees one head: boxes of box_rows x 64.
+TensorMapBytes encode_heads(const Context& context, const void* address, int rows, int heads,
+                            int width, int box_rows);
 
 struct MlaPrefillArgs {
   const void* q = nullptr;                // [t, h, 192] bf16, contiguous

@@ -1,6 +1,8 @@
 // The online softmax of prefill on a 64 x 128 tile of scores in wgmma accumulators: a thread holds
 // rows r and r + 8 of its warp's 16, two columns of every eight. Maxima are those of
-// score * scale * log2(e), rounded up: powers of two, so that rescaling is exact.
+// score * scale * log2(e), unrounded: a row's largest weight is 1, which bf16 holds, so that a key
+// that outweighs all others gives its value exactly. The backward subtracts sum(grad out) from
+// grad v: what P V had lost there would be its error.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,7 +32,7 @@ struct PrefillRows {
       for (int i = half * 2; i < kPrefillScores; i += 4) best = fmaxf(best, fmaxf(s[i], s[i + 1]));
       best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
       best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-      best = fmaxf(peak[half], ceilf(best * scale));
+      best = fmaxf(peak[half], best * scale);
       factor[half] = ptx::exp2_approx(peak[half] - best);
       peak[half] = best;
       float total = 0.f;
