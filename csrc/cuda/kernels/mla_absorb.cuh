@@ -152,10 +152,8 @@ __device__ __forceinline__ void mla_absorb(const MlaAbsorbParams& p) {
     });
     drain_stores();
   };
-  const auto produce = [&] {
-    produce_tiles(smem.ring, smem.queue, AbsorbScheduler(p), AbsorbShape::kStageBytes, load);
-  };
-  run_roles<AbsorbShape::kMathWarpgroups>(smem, 1, produce, compute);
+  const auto producer = make_producer<AbsorbScheduler>(smem, p, AbsorbShape::kStageBytes, load);
+  run_roles<AbsorbShape::kMathWarpgroups>(smem, 1, producer, compute);
 }
 
 }  // namespace dsk
