@@ -215,6 +215,8 @@ def _moe() -> list[Case]:
     counts = torch.tensor([3, 1, 2, 2, 0, 9, 2, 2])
     return [
         Case("gate", "moe_gate", (x, weight, bias), {"topk": 3}, diff=(0, 1)),
+        Case("gate-statistics", "moe_gate", (x, weight, bias), {"topk": 3, "sequences": 1},
+             diff=(0, 1)),
         Case("gate-groups", "moe_gate", (x, weight, bias),
              {"topk": 3, "n_group": 4, "topk_group": 2, "scale": 2.5}, diff=(0, 1)),
         Case("gate-softmax", "moe_gate", (x.bfloat16(), weight.bfloat16(), None),

@@ -11,10 +11,11 @@ only `out=` and `mla_cache_append` write to one. Non-contiguous arguments are we
 """
 
 from .dequantize import dequantize, pack_e5m6, unpack_e5m6
+from .experts import moe_experts
 from .gemm import gemm
 from .grouped import grouped_gemm, grouped_gemm_k
 from .mla import mla_cache_append, mla_decode, mla_prefill
-from .moe import moe_bias_update, moe_experts, moe_gate, moe_permute, moe_unpermute
+from .moe import moe_bias_update, moe_gate, moe_permute, moe_unpermute
 from .rowwise import (
     quantize,
     rms_norm,

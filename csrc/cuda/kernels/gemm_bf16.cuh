@@ -116,10 +116,8 @@ __device__ __forceinline__ void gemm_bf16(const GemmBf16Params& p) {
     });
     drain_stores();
   };
-  const auto produce = [&] {
-    produce_tiles(smem.ring, smem.queue, Scheduler(p.extent), Shape::kStageBytes, load);
-  };
-  run_roles<Shape::kMathWarpgroups>(smem, sharers, produce, compute);
+  const auto producer = make_producer<Scheduler>(smem, p.extent, Shape::kStageBytes, load);
+  run_roles<Shape::kMathWarpgroups>(smem, sharers, producer, compute);
 }
 
 }  // namespace dsk
