@@ -28,12 +28,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "return left > kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
     ): "The row's last whole run then goes element by element: slower, the same values.",
     (
-        "cuda/kernels/moe_gate.cuh",
-        "for (int expert = 0; expert < p.experts; expert += kGateExperts) {",
-        "for (int expert = 0; expert <= p.experts; expert += kGateExperts) {",
-    ): "With 256 or 512 experts one more pass multiplies zeros (load() masks experts that are not "
-    "there) and stores no sum: slower, the same values.",
-    (
         "cuda/kernels/moe_layout.cuh",
         "const int begin = min(lane * per_lane, p.experts);",
         "const int begin = (lane * per_lane);",
