@@ -51,7 +51,8 @@ def problem(ranks, kind, n):
 def expected(ranks, case, tokens=T):
     """Per rank: counts, and the experts' results one after the other, on the same kernels."""
     xs, idxs, _ = case
-    want = ref.low_latency_dispatch(xs, idxs, max_tokens=T, num_experts=LOCAL * ranks, use_fp8=True)
+    options = dict(max_tokens=tokens, num_experts=LOCAL * ranks, use_fp8=True)
+    want = ref.low_latency_dispatch(xs, idxs, **options)
     ys = [kernels.grouped_gemm(w.x, weights_of(r), masked_m=w.count, expected_m=T)
           for r, w in enumerate(want)]  # fmt: skip
     return want, ys
