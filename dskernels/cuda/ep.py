@@ -413,7 +413,10 @@ class PeerGroup:
         failed = [r for r, rank in enumerate(self.ranks) if int(rank.status[0])]
         if not failed:
             return
-        rank = self.ranks[failed[0]]
+        # Over nodes a rank may miss rows of one that is itself held up: first who waits for a rank
+        # that has not given up.
+        first = min(failed, key=lambda r: (int(self.ranks[r].status[2]) in failed, r))
+        rank = self.ranks[first]
         _, counter, source, call = rank.status.tolist()
         rows = rank.signals.view(-1, self._native.kEpMaxRanks)[:, : self.num_ranks].tolist()
         counters = {
@@ -427,7 +430,7 @@ class PeerGroup:
             other.status.zero_()
             other.arrivals.zero_()
         raise PeerSilent(
-            dict(rank=failed[0], reason="timeout", phase=phase, epoch=call, waited_seconds=0.0,
+            dict(rank=first, reason="timeout", phase=phase, epoch=call, waited_seconds=0.0,
                  silent=[silent], counters=counters)
         )  # fmt: skip
 
