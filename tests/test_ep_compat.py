@@ -76,6 +76,24 @@ def worker_deep_ep(store, rank, ranks):
     out, _, _ = buffer.low_latency_combine(ys[rank], idxs[rank], weights[rank], handle)
     same(out, want[rank], "low-latency combined")
 
+    # Scales as packed exponents.
+    rounded = ref.low_latency_dispatch(
+        xs, idxs, max_tokens=T, num_experts=experts, round_scale=True
+    )
+    (data, packed), count, handle, *_ = buffer.low_latency_dispatch(
+        xs[rank], idxs[rank], T, experts, round_scale=True, use_ue8m0=True
+    )
+    assert packed.dtype == torch.int32 and packed.shape == (4, ranks * T, 1)
+    assert packed.stride()[1] == 1
+    for expert, n in enumerate(count.tolist()):
+        same(data[expert, :n], rounded[rank].x.data[expert, :n], "data")
+        for group in range(rounded[rank].x.scale.shape[2]):
+            scale = 2.0 ** ((packed[expert, :n, 0] >> 8 * group & 255) - 127).float()
+            same(scale, rounded[rank].x.scale[expert, :n, group], "scale")
+    buffer.low_latency_combine(ys[rank], idxs[rank], weights[rank], handle)
+    with pytest.raises(ValueError, match="use_ue8m0: expected use_fp8 and round_scale"):
+        buffer.low_latency_dispatch(xs[rank], idxs[rank], T, experts, use_ue8m0=True)
+
     # One rank masked, then all of them again.
     if rank != 1:
         buffer.low_latency_update_mask_buffer(1)
