@@ -1,6 +1,8 @@
 """deep_ep's names and the model, expert-parallel over processes."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -220,3 +222,13 @@ def test_fp8_experts_over_ranks():
 
 def test_the_model_runs_expert_parallel():
     assert all(run_ranks(worker_model, 2))
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_exchange():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               "-m", "dskernels.ep", "--exchange", "--max-tokens", "16", "--hidden", "256"]  # fmt: skip
+    env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("equal to the reference") == 2
