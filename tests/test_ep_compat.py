@@ -226,8 +226,9 @@ def test_the_model_runs_expert_parallel():
 
 @pytest.mark.slow
 def test_processes_of_torchrun_exchange():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-               "-m", "dskernels.ep", "--exchange", "--max-tokens", "16", "--hidden", "256"]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--standalone", "-m", "dskernels.ep", "--exchange", "--max-tokens", "16",
+               "--hidden", "256"]  # fmt: skip
     env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ}
     result = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env)
     assert result.returncode == 0, result.stderr[-2000:]
