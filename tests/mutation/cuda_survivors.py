@@ -43,6 +43,21 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "if (p.num_groups >= 1) limit_groups(p, s);",
     ): "A single group is always chosen, so nobody is out of the running: slower, the same choice.",
     (
+        "cuda/tile/mla_dequantize.cuh",
+        "if (block + 1 < piece.end) {",
+        "if (block + 1 <= piece.end) {",
+    ): "Behind the last block it only asks L2 for lines that nobody reads.",
+    (
+        "cuda/tile/mla_dequantize.cuh",
+        "if (lane / 2 >= tokens.count) return;",
+        "if (lane / 2 > tokens.count) return;",
+    ): "One token more is a hint to L2, which reads nothing into the program.",
+    (
+        "cuda/tile/mla_columns.cuh",
+        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes);",
+        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes + 16);",
+    ): "The distance between tiles of 64 rows; wgmma's A has 64 rows, one tile.",
+    (
         "cuda/kernels/mla_prefill.cuh",
         "if (first + kPrefillBlock <= job.first_keys()) return;",
         "if (first + kPrefillBlock < job.first_keys()) return;",
