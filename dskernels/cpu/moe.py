@@ -3,8 +3,9 @@
 Letters: t tokens, d model width, e experts, k experts of a token, i expert width.
 
 Native in bf16, fp16 and fp32: the router, permutation and its way back with gradients, and FP8
-experts. On the reference functions: fp64, plain experts, the router's gradient (two dense fp32
-products, which are torch's own) and the balance losses.
+experts. Plain experts and their gradients are PyTorch's products of the weights as they are, with
+native steps between them. On the reference functions: fp64, the router's gradient (two dense fp32
+products) and the balance losses.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import torch
 
 from .. import _C
 from ..ref import moe as ref
+from ..ref.rowwise_backward import swiglu_backward
 from ..types import ScaledTensor, Unsupported
 from . import gemm, packing, rowwise
 from .packing import PackedWeight, packed
 
 __all__ = [
     "moe_experts",
+    "moe_experts_backward",
     "moe_gate",
     "moe_permute",
     "moe_unpermute",
@@ -73,13 +76,26 @@ def moe_permute(
     """Copies of x [t, d] sorted by expert -> x_perm, group_sizes, row_map: `ref.moe_permute`'s."""
     x = _rows("x", x)
     ref._check_topk_idx(x, topk_idx, num_experts)
+    layout = _layout(topk_idx, num_experts, alignment)
+    _, group_sizes, row_map = layout
+    return _gather(x, layout), group_sizes.clone(), row_map
+
+
+def _layout(topk_idx, num_experts: int, alignment: int = 1) -> tuple[torch.Tensor, ...]:
+    """counts [e], group_sizes [e], row_map [t, k] of a stable counting sort."""
     topk_idx = topk_idx.to(torch.int64).contiguous()
     counts, group_sizes = torch.empty(2, num_experts, dtype=torch.int64)
     row_map = torch.empty_like(topk_idx)
     _C.cpu.moe_layout(topk_idx, alignment, counts, group_sizes, row_map)
+    return counts, group_sizes, row_map
+
+
+def _gather(x: torch.Tensor, layout: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The rows of x [t, d] sorted by expert."""
+    counts, group_sizes, row_map = layout
     x_perm = torch.empty(int(group_sizes.sum()), x.shape[1], dtype=x.dtype)
     _C.cpu.moe_permute(x, row_map, counts, group_sizes, x_perm, torch.get_num_threads())
-    return x_perm, group_sizes.clone(), row_map
+    return x_perm
 
 
 def moe_unpermute(
@@ -136,6 +152,8 @@ def moe_experts(
     scaled = [isinstance(w, ScaledTensor | PackedWeight) for w in (w13, w2)]
     if not all(scaled) or x.dtype not in _FLOATS:
         w13, w2 = (w.unpack() if isinstance(w, PackedWeight) else w for w in (w13, w2))
+        if _suits_plain(x, w13, w2) and not (torch.is_grad_enabled() and _needs_grad(x, w13, w2)):
+            return _plain_experts(x, w13, w2, topk_idx, topk_weights)
         return ref.moe_experts(x, w13, w2, topk_idx, topk_weights)
     width = w13.shape[-2] // 2
     if w13.shape[-2] % 2 or len(w13.shape) != 3 or width % 64:
@@ -164,6 +182,73 @@ def moe_experts(
         torch.get_num_threads(),
     )
     return out
+
+
+def _needs_grad(*tensors: torch.Tensor) -> bool:
+    return any(t.requires_grad for t in tensors)
+
+
+def _suits_plain(x, w13, w2) -> bool:
+    plain = all(isinstance(w, torch.Tensor) and w.dtype == x.dtype for w in (w13, w2))
+    return plain and x.dtype in _FLOATS and w13.dim() == w2.dim() == 3
+
+
+def _parts(group_sizes: torch.Tensor):
+    """(expert, its rows) of each expert that has any."""
+    start = 0
+    for expert, size in enumerate(group_sizes.tolist()):
+        if size:
+            yield expert, slice(start, start + size)
+        start += size
+
+
+def _plain_experts(x, w13, w2, topk_idx, topk_weights) -> torch.Tensor:
+    rows, group_sizes, row_map = moe_permute(x, topk_idx, w13.shape[0])
+    y = torch.empty_like(rows)
+    for expert, part in _parts(group_sizes):
+        hidden = rowwise.swiglu(gemm.plain_product(rows[part], w13[expert].t()))
+        y[part] = gemm.plain_product(hidden, w2[expert].t())
+    return moe_unpermute(y, row_map, topk_weights)
+
+
+def moe_experts_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """grad [t, d] -> gradients of x, w13, w2 and topk_weights; see `ref.moe_experts_backward`.
+
+    fp32 products of fp32 operands. bf16 operands are multiplied as they are and every product is
+    rounded to bf16, gradients inside an expert included, as autograd would; sums are fp32.
+    """
+    if not _suits_plain(x, w13, w2) or grad.dtype != x.dtype or x.dtype == torch.float16:
+        raise Unsupported(f"expected bfloat16 or float32 throughout, got {x.dtype}")
+    layout = _layout(topk_idx, w13.shape[0])
+    _, group_sizes, row_map = layout
+    x_perm, g_perm = (_gather(_rows(n, t), layout) for n, t in (("x", x), ("grad", grad)))
+    here = row_map >= 0
+    weights = torch.zeros(x_perm.shape[0], 1)
+    weights[row_map[here], 0] = topk_weights.detach()[here].float()
+    dot, dx_perm = torch.empty(x_perm.shape[0]), torch.empty_like(x_perm)
+    d13, d2 = torch.zeros_like(w13), torch.zeros_like(w2)
+    product = gemm.plain_product
+    for expert, part in _parts(group_sizes):
+        x_e, g_e, factor = x_perm[part], g_perm[part], weights[part]
+        h = product(x_e, w13[expert].t())
+        act = rowwise.swiglu(h)
+        back = product(g_e, w2[expert]).float()
+        # <grad, y> = <grad w2, act>: the expert's output itself is not needed.
+        dot[part] = (back * act).sum(dim=-1)
+        d2[expert] = product((g_e * factor).to(x.dtype).t(), act)
+        dh = swiglu_backward(back * factor, h.float()).to(x.dtype)
+        d13[expert] = product(dh.t(), x_e)
+        dx_perm[part] = product(dh, w13[expert])
+    dweights = torch.zeros_like(topk_weights)
+    dweights[here] = dot[row_map[here]].to(topk_weights.dtype)
+    return moe_unpermute(dx_perm, row_map, None), d13, d2, dweights
 
 
 def _by_expert(x, w13, w2, topk_idx, topk_weights, quantize_activations) -> torch.Tensor:
