@@ -36,8 +36,11 @@ test: venv ## the default test tier (under 10 minutes on 2 cores)
 test-full: venv ## nightly: everything, mutation scripts included
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-sanitize: venv ## the emulator's tests under AddressSanitizer and UBSan (a build beside the normal one)
-	sh cmake/sanitize.sh $(PY) -m "not slow" tests/emu tests/emu_num $(PYTEST_ARGS)
+sanitize: venv ## the emulator's and the CPU kernels' tests under ASan and UBSan, threads under TSan
+	sh cmake/sanitize.sh emu $(PY) -m "not slow" tests/emu tests/emu_num $(PYTEST_ARGS)
+	sh cmake/sanitize.sh cpu $(PY) -m "not slow" tests/test_cpu_gemm.py tests/test_cpu_mla.py \
+	  tests/test_cpu_moe.py tests/test_cpu_rowwise.py $(PYTEST_ARGS)
+	$(PY) -m pytest tests/test_cpu_threads.py $(PYTEST_ARGS)
 
 lint: venv ## ruff and clang-format, both pinned
 	$(VENV)/bin/ruff check .
