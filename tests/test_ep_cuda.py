@@ -116,6 +116,29 @@ def test_equal_to_the_reference(ranks, seed):
         run_case(group, ranks, n, 256)
 
 
+@pytest.mark.parametrize("ranks, per_node", [(8, 4), (4, 2), (3, 1), (6, 2)])
+def test_several_nodes(ranks, per_node, seed):
+    """One copy of a token per node, passed on there: the same rows in the same places."""
+    group = make(ranks, ranks_per_node=per_node)
+    for n in range(6):
+        seed(n % 3)
+        case = routing(KINDS[n], ranks, 4 * ranks, K, T, 256, n)
+        compare_normal(group, case, 256, fp8=n % 2 == 1)
+    alive = group.alive = [r != 1 for r in range(ranks)]
+    case = routing("even", ranks, 4 * ranks, K, T, 256, 9)
+    compare_normal(group, case, 256, alive=alive)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, per_node", [(8, 4), (6, 3)])
+def test_fifty_random_routings_over_nodes(ranks, per_node, seed):
+    group = make(ranks, ranks_per_node=per_node)
+    for n in range(50):
+        seed(n)
+        case = routing(KINDS[n % len(KINDS)], ranks, 4 * ranks, K, T, 256, n)
+        compare_normal(group, case, 256, fp8=n % 2 == 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_fifty_random_routings(ranks, seed):

@@ -56,8 +56,9 @@ EpGroup group(int rank, const std::tuple<int64_t, int64_t, int64_t, int, int>& s
 
 void dispatch(const On& on, const EpGroup& g, const Row& row, int tokens, Address x, int64_t ld_x,
               Address scale, int64_t scale_row, int64_t scale_column, Address topk_idx,
-              Address topk_weights, uint64_t region, Address row_of, Address rows_to,
-              Address mentions, Address received) {
+              Address topk_weights, uint64_t region, int ranks_per_node, uint64_t forward,
+              Address forward_of, Address row_of, Address rows_to, Address mentions,
+              Address received) {
   const EpDispatchParams p{g,
                            row_shape(row),
                            tokens,
@@ -69,6 +70,9 @@ void dispatch(const On& on, const EpGroup& g, const Row& row, int tokens, Addres
                            pointer<int64_t>(topk_idx),
                            pointer<float>(topk_weights),
                            region,
+                           ranks_per_node,
+                           forward,
+                           pointer<int32_t>(forward_of),
                            pointer<int32_t>(row_of),
                            pointer<uint32_t>(rows_to),
                            pointer<uint32_t>(mentions),
@@ -152,7 +156,8 @@ void bind_launch_ep(py::module_& launch) {
   });
   launch.def("ep_dispatch", &dispatch, "on"_a, "group"_a, "row"_a, "tokens"_a, "x"_a, "ld_x"_a,
              "scale"_a, "scale_row"_a, "scale_column"_a, "topk_idx"_a, "topk_weights"_a, "region"_a,
-             "row_of"_a, "rows_to"_a, "mentions"_a, "received"_a);
+             "ranks_per_node"_a, "forward"_a, "forward_of"_a, "row_of"_a, "rows_to"_a, "mentions"_a,
+             "received"_a);
   launch.def("ep_combine", &combine, "on"_a, "group"_a, "tokens"_a, "topk"_a, "elements"_a,
              "results"_a, "weights"_a, "with_weights"_a, "row_of"_a, "bias"_a, "out"_a,
              "out_weights"_a);

@@ -8,11 +8,11 @@ constexpr int gemm_round_up(int bytes, int unit) { return (bytes + unit - 1) / u
 // Barriers of the ring, and the queue of tiles: 4 of 32 bytes with their barriers.
 constexpr int gemm_barrier_bytes(int num_stages) { return num_stages * 2 * 8 + 4 * (32 + 2 * 8); }
 
-// Bytes of GemmFp8Smem: ring stages of A, B and A's scales, the bf16 result tile, the barriers.
+// Bytes of GemmFp8Smem: ring stages of A, B and their scales, the bf16 result tile, the barriers.
 constexpr int gemm_fp8_shared_bytes(int block_m, int block_n, int num_stages) {
   const int stages = num_stages * (block_m + block_n) * 128;
   const int result = block_m * block_n * 2;
-  const int scales = num_stages * block_m * 4;
+  const int scales = num_stages * (block_m * 4 + (128 % block_n == 0 ? 1 : 2) * 128);
   return gemm_round_up(stages + result + scales + gemm_barrier_bytes(num_stages), 1024);
 }
 
@@ -27,13 +27,13 @@ constexpr int gemm_fp8_column_shared_bytes(int block_m, int block_n, int num_sta
 constexpr int gemm_fp8_swapped_shared_bytes(int tokens, int num_stages) {
   const int stages = num_stages * (128 + tokens) * 128;
   const int result = 128 * tokens * 2;
-  const int scales = num_stages * gemm_round_up(tokens * 4, 128);
+  const int scales = num_stages * (gemm_round_up(tokens * 4, 128) + 128);
   return gemm_round_up(stages + result + scales + gemm_barrier_bytes(num_stages), 1024);
 }
 
 // Bytes of GemmSwigluSmem: tiles of 64 rows by 128 columns of D, from 256 rows of B.
 constexpr int gemm_fp8_swiglu_shared_bytes(int num_stages) {
-  const int stages = num_stages * ((64 + 256) * 128 + 64 * 4);
+  const int stages = num_stages * ((64 + 256) * 128 + 64 * 4 + 3 * 128);
   const int result = 64 * 128 * 2;
   const int maxima = 2 * 2 * 64 * 4;
   return gemm_round_up(stages + result + maxima + gemm_barrier_bytes(num_stages), 1024);

@@ -119,24 +119,28 @@ void Decoder::allocate_registers() {
             [](const Interval& a, const Interval& b) { return a.first < b.first; });
 
   u32 top = 0;
-  std::map<u32, std::vector<u32>> free_slots;  // by slot size
-  using Active = std::tuple<u32, u32, u32>;    // last use, offset, slot size
+  // By bytes of a lane (0: a predicate's bit). Slots never change their kind: lanes of a split warp
+  // may hold a register live while other lanes run code where its slot is reused, and those write
+  // their own lanes of it only as long as both registers lay lanes out alike.
+  std::map<int, std::vector<u32>> free_slots;
+  using Active = std::tuple<u32, u32, int>;  // last use, offset, bytes of a lane
   std::priority_queue<Active, std::vector<Active>, std::greater<>> active;
   u32 live_words = 0;
   const auto release_until = [&](u32 at) {
     while (!active.empty() && std::get<0>(active.top()) < at) {
-      const auto [last, offset, bytes] = active.top();
+      const auto [last, offset, lane_bytes] = active.top();
       active.pop();
-      free_slots[bytes].push_back(offset);
-      live_words -= bytes / 128;
+      free_slots[lane_bytes].push_back(offset);
+      live_words -= slot_bytes(lane_bytes) / 128;
     }
   };
   for (const Interval& v : intervals) {
     const ptx::Register& r = function_.registers[v.reg];
     if (!v.used || r.special) continue;
     release_until(v.first);
-    const u32 bytes = slot_bytes(type_size(r.type));
-    auto& slots = free_slots[bytes];
+    const int lane_bytes = type_size(r.type);
+    const u32 bytes = slot_bytes(lane_bytes);
+    auto& slots = free_slots[lane_bytes];
     live_words += bytes / 128;
     program_.peak_registers = std::max(program_.peak_registers, live_words);
     // The results of an asynchronous wgmma arrive after the last use that liveness can see.
@@ -147,7 +151,7 @@ void Decoder::allocate_registers() {
       virtual_offset_[v.reg] = slots.back();
       slots.pop_back();
     }
-    if (!is_matrix_[v.reg]) active.emplace(v.last, virtual_offset_[v.reg], bytes);
+    if (!is_matrix_[v.reg]) active.emplace(v.last, virtual_offset_[v.reg], lane_bytes);
   }
   for (const Interval& v : intervals) {
     const ptx::Register& r = function_.registers[v.reg];

@@ -202,6 +202,18 @@ bool System::query(EventId e) {
   return true;
 }
 
+namespace {
+bool is_deadlock(const std::exception_ptr& error) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const DeadlockError&) {
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+}  // namespace
+
 void System::synchronize(StreamId s) {
   impl_->drive([&] {
     const Stream& stream = impl_->stream(s);
@@ -219,9 +231,13 @@ void System::synchronize() {
   const std::lock_guard lock(impl_->mutex);
   impl_->host_knows.join(impl_->all_over);
   impl_->forget_the_past();
+  // A kernel that failed leaves those that wait for it in a deadlock: the cause goes first.
+  std::exception_ptr cause;
   for (auto& [id, stream] : impl_->streams) {
-    if (stream.error) std::rethrow_exception(std::exchange(stream.error, nullptr));
+    const std::exception_ptr error = std::exchange(stream.error, nullptr);
+    if (error && (!cause || (is_deadlock(cause) && !is_deadlock(error)))) cause = error;
   }
+  if (cause) std::rethrow_exception(cause);
 }
 
 bool System::idle(StreamId s) {

@@ -39,6 +39,7 @@ enum Counter : uint32_t {
   kRead,         // combine by pull: I have read all of the peer's results
   kLowSent,      // low-latency dispatch: my rows and counts are at the peer
   kLowReturned,  // low-latency combine: my results are at the peer
+  kForwarded,    // dispatch over nodes: my rows for the peer's node are at the peer
   kNumCounters
 };
 
@@ -48,7 +49,8 @@ constexpr const char* kCounterNames[kNumCounters] = {"notice",
                                                      "results",
                                                      "reading done",
                                                      "low-latency rows",
-                                                     "low-latency results"};
+                                                     "low-latency results",
+                                                     "rows to forward"};
 
 DSK_HD constexpr uint32_t counter_index(Counter kind, int source) {
   return static_cast<uint32_t>(kind) * kMaxRanks + static_cast<uint32_t>(source);

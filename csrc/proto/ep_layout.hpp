@@ -39,6 +39,7 @@ struct Notice {
   uint64_t epoch;
   uint64_t region;  // in the SENDER's window: where it wants its own rows
   RowShape shape;
+  uint32_t forwards;            // rows that this destination is to pass on inside its node
   uint32_t rows_to[kMaxRanks];  // rows that the sender has for every rank
   // followed by uint32_t mentions[max_local_experts]: of the destination's experts
 };

@@ -37,6 +37,21 @@ DSK_HD inline uint64_t destinations(const Experts& experts, const int64_t* topk_
   return mask & alive;
 }
 
+// Nodes of ranks_per_node ranks in a row (0: all ranks are one node). A token goes once to each
+// other node, to the rank there with the sender's place in its node, which passes it on; if that
+// rank is dead, straight to the receivers.
+DSK_HD constexpr int node_of(int rank, int ranks_per_node) {
+  return ranks_per_node == 0 ? 0 : rank / ranks_per_node;
+}
+DSK_HD constexpr int rail_of(int sender, int node, int ranks_per_node) {
+  return node * ranks_per_node + sender % ranks_per_node;
+}
+DSK_HD constexpr bool goes_direct(int sender, int receiver, int ranks_per_node, uint64_t alive) {
+  const int node = node_of(receiver, ranks_per_node);
+  return node == node_of(sender, ranks_per_node) ||
+         !is_alive(alive, rail_of(sender, node, ranks_per_node));
+}
+
 // First row, at `destination`, of what `source` sends there: rows lie in order of source rank.
 template <typename RowsTo>
 DSK_HD int64_t first_row(RowsTo&& rows_to, int source, int destination, uint64_t alive) {

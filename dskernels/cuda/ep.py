@@ -17,7 +17,7 @@ from ..types import ScaledTensor
 from . import launchers
 
 Tokens = torch.Tensor | ScaledTensor
-RECEIVE, RESULTS = 0, 1  # the regions of a window
+RECEIVE, RESULTS, FORWARD = 0, 1, 2  # the regions of a window
 
 
 class Received(NamedTuple):
@@ -47,7 +47,7 @@ class _Rank(NamedTuple):
     window: torch.Tensor  # uint8
     signals: torch.Tensor  # int64, proto's counters
     status: torch.Tensor  # int32 [4]
-    arrivals: torch.Tensor  # int32 [1]
+    arrivals: torch.Tensor  # int32 [2]
     group: Any
 
 
@@ -58,6 +58,8 @@ class PeerGroup:
                enabled between all of them.
     num_sms    SMs a kernel may take; 0: all
     max_polls  how often a wait looks before it gives up and the call raises PeerSilent
+    ranks_per_node  0: one node. Otherwise dispatch sends a token once to each other node, where
+               it is passed on; combine and the low-latency mode reach every rank directly
     The other options are those of dskernels.ep.Group. hidden rows must be multiples of 16 bytes.
     """
 
@@ -73,8 +75,15 @@ class PeerGroup:
         dtype: torch.dtype = torch.bfloat16,
         num_sms: int = 0,
         max_polls: int = 2**31,
+        ranks_per_node: int = 0,
     ) -> None:
         from ..ep.group import _experts_of_rank
+
+        if ranks_per_node and num_ranks % ranks_per_node:
+            raise ValueError(
+                f"ranks_per_node: expected a divisor of {num_ranks} ranks, got {ranks_per_node}"
+            )
+        self.ranks_per_node = ranks_per_node
 
         self.machine, self.num_ranks, self.num_sms = machine, num_ranks, num_sms
         self.max_tokens, self.hidden = max_tokens, hidden
@@ -83,7 +92,10 @@ class PeerGroup:
         self.alive = [True] * num_ranks
         self._kept: dict[int, torch.Tensor] = {}  # by address, until what is queued has run
         begin = [sum(self.experts_of_rank[:r]) for r in range(num_ranks + 1)]
-        shape = (max_tokens, hidden * dtype.itemsize, -(-hidden // 128) * 4, topk, 2)
+        # Forwarded records carry row numbers behind the expert numbers, see ep_forward.cuh.
+        widest = topk + (ranks_per_node + 1) // 2
+        buffers = 3 if ranks_per_node else 2
+        shape = (max_tokens, hidden * dtype.itemsize, -(-hidden // 128) * 4, widest, buffers)
         self._native = launchers()
         if machine == "emu":
             self._native_emu().set_device_count(num_ranks)
@@ -103,7 +115,7 @@ class PeerGroup:
                     torch.zeros(size, dtype=torch.uint8, **at),
                     torch.zeros(slots, dtype=torch.int64, **at),
                     torch.zeros(4, dtype=torch.int32, **at),
-                    torch.zeros(1, dtype=torch.int32, **at),
+                    torch.zeros(2, dtype=torch.int32, **at),
                 )
             )
         windows = [m[0].data_ptr() for m in memory]
@@ -126,7 +138,8 @@ class PeerGroup:
     ) -> list[Received]:
         """As dskernels.ref.ep.dispatch; a dead rank's entry is empty."""
         self.epoch += 1
-        row_ofs, counts, scratch = [], [], []
+        row_ofs, counts, scratch, forwards = [], [], [], []
+        nodes = self.num_ranks // self.ranks_per_node if self.ranks_per_node else 0
         first = next(r for r in range(self.num_ranks) if self.alive[r])
         row = self._row(xs[first], topk_idxs[first].shape[1], topk_weights is not None)
         for r, rank in enumerate(self.ranks):
@@ -134,6 +147,7 @@ class PeerGroup:
             row_ofs.append(torch.full((len(topk_idxs[r]), self.num_ranks), -1, **at))
             counts.append(torch.zeros(1 + self.experts_of_rank[r], **at))
             scratch.append(torch.zeros(self.num_ranks + sum(self.experts_of_rank), **at))
+            forwards.append(torch.zeros(len(topk_idxs[r]), nodes, **at))
 
         def launch(r: int, on: tuple, group: Any) -> list[torch.Tensor]:
             data, scale = _parts(xs[r])
@@ -145,13 +159,15 @@ class PeerGroup:
                 scale_row=0 if scale is None else scale.stride(0),
                 scale_column=0 if scale is None else scale.stride(1), topk_idx=idx.data_ptr(),
                 topk_weights=_address(weights), region=self._region(r, RECEIVE),
+                ranks_per_node=self.ranks_per_node, forward=self._region(r, FORWARD),
+                forward_of=forwards[r].data_ptr(),
                 row_of=row_ofs[r].data_ptr(), rows_to=scratch[r].data_ptr(),
                 mentions=scratch[r].data_ptr() + 4 * self.num_ranks,
                 received=counts[r].data_ptr(),
             )  # fmt: skip
             return [data, scale, idx, weights]
 
-        self._run(launch, [*row_ofs, *counts, *scratch])
+        self._run(launch, [*row_ofs, *counts, *scratch, *forwards])
         return [
             self._received(r, xs[r], row, counts[r].tolist(), row_ofs[r], expert_alignment)
             for r in range(self.num_ranks)

@@ -92,3 +92,15 @@ def test_devices_run_side_by_side(arrays):
     finally:
         raw.set_device_count(before)
     assert arrays[1][0] == 9
+
+
+def test_the_cause_is_reported_before_the_deadlock_it_leaves(arrays):
+    """The first stream waits for the second, whose kernel fails."""
+    raw.set_device_count(2)
+    flag, value = arrays
+    queue = Queue()
+    queue.launch(raw.create_stream(0), SPIN, *arrays)
+    queue.launch(raw.create_stream(1), "ld.global.u32 %r2, [%P1+64];" + SET, *arrays)
+    with pytest.raises(emu.HazardError, match="global-out-of-bounds"):
+        queue.finish()
+    raw.synchronize()  # nothing is left over for the next call

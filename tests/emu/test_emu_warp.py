@@ -334,3 +334,17 @@ def test_vector_atomics(t, n, op):
     want = {"add": a + 2 * b, "min": np.minimum(a, b), "max": np.maximum(a, b)}[op]
     got = word if t == "f32" else halves(word, base)
     assert np.array_equal(got, want) and np.array_equal(old, start)
+
+
+def test_lanes_that_wait_keep_their_predicates():
+    """The upper half waits with a predicate while the lower half, in code behind it, writes 16-bit
+    registers: they must not have been given the predicate's place."""
+    out, other = results(32), results(32)
+    body = "setp.lt.u32 %p2, %t, 16; @%p2 bra LOW;"
+    body += "MEET: setp.ge.u32 %p1, %t, 16; bar.warp.sync -1; selp.b32 %r1, 1, 0, %p1;"
+    body += store("%r1", 0) + "bra.uni END;"
+    body += "LOW: cvt.u16.u32 %h1, %t; add.u16 %h2, %h1, 1; mul.lo.u16 %h3, %h2, %h1;"
+    body += "cvt.u32.u16 %r2, %h3;" + store("%r2", 1) + "bra.uni MEET; END:"
+    run(body, out, other)
+    assert out.tolist() == (LANES >= 16).tolist()
+    assert other[:16].tolist() == (LANES * (LANES + 1))[:16].tolist()

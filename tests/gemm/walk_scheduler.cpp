@@ -11,13 +11,16 @@
 #include <vector>
 
 namespace {
-struct {
+struct Dim {
   unsigned x;
-} blockIdx, gridDim;
+};
+Dim g_cluster, g_clusters;
 int g_cluster_size, g_cluster_rank;
 
 int __clusterSizeInBlocks() { return g_cluster_size; }
 int __clusterRelativeBlockRank() { return g_cluster_rank; }
+Dim __clusterIdx() { return g_cluster; }
+Dim __clusterGridDimInClusters() { return g_clusters; }
 void* __cluster_map_shared_rank(void* p, uint32_t) { return p; }
 int32_t __ldg(const int32_t* p) { return *p; }
 void __trap() { std::abort(); }
@@ -65,10 +68,10 @@ std::string walk(const dsk::GemmExtent& extent, int num_ctas, int cluster) {
   const int n_blocks = (extent.n + kBlockN - 1) / kBlockN;
   // Differences along the rows of what the tiles cover: k blocks, and visits.
   std::vector<int> depth((rows + 1) * n_blocks), visits((rows + 1) * n_blocks);
-  gridDim.x = num_ctas;
+  g_clusters.x = num_ctas / cluster;
   g_cluster_size = cluster;
   for (int cta = 0; cta < num_ctas; ++cta) {
-    blockIdx.x = cta;
+    g_cluster.x = cta / cluster;
     g_cluster_rank = cta % cluster;
     dsk::GemmScheduler<kBlockM, kBlockN, kBlockK> scheduler(extent);
     for (dsk::GemmTile tile; scheduler.next(tile);) {
@@ -121,6 +124,7 @@ extern "C" const char* walk_scheduler(int block_m, int block_n, int kind, int us
   extent.kind = dsk::GroupKind(kind);
   extent.cluster = dsk::ClusterUse(use);
   extent.raster = raster;
+  extent.k_share = ((k + kBlockK - 1) / kBlockK + cluster - 1) / cluster;
   answer = "no such tile";
   if (block_m == 16 && block_n == 128) answer = walk<16, 128>(extent, num_ctas, cluster);
   if (block_m == 32 && block_n == 128) answer = walk<32, 128>(extent, num_ctas, cluster);

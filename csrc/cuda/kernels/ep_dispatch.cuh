@@ -1,9 +1,9 @@
-// Dispatch inside a node: every token once to each rank that hosts an expert it names, into the
+// Dispatch: every token once to each rank that hosts an expert it names, into the
 // place where the receiver keeps it.
 //
-// Bound by NVLink: 4096 tokens x 7168 bytes of FP8 to 5.3 ranks on average are 160 MB, 0.36 ms at
-// 450 GB/s one way; the rows are read once from memory, 29 MB, 9 us at 3.35 TB/s. No SM computes
-// anything, so few of them (num_sms) saturate the links.
+// Inside a node bound by NVLink: 4096 tokens x 7168 bytes of FP8 to 5.3 ranks on average are 160
+// MB, 0.36 ms at 450 GB/s one way; the rows are read once from memory, 29 MB, 9 us at 3.35 TB/s. No
+// SM computes anything, so few of them (num_sms) saturate the links.
 //
 // Schedule. CTA 0 ranks the tokens of every destination by prefix sums (so the order is that of the
 // tokens, whatever runs first), writes the counts to all peers and raises kNotified, its own too.
@@ -12,9 +12,13 @@
 // peer's receive region, no ring and no copy behind it. The last CTA raises kSent at all peers and
 // waits for theirs. Why no buffer is overwritten: proto/ep_epoch.hpp.
 //
+// Over several nodes a token crosses once per node: to the rank there that has the sender's place
+// in its node, which passes it on (ep_forward.cuh); the receive regions end up the same.
+//
 // CTA 0 must run for the others to end: grids no larger than the GPU holds at once.
 #pragma once
 
+#include "cuda/kernels/ep_forward.cuh"
 #include "cuda/tile/ep_signals.cuh"
 
 namespace dsk {
@@ -48,15 +52,11 @@ __device__ __forceinline__ void rank_tokens(const EpDispatchParams& p) {
   }
   for (int e = threadIdx.x; e < g.experts.total; e += blockDim.x) p.mentions[e] = 0;
   __syncthreads();
+  place_forwards(p);
   for (int64_t i = threadIdx.x; i < int64_t(p.tokens) * topk; i += blockDim.x) {
     if (p.topk_idx[i] >= 0) atomicAdd(p.mentions + p.topk_idx[i], 1u);
   }
   __syncthreads();
-}
-
-__device__ __forceinline__ uint8_t* notice_at(const EpGroup& g, int owner, int source) {
-  const proto::WindowLayout layout = proto::WindowLayout::of(g.shape);
-  return g.windows[owner] + layout.notices + source * layout.notice_stride;
 }
 
 __device__ __forceinline__ void send_notices(const EpDispatchParams& p) {
@@ -68,6 +68,7 @@ __device__ __forceinline__ void send_notices(const EpDispatchParams& p) {
       notice->epoch = g.epoch;
       notice->region = p.region;
       notice->shape = p.row;
+      notice->forwards = forwards_through(p, peer);
     }
     for (int r = threadIdx.x; r < g.shape.ranks; r += blockDim.x) {
       notice->rows_to[r] = p.rows_to[r];
@@ -80,12 +81,6 @@ __device__ __forceinline__ void send_notices(const EpDispatchParams& p) {
   }
   raise_everywhere(g, proto::kNotified, g.epoch);
 }
-
-// Where this rank's rows begin at each peer.
-struct EpTargets {
-  uint8_t* region[proto::kMaxRanks];
-  int32_t first_row[proto::kMaxRanks];
-};
 
 __device__ __forceinline__ void find_targets(const EpGroup& g, EpTargets& targets) {
   for (int peer = threadIdx.x; peer < g.shape.ranks; peer += blockDim.x) {
@@ -100,28 +95,15 @@ __device__ __forceinline__ void find_targets(const EpGroup& g, EpTargets& target
   __syncthreads();
 }
 
-// The record of a token for one rank, see proto::RegionLayout.
-__device__ __forceinline__ void store_record(const EpDispatchParams& p, int token, int peer,
-                                             const proto::RegionLayout& fields, uint8_t* record) {
-  const EpGroup& g = p.group;
-  const int lane = threadIdx.x % kEpWarp, topk = p.row.topk;
-  for (int c = lane; c < p.row.scale_bytes / 4; c += kEpWarp) {
-    reinterpret_cast<float*>(record + fields.scale)[c] =
-        p.scale[token * p.scale_row + c * p.scale_column];
-  }
-  if (lane < topk) {
-    const int64_t at = int64_t(token) * topk + lane, expert = p.topk_idx[at];
-    const bool there = expert >= g.experts.begin[peer] && expert < g.experts.begin[peer + 1];
-    reinterpret_cast<int64_t*>(record + fields.topk_idx)[lane] =
-        there ? expert - g.experts.begin[peer] : -1;
-    reinterpret_cast<float*>(record + fields.topk_weights)[lane] =
-        there && p.row.with_weights ? p.topk_weights[at] : 0.f;
-  }
-  if (lane == 0) {
-    auto* source = reinterpret_cast<int64_t*>(record + fields.source);
-    source[0] = g.rank;
-    source[1] = token;
-  }
+__device__ __forceinline__ EpToken own_token(const EpDispatchParams& p, int token) {
+  const int64_t at = int64_t(token) * p.row.topk;
+  return {p.x + token * p.ld_x,
+          p.scale == nullptr ? nullptr : p.scale + token * p.scale_row,
+          p.scale_column,
+          p.topk_idx + at,
+          p.row.with_weights ? p.topk_weights + at : nullptr,
+          p.group.rank,
+          token};
 }
 
 __device__ __forceinline__ void send_token(const EpDispatchParams& p, int token,
@@ -130,28 +112,26 @@ __device__ __forceinline__ void send_token(const EpDispatchParams& p, int token,
   const EpGroup& g = p.group;
   const int lane = threadIdx.x % kEpWarp;
   int32_t* row_of = p.row_of + int64_t(token) * g.shape.ranks;
-  const uint8_t* x = p.x + token * p.ld_x;
-  // A row goes from registers to all its destinations: 16 bytes a lane, once read.
-  for (int64_t at = lane * 16; at < p.row.row_bytes; at += kEpWarp * 16) {
-    const uint4 piece = *reinterpret_cast<const uint4*>(x + at);
-    for (int peer = 0; peer < g.shape.ranks; ++peer) {
-      if (row_of[peer] < 0) continue;
-      const int64_t row = targets.first_row[peer] + row_of[peer];
-      *reinterpret_cast<uint4*>(targets.region[peer] + fields.x + row * p.row.row_bytes + at) =
-          piece;
-    }
-  }
-  for (int peer = 0; peer < g.shape.ranks; ++peer) {
-    if (row_of[peer] < 0) continue;
-    const int64_t row = targets.first_row[peer] + row_of[peer];
-    store_record(p, token, peer, fields,
-                 targets.region[peer] + fields.records + row * int64_t(fields.record_bytes));
-  }
-  __syncwarp();
   // From here on the token's row at each rank counts from the start of the region.
   for (int peer = lane; peer < g.shape.ranks; peer += kEpWarp) {
     if (row_of[peer] >= 0) row_of[peer] += targets.first_row[peer];
   }
+  __syncwarp();
+  const EpToken from = own_token(p, token);
+  // A row goes from registers to all its destinations: 16 bytes a lane, once read.
+  for (int64_t at = lane * 16; at < p.row.row_bytes; at += kEpWarp * 16) {
+    const uint4 piece = *reinterpret_cast<const uint4*>(from.x + at);
+    for (int peer = 0; peer < g.shape.ranks; ++peer) {
+      if (row_of[peer] < 0 || !proto::goes_direct(g.rank, peer, p.ranks_per_node, g.alive))
+        continue;
+      store_piece(targets.region[peer] + fields.x, row_of[peer], p.row.row_bytes, at, piece);
+    }
+  }
+  for (int peer = 0; peer < g.shape.ranks; ++peer) {
+    if (row_of[peer] < 0 || !proto::goes_direct(g.rank, peer, p.ranks_per_node, g.alive)) continue;
+    store_record(p, from, peer, fields, targets.region[peer], row_of[peer]);
+  }
+  send_forwards(p, from, row_of);
 }
 
 // How much this rank has received, for the host or the next kernel.
@@ -184,8 +164,10 @@ __device__ __forceinline__ void dispatch_tokens(const EpDispatchParams& p) {
        token += gridDim.x * kEpDispatchWarps) {
     send_token(p, token, targets, fields);
   }
-  if (!last_to_arrive(g)) return;
-  raise_everywhere(g, proto::kSent, g.epoch);
+  if (last_to_arrive(g)) say_sent(p);
+  if (p.ranks_per_node != 0 && !forward_rows(p, targets, fields)) return;
+  if (!last_to_arrive(g, 1)) return;
+  if (p.ranks_per_node != 0) say_forwarded(p);
   if (await_everyone(g, proto::kSent, g.epoch)) count_received(p);
 }
 

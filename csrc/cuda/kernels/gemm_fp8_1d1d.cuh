@@ -58,7 +58,7 @@ class RowAndColumnScales {
     row_ = warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
   }
 
-  __device__ __forceinline__ void read(int, int stage) {
+  __device__ __forceinline__ void read(int stage) {
     row_scale_[0] = smem_.sfa[stage][row_];
     row_scale_[1] = smem_.sfa[stage][row_ + 8];
     read_columns<0>(stage);
@@ -119,7 +119,7 @@ __device__ __forceinline__ void gemm_fp8_1d1d(const GemmFp8Params& p) {
     const int32_t sfa_at[2] = {tile.a_row, k_block};
     const int32_t sfb_at[2] = {tile.n_start, k_block};
     cp_async_bulk_tensor(space_cluster, space_global, smem.sfa[stage], &p.sfa, sfa_at, full);
-    cp_async_bulk_tensor(space_cluster, space_global, smem.sfb[stage], &p.sfb_map, sfb_at, full);
+    cp_async_bulk_tensor(space_cluster, space_global, smem.sfb[stage], &p.sfb, sfb_at, full);
   };
   const auto compute = [&](int warpgroup) {
     constexpr int kN = Shape::kBlockN;
@@ -129,7 +129,8 @@ __device__ __forceinline__ void gemm_fp8_1d1d(const GemmFp8Params& p) {
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[kN / 2];
       RowAndColumnScales<Shape> scales(smem, warpgroup);
-      promoted_sum<kN>(smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum);
+      promoted_sum<kN, kOverlapsItself<kN, Shape::kMathWarpgroups>>(
+          smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum);
       const int row = tile.a_row + warpgroup * kMmaM;
       const ResultPlace place{int64_t(tile.group) * p.extent.m + row,
                               min(tile.row_end - row, kMmaM), tile.n_start, tile.group, false};
@@ -137,10 +138,8 @@ __device__ __forceinline__ void gemm_fp8_1d1d(const GemmFp8Params& p) {
     });
     drain_stores();
   };
-  const auto produce = [&] {
-    produce_tiles(smem.ring, smem.queue, Scheduler(p.extent), Shape::kStageBytes, load);
-  };
-  run_roles<Shape::kMathWarpgroups>(smem, sharers, produce, compute);
+  const auto producer = make_producer<Scheduler>(smem, p.extent, Shape::kStageBytes, load);
+  run_roles<Shape::kMathWarpgroups>(smem, sharers, producer, compute);
 }
 
 }  // namespace dsk

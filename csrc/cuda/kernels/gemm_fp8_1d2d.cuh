@@ -17,6 +17,7 @@
 #include "cuda/tile/gemm_promote.cuh"
 #include "cuda/tile/gemm_result.cuh"
 #include "cuda/tile/gemm_roles.cuh"
+#include "cuda/tile/gemm_scales.cuh"
 #include "cuda/tile/gemm_scheduler.cuh"
 #include "cuda/tile/gemm_split.cuh"
 #include "cuda/tile/ring.cuh"
@@ -31,10 +32,11 @@ struct GemmFp8Shape {
   static constexpr int kNumStages = kNumStages_;
   static constexpr int kMathWarpgroups = kBlockM / kMmaM;
   static constexpr int kMathThreads = kMathWarpgroups * kWarpgroup;
-  static constexpr int kStageBytes =
-      (kBlockM + kBlockN) * kFp8BlockK + kBlockM * int(sizeof(float));
   // A tile wider than one scale block, or not aligned to it, meets two scales of B.
-  static constexpr bool kTwoScales = 128 % kBlockN != 0;
+  static constexpr int kRowsOfScales = 128 % kBlockN == 0 ? 1 : 2;
+  using ScalesOfB = StageScales<kRowsOfScales>;
+  static constexpr int kStageBytes =
+      (kBlockM + kBlockN) * kFp8BlockK + kBlockM * int(sizeof(float)) + ScalesOfB::kBytes;
   static_assert(kBlockM % kMmaM == 0 && kBlockN % kPanelColumns == 0);
   static_assert(kBlockN <= 192, "accumulators and running sums must fit the register file");
 };
@@ -45,6 +47,7 @@ struct alignas(1024) GemmFp8Smem {
   uint8_t b[Shape::kNumStages][Shape::kBlockN * kFp8BlockK];
   ResultPanels<Shape::kBlockN> d[Shape::kMathWarpgroups];
   alignas(128) float sfa[Shape::kNumStages][Shape::kBlockM];
+  typename Shape::ScalesOfB sfb[Shape::kNumStages];
   Ring<Shape::kNumStages> ring;
   TileQueue queue;
 
@@ -53,33 +56,25 @@ struct alignas(1024) GemmFp8Smem {
   __device__ Partial& partial() { return *reinterpret_cast<Partial*>(a); }
 };
 
-// The scales of one tile: A's by row, from the stage; B's for the whole tile, from memory, fetched
-// one k block ahead so that their latency hides behind the wgmma. Registers are scarce here: the
-// widest tile leaves about 30 beside its accumulators and sums.
+// The scales of one tile: A's by row, B's for its columns up to a boundary and behind it.
 template <class Shape>
 class RowAndBlockScales {
  public:
-  __device__ __forceinline__ RowAndBlockScales(const GemmFp8Params& p, const GemmTile& tile,
-                                               const GemmFp8Smem<Shape>& smem, int warpgroup)
-      : p_(p), smem_(smem) {
+  __device__ __forceinline__ RowAndBlockScales(const GemmTile& tile, const GemmFp8Smem<Shape>& smem,
+                                               int warpgroup)
+      : smem_(smem) {
     row_ = warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-    const int block_rows = (p.extent.n + 127) / 128;
-    // The second tile of a pair may lie behind the last row of scales.
-    const int block_row = min(tile.n_start / 128, block_rows - 1);
-    first_ = (tile.group * block_rows + block_row) * k_blocks();
-    // The tile's columns from boundary_ on use the next row, if B has one.
-    boundary_ = block_row + 1 < block_rows ? 128 - tile.n_start % 128 : Shape::kBlockN;
-    fetch(min(tile.k_begin, k_blocks() - 1));
+    boundary_ = 128 - tile.n_start % 128;
   }
 
-  __device__ __forceinline__ void read(int k_block, int stage) {
+  __device__ __forceinline__ void read(int stage) {
     const float sa[2] = {smem_.sfa[stage][row_], smem_.sfa[stage][row_ + 8]};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      scale_[0][half] = __fmul_rn(sa[half], next_[0]);
-      scale_[1][half] = __fmul_rn(sa[half], next_[1]);
+    for (int row = 0; row < kRows; ++row) {
+      const float sb = smem_.sfb[stage].row[row][0];
+      scale_[row][0] = __fmul_rn(sa[0], sb);
+      scale_[row][1] = __fmul_rn(sa[1], sb);
     }
-    fetch(min(k_block + 1, k_blocks() - 1));
   }
 
   __device__ __forceinline__ void read_rest(int) {}
@@ -89,10 +84,10 @@ class RowAndBlockScales {
 #pragma unroll
     for (int column = 0; column < Shape::kBlockN; column += 8) {
       // Tiles start at multiples of 64 columns, so the scale changes between panels, if at all.
-      const bool second = Shape::kTwoScales && column / kPanelColumns * kPanelColumns >= boundary_;
+      const bool second = kRows > 1 && column / kPanelColumns * kPanelColumns >= boundary_;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // rows r and r + 8 of the fragment
-        const float scale = second ? scale_[1][half] : scale_[0][half];
+        const float scale = second ? scale_[kRows - 1][half] : scale_[0][half];
         const int i = column / 2 + half * 2;
         sum[i] = __fmaf_rn(scale, partial[i], sum[i]);
         sum[i + 1] = __fmaf_rn(scale, partial[i + 1], sum[i + 1]);
@@ -101,24 +96,12 @@ class RowAndBlockScales {
   }
 
  private:
-  __device__ __forceinline__ int k_blocks() const {
-    return (p_.extent.k + kFp8BlockK - 1) / kFp8BlockK;
-  }
+  static constexpr int kRows = Shape::kRowsOfScales;
 
-  __device__ __forceinline__ void fetch(int k_block) {
-    const float* scale = p_.sfb + first_ + k_block;
-    next_[0] = __ldg(scale);
-    const bool two = Shape::kTwoScales && boundary_ < Shape::kBlockN;
-    next_[1] = two ? __ldg(scale + k_blocks()) : next_[0];
-  }
-
-  const GemmFp8Params& p_;
   const GemmFp8Smem<Shape>& smem_;
-  int first_;  // index in p.sfb of the first row's first block
   int row_;
-  int boundary_;
-  float next_[2];
-  float scale_[2][2];
+  int boundary_;  // the tile's columns from here on use the next row of scales
+  float scale_[kRows][2];
 };
 
 template <class Shape>
@@ -141,6 +124,11 @@ __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
                               p.extent.cluster == ClusterUse::kSharedB, full);
     const int32_t sfa_at[2] = {tile.row, tile.plane * k_blocks + k_block};
     cp_async_bulk_tensor(space_cluster, space_global, smem.sfa[stage], &p.sfa, sfa_at, full);
+    const int block_row = tile.n_start / 128;
+    if constexpr (Shape::kRowsOfScales == 2)
+      load_scales<2>(smem.sfb[stage], p, tile, {block_row, block_row + 1}, k_block, full);
+    else
+      load_scales<1>(smem.sfb[stage], p, tile, {block_row}, k_block, full);
   };
   const auto compute = [&](int warpgroup) {
     constexpr int kN = Shape::kBlockN;
@@ -150,8 +138,9 @@ __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
     RingPosition<Shape::kNumStages> at;
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[kN / 2];
-      RowAndBlockScales<Shape> scales(p, tile, smem, warpgroup);
-      promoted_sum<kN>(smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum);
+      RowAndBlockScales<Shape> scales(tile, smem, warpgroup);
+      promoted_sum<kN, kOverlapsItself<kN, Shape::kMathWarpgroups>>(
+          smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum);
       ResultPlace place{tile.a_row, tile.row_end - tile.a_row, tile.n_start, tile.group,
                         ends_with_map(p.extent, tile)};
       if (p.extent.cluster == ClusterUse::kSplitK) {
@@ -167,10 +156,8 @@ __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
     });
     drain_stores();
   };
-  const auto produce = [&] {
-    produce_tiles(smem.ring, smem.queue, Scheduler(p.extent), Shape::kStageBytes, load);
-  };
-  run_roles<Shape::kMathWarpgroups>(smem, sharers, produce, compute);
+  const auto producer = make_producer<Scheduler>(smem, p.extent, Shape::kStageBytes, load);
+  run_roles<Shape::kMathWarpgroups>(smem, sharers, producer, compute);
 }
 
 }  // namespace dsk

@@ -17,6 +17,7 @@
 #include "cuda/params/gemm.hpp"
 #include "cuda/tile/gemm_promote.cuh"
 #include "cuda/tile/gemm_roles.cuh"
+#include "cuda/tile/gemm_scales.cuh"
 #include "cuda/tile/gemm_scheduler.cuh"
 #include "cuda/tile/gemm_split.cuh"
 #include "cuda/tile/gemm_swapped.cuh"
@@ -33,7 +34,7 @@ struct GemmFp8SwappedShape {
   static constexpr int kMathWarpgroups = kBlockN / kMmaM;
   static constexpr int kMathThreads = kMathWarpgroups * kWarpgroup;
   static constexpr int kStageBytes =
-      (kTokens + kBlockN) * kFp8BlockK + kTokens * int(sizeof(float));
+      (kTokens + kBlockN) * kFp8BlockK + kTokens * int(sizeof(float)) + StageScales<1>::kBytes;
   static_assert(kTokens % 16 == 0, "stmatrix stores 16 tokens at a time");
 };
 
@@ -44,6 +45,7 @@ struct alignas(1024) GemmFp8SwappedSmem {
   alignas(1024) TokenPanel<Shape::kTokens> d[Shape::kMathWarpgroups];
   // A TMA copy lands on a multiple of 128 bytes.
   alignas(128) float sfa[Shape::kNumStages][Shape::kTokens < 32 ? 32 : Shape::kTokens];
+  StageScales<1> sfb[Shape::kNumStages];
   Ring<Shape::kNumStages> ring;
   TileQueue queue;
 
@@ -52,28 +54,21 @@ struct alignas(1024) GemmFp8SwappedSmem {
   __device__ Partial& partial() { return *reinterpret_cast<Partial*>(b); }
 };
 
-// One scale of B for the whole tile, fetched a k block ahead; A's by column of the fragment.
+// One scale of B for the whole tile; A's by column of the fragment.
 template <class Shape>
 class BlockAndColumnScales {
  public:
-  __device__ __forceinline__ BlockAndColumnScales(const GemmFp8Params& p, const GemmTile& tile,
-                                                  const GemmFp8SwappedSmem<Shape>& smem)
-      : smem_(smem) {
-    const int k_blocks = (p.extent.k + kFp8BlockK - 1) / kFp8BlockK;
-    const int block_rows = (p.extent.n + 127) / 128;
-    sfb_ = p.sfb + (tile.group * block_rows + tile.n_start / 128) * k_blocks;
-    last_ = k_blocks - 1;
-    next_ = __ldg(sfb_ + min(tile.k_begin, last_));
-  }
+  __device__ __forceinline__ explicit BlockAndColumnScales(const GemmFp8SwappedSmem<Shape>& smem)
+      : smem_(smem) {}
 
-  __device__ __forceinline__ void read(int k_block, int stage) {
+  __device__ __forceinline__ void read(int stage) {
+    const float sb = smem_.sfb[stage].row[0][0];
     const float* tokens = smem_.sfa[stage] + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int i = 0; i < Shape::kTokens / 8; ++i) {
       const float2 sa = *reinterpret_cast<const float2*>(tokens + i * 8);
-      scale_[i] = make_float2(__fmul_rn(sa.x, next_), __fmul_rn(sa.y, next_));
+      scale_[i] = make_float2(__fmul_rn(sa.x, sb), __fmul_rn(sa.y, sb));
     }
-    next_ = __ldg(sfb_ + min(k_block + 1, last_));
   }
 
   __device__ __forceinline__ void read_rest(int) {}
@@ -89,9 +84,6 @@ class BlockAndColumnScales {
 
  private:
   const GemmFp8SwappedSmem<Shape>& smem_;
-  const float* sfb_;
-  int last_;
-  float next_;
   float2 scale_[Shape::kTokens / 8];
 };
 
@@ -112,6 +104,7 @@ __device__ __forceinline__ void gemm_fp8_swapped(const GemmFp8Params& p) {
     cp_async_bulk_tensor(space_cluster, space_global, smem.b[stage], &p.b, b_at, full);
     cp_async_bulk_tensor(space_cluster, space_global, smem.a[stage], &p.a, a_at, full);
     cp_async_bulk_tensor(space_cluster, space_global, smem.sfa[stage], &p.sfa, sfa_at, full);
+    load_scales<1>(smem.sfb[stage], p, tile, {tile.n_start / 128}, k_block, full);
   };
   const auto compute = [&](int warpgroup) {
     constexpr int kN = Shape::kTokens;
@@ -121,8 +114,9 @@ __device__ __forceinline__ void gemm_fp8_swapped(const GemmFp8Params& p) {
     RingPosition<Shape::kNumStages> at;
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[kN / 2];
-      BlockAndColumnScales<Shape> scales(p, tile, smem);
-      promoted_sum<kN>(smem.ring, at, kSharers, tile.k_begin, tile.k_end, left, right, scales, sum);
+      BlockAndColumnScales<Shape> scales(smem);
+      promoted_sum<kN, kOverlapsItself<kN, Shape::kMathWarpgroups>>(
+          smem.ring, at, kSharers, tile.k_begin, tile.k_end, left, right, scales, sum);
       ResultPlace place{tile.a_row, min(tile.row_end - tile.a_row, kN), tile.n_start, tile.group,
                         ends_with_map(p.extent, tile)};
       if (p.extent.cluster == ClusterUse::kSplitK) {
@@ -136,10 +130,8 @@ __device__ __forceinline__ void gemm_fp8_swapped(const GemmFp8Params& p) {
     });
     drain_stores();
   };
-  const auto produce = [&] {
-    produce_tiles(smem.ring, smem.queue, Scheduler(p.extent), Shape::kStageBytes, load);
-  };
-  run_roles<Shape::kMathWarpgroups>(smem, kSharers, produce, compute);
+  const auto producer = make_producer<Scheduler>(smem, p.extent, Shape::kStageBytes, load);
+  run_roles<Shape::kMathWarpgroups>(smem, kSharers, producer, compute);
 }
 
 }  // namespace dsk

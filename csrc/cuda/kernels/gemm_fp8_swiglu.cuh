@@ -22,6 +22,7 @@
 #include "cuda/tile/gemm_promote.cuh"
 #include "cuda/tile/gemm_result.cuh"
 #include "cuda/tile/gemm_roles.cuh"
+#include "cuda/tile/gemm_scales.cuh"
 #include "cuda/tile/gemm_scheduler.cuh"
 #include "cuda/tile/ring.cuh"
 #include "cuda/tile/smem_layout.cuh"
@@ -37,7 +38,7 @@ struct GemmSwigluShape {
   static constexpr int kMathThreads = kMathWarpgroups * kWarpgroup;
   static constexpr int kColumns = 64;  // of D, for each warpgroup
   static constexpr int kStageBytes =
-      (kBlockM + kBlockN) * kFp8BlockK + kBlockM * int(sizeof(float));
+      (kBlockM + kBlockN) * kFp8BlockK + kBlockM * int(sizeof(float)) + StageScales<3>::kBytes;
 };
 
 template <class Shape>
@@ -50,39 +51,33 @@ struct alignas(1024) GemmSwigluSmem {
     uint8_t quantised[Shape::kBlockM * kSwizzleBytes];  // e4m3, both together
   } d;
   alignas(128) float sfa[Shape::kNumStages][Shape::kBlockM];
-  float amax[2][2][Shape::kBlockM];  // [tile parity][warpgroup][row]
+  StageScales<3> sfb[Shape::kNumStages];  // of the gate; of the up-projection, and the next row
+  float amax[2][2][Shape::kBlockM];       // [tile parity][warpgroup][row]
   Ring<Shape::kNumStages> ring;
   TileQueue queue;
 };
 
-// A's scales by row; B's by block: one for the 64 gate rows, up to two for the 64 up rows, which
-// start wherever i ends.
+// A's scales by row; B's by block: one for the gate's 128 rows, up to two for the up-projection's,
+// which start wherever i ends.
 template <class Shape, class Smem>
 class SwigluScales {
  public:
   __device__ __forceinline__ SwigluScales(const GemmFp8Params& p, const GemmTile& tile,
                                           const Smem& smem, int warpgroup)
-      : p_(p), smem_(smem) {
+      : smem_(smem) {
     row_ = threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-    const int block_rows = (p.extent.n + 127) / 128;
-    const int column = tile.n_start / 2 + warpgroup * Shape::kColumns;
-    const int up = p.extent.n / 2 + column;
-    const int first = tile.group * block_rows;
-    // Columns behind the last are computed for nothing: any scale will do.
-    gate_ = (first + min(column / 128, block_rows - 1)) * k_blocks();
-    up_ = (first + min(up / 128, block_rows - 1)) * k_blocks();
-    boundary_ = up / 128 + 1 < block_rows ? 128 - up % 128 : Shape::kColumns;
-    fetch(tile.k_begin);
+    const int up = (p.extent.n + tile.n_start) / 2;
+    boundary_ = 128 - up % 128 - warpgroup * Shape::kColumns;
   }
 
-  __device__ __forceinline__ void read(int k_block, int stage) {
+  __device__ __forceinline__ void read(int stage) {
     const float sa[2] = {smem_.sfa[stage][row_], smem_.sfa[stage][row_ + 8]};
 #pragma unroll
     for (int which = 0; which < 3; ++which) {
-      scale_[which][0] = __fmul_rn(sa[0], next_[which]);
-      scale_[which][1] = __fmul_rn(sa[1], next_[which]);
+      const float sb = smem_.sfb[stage].row[which][0];
+      scale_[which][0] = __fmul_rn(sa[0], sb);
+      scale_[which][1] = __fmul_rn(sa[1], sb);
     }
-    fetch(min(k_block + 1, k_blocks() - 1));
   }
 
   __device__ __forceinline__ void read_rest(int) {}
@@ -105,22 +100,9 @@ class SwigluScales {
   }
 
  private:
-  __device__ __forceinline__ int k_blocks() const {
-    return (p_.extent.k + kFp8BlockK - 1) / kFp8BlockK;
-  }
-
-  __device__ __forceinline__ void fetch(int k_block) {
-    next_[0] = __ldg(p_.sfb + gate_ + k_block);
-    next_[1] = __ldg(p_.sfb + up_ + k_block);
-    next_[2] = boundary_ < Shape::kColumns ? __ldg(p_.sfb + up_ + k_blocks() + k_block) : next_[1];
-  }
-
-  const GemmFp8Params& p_;
   const Smem& smem_;
-  int gate_, up_;  // indices in p.sfb
   int row_;
-  int boundary_;
-  float next_[3];
+  int boundary_;  // the columns from here on use the up-projection's next row of scales
   float scale_[3][2];
 };
 
@@ -238,6 +220,9 @@ __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
     }
     const int32_t sfa_at[2] = {tile.row, tile.plane * k_blocks + k_block};
     cp_async_bulk_tensor(space_cluster, space_global, smem.sfa[stage], &p.sfa, sfa_at, full);
+    const int gate_row = tile.n_start / 2 / 128;
+    const int up_row = (p.extent.n + tile.n_start) / 2 / 128;
+    load_scales<3>(smem.sfb[stage], p, tile, {gate_row, up_row, up_row + 1}, k_block, full);
   };
   const auto compute = [&](int warpgroup) {
     const auto left = [&](int stage) { return smem.a[stage]; };
@@ -247,8 +232,9 @@ __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[2 * Shape::kColumns / 2];
       SwigluScales<Shape, Smem> scales(p, tile, smem, warpgroup);
-      promoted_sum<2 * Shape::kColumns>(smem.ring, at, sharers, tile.k_begin, tile.k_end, left,
-                                        right, scales, sum);
+      promoted_sum<2 * Shape::kColumns,
+                   kOverlapsItself<2 * Shape::kColumns, Shape::kMathWarpgroups>>(
+          smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum);
       float h[Shape::kColumns / 2];
       swiglu(sum, h);
       ResultPlace place{tile.a_row, min(tile.row_end - tile.a_row, Shape::kBlockM),
@@ -264,10 +250,8 @@ __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
     });
     drain_stores();
   };
-  const auto produce = [&] {
-    produce_tiles(smem.ring, smem.queue, Scheduler(p.extent), Shape::kStageBytes, load);
-  };
-  run_roles<Shape::kMathWarpgroups>(smem, sharers, produce, compute);
+  const auto producer = make_producer<Scheduler>(smem, p.extent, Shape::kStageBytes, load);
+  run_roles<Shape::kMathWarpgroups>(smem, sharers, producer, compute);
 }
 
 }  // namespace dsk

@@ -21,6 +21,14 @@ int64_t planes_of_d(const GemmFp8Args& args) {
 
 int64_t columns_of_d(const GemmFp8Args& args) { return args.swiglu ? args.n / 2 : args.n; }
 
+size_t scale_bytes(int64_t k_rows, int64_t ld, int64_t columns) {
+  return ((k_rows - 1) * ld + columns) * sizeof(float);
+}
+size_t sfb_bytes(const GemmFp8Args& args) {
+  if (args.kind == GemmKind::kAlongK) return scale_bytes(k_blocks(args), args.ld_sfb, args.n);
+  return size_t(args.num_groups) * ((args.n + 127) / 128) * k_blocks(args) * sizeof(float);
+}
+
 GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmChoice& choice) {
   const GemmConfig& config = choice.config;
   GemmFp8Params params{};
@@ -36,11 +44,14 @@ GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmC
       encode_matrix(context, cu::kFloat32, args.sfa, args.m, k_blocks(args) * planes_of_a(args),
                     args.ld_sfa * sizeof(float), config.block_m, 1, cu::kSwizzleNone);
   if (args.kind == GemmKind::kAlongK) {
-    params.sfb_map =
-        encode_matrix(context, cu::kFloat32, args.sfb, args.n, k_blocks(args),
-                      args.ld_sfb * sizeof(float), config.block_n, 1, cu::kSwizzleNone);
+    params.sfb = encode_matrix(context, cu::kFloat32, args.sfb, args.n, k_blocks(args),
+                               args.ld_sfb * sizeof(float), config.block_n, 1, cu::kSwizzleNone);
   } else {
-    params.sfb = args.sfb;
+    // TMA's addresses are multiples of 16 bytes.
+    params.sfb_offset = int(reinterpret_cast<uintptr_t>(args.sfb) % 16 / sizeof(float));
+    const uint64_t count = params.sfb_offset + sfb_bytes(args) / sizeof(float);
+    params.sfb = encode_matrix(context, cu::kFloat32, args.sfb - params.sfb_offset, count, 1,
+                               (count * sizeof(float) + 15) / 16 * 16, 4, 1, cu::kSwizzleNone);
   }
   params.result =
       make_result(context, args.d, args.c, args.bias, args.m * planes_of_d(args),
@@ -54,6 +65,7 @@ GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmC
   params.extent.kind = group_kind(args.kind);
   params.extent.cluster = cluster_use(choice.cluster);
   params.extent.raster = choice.raster;
+  params.extent.k_share = int((k_blocks(args) + choice.cluster.split - 1) / choice.cluster.split);
   params.extent.skip_empty = args.c.address == args.d.address && args.c.type == args.d.type;
   return params;
 }
@@ -69,14 +81,6 @@ struct OperandLoans {
         counts(context, args.group_rows, args.group_rows ? args.num_groups * sizeof(int32_t) : 0,
                true),
         runs(context, args.runs, args.runs ? (1 + 3 * size_t(args.m)) * sizeof(int32_t) : 0, true) {
-  }
-
-  static size_t scale_bytes(int64_t k_rows, int64_t ld, int64_t columns) {
-    return ((k_rows - 1) * ld + columns) * sizeof(float);
-  }
-  static size_t sfb_bytes(const GemmFp8Args& args) {
-    if (args.kind == GemmKind::kAlongK) return scale_bytes(k_blocks(args), args.ld_sfb, args.n);
-    return size_t(args.num_groups) * ((args.n + 127) / 128) * k_blocks(args) * sizeof(float);
   }
 
   HostLoan a, sfa, b, sfb, counts, runs;

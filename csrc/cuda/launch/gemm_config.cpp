@@ -50,15 +50,18 @@ constexpr GemmCluster kClusters[] = {{1, 1, 1}, {2, 1, 1}, {1, 2, 1},
 
 // An H100 or H800 SXM in clock cycles at 1.755 GHz, as the emulator's timing model has it: that
 // model replays the kernels themselves, and these few numbers reproduce its order of preference.
-constexpr double kMemoryBytes = 1720;   // per cycle, of the device
+constexpr double kMemoryBytes = 1680;   // per cycle, of the device
 constexpr double kL2Bytes = 5400;       // per cycle, of the device
-constexpr double kL2BytesPerSm = 50;    // per cycle, that TMA can bring into one SM
+constexpr double kL2BytesPerSm = 64;    // per cycle, that TMA can bring into one SM
 constexpr double kMinWgmma = 16;        // the narrowest wgmma
-constexpr double kHandover = 220;       // barrier, first wgmma's latency, scales
-constexpr double kStart = 3500;         // launch, first bytes from memory
-constexpr double kStoreBytes = 20;      // per cycle, of one CTA's epilogue
-constexpr double kReduction = 1500;     // two cluster barriers and what lies between
-constexpr double kReductionBytes = 64;  // per cycle, of partial sums
+constexpr double kHandover = 150;       // barrier, first wgmma's latency, scales
+constexpr double kIssue = 200;          // what one warp issues for a k block, but for promotion
+constexpr double kIssueOfTwo = 270;     // the same where two warps share a scheduler
+constexpr double kStart = 3300;         // launch, first bytes from memory
+constexpr double kStoreBytes = 32;      // per cycle, of one CTA's epilogue
+constexpr double kExposed = 0.3;        // of the last k block and store, behind the last bytes
+constexpr double kReduction = 900;      // two cluster barriers and what lies between
+constexpr double kReductionBytes = 32;  // per cycle, of partial sums
 
 long long ceil_div(long long a, long long b) { return (a + b - 1) / b; }
 
@@ -75,7 +78,7 @@ long long count_clusters(const GemmProblem& problem, const GemmConfig& config,
 }
 
 // What tensor cores and CUDA cores need for one k block. Warpgroups take turns: while one promotes,
-// the others' wgmma runs.
+// the others' wgmma runs, or its own where registers hold two sets of partial sums.
 double math_cycles(const GemmConfig& config) {
   int warpgroups = config.block_m / 64;
   int columns = config.block_n;
@@ -86,15 +89,21 @@ double math_cycles(const GemmConfig& config) {
     warpgroups = 2;
     columns /= 2;
   }
+  const bool overlaps_itself =
+      config.family != kColumns && (columns <= 64 || (columns <= 128 && warpgroups == 1));
   const double wgmma = 4 * std::max(columns / 2.0, kMinWgmma);
   const double promotion = columns / 2.0 * (config.family == kColumns ? 2 : 1);
-  return std::max(warpgroups * wgmma, wgmma + promotion + kHandover);
+  const double one = !overlaps_itself  ? wgmma + promotion + kHandover
+                     : warpgroups == 1 ? kIssue + 0.8 * columns
+                                       : kIssueOfTwo + 1.2 * columns;
+  return std::max(warpgroups * wgmma, one);
 }
 
 double operand_cycles(const GemmConfig& config, const GemmCluster& cluster, double active_ctas) {
   const double bytes =
       128.0 * (config.block_m / double(cluster.pair_n) + config.block_n / double(cluster.pair_m));
-  return bytes / std::min(kL2BytesPerSm, kL2Bytes / active_ctas);
+  const double arriving = 128.0 * (config.block_m + config.block_n);  // its peer's loads included
+  return std::max(arriving / kL2BytesPerSm, bytes / (kL2Bytes / active_ctas));
 }
 
 double store_cycles(const GemmConfig& config) {
@@ -192,7 +201,8 @@ double gemm_cycles(const GemmProblem& problem, const GemmConfig& config,
   const double block =
       std::max(math_cycles(config), operand_cycles(config, cluster, std::max(1.0, active)));
   const double tiles = double(waves) * (k_blocks * block + store_cycles(config));
-  return kStart + std::max(tiles, memory_cycles(problem)) + reduction_cycles(config, cluster.split);
+  const double memory = memory_cycles(problem) + kExposed * (block + store_cycles(config));
+  return kStart + std::max(tiles, memory) + reduction_cycles(config, cluster.split);
 }
 
 GemmChoice choose_gemm(const GemmProblem& problem, const GemmForce& force) {

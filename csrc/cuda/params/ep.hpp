@@ -28,7 +28,7 @@ struct EpGroup {
   uint8_t* windows[proto::kMaxRanks];
   uint64_t* signals[proto::kMaxRanks];
   EpStatus* status;
-  uint32_t* arrivals;  // 1 word, zero: counts the CTAs of a launch; left zero
+  uint32_t* arrivals;  // 2 words, zero: count the CTAs of a launch; left zero
 };
 
 struct EpDispatchParams {
@@ -43,10 +43,13 @@ struct EpDispatchParams {
   const int64_t* topk_idx;    // [tokens, topk]
   const float* topk_weights;  // [tokens, topk] or null
   uint64_t region;            // offset of our receive region in our window
-  int32_t* row_of;            // out [tokens, ranks]: the token's row at each rank, -1: none
-  uint32_t* rows_to;          // scratch [ranks]
-  uint32_t* mentions;         // scratch [experts]
-  int32_t* received;          // out [1 + local experts]: rows, then mentions of each expert
+  int32_t ranks_per_node;     // 0: one node
+  uint64_t forward;           // several nodes: offset of the region to forward from, in all windows
+  int32_t* forward_of;  // several nodes: scratch [tokens, nodes], place among those sent there
+  int32_t* row_of;      // out [tokens, ranks]: the token's row at each rank, -1: none
+  uint32_t* rows_to;    // scratch [ranks]
+  uint32_t* mentions;   // scratch [experts]
+  int32_t* received;    // out [1 + local experts]: rows, then mentions of each expert
 };
 
 struct EpCombineParams {

@@ -35,7 +35,8 @@ struct GemmExtent {
   int32_t num_groups;
   GroupKind kind;
   ClusterUse cluster;
-  int32_t raster;      // blocks of rows that are walked before the next block of columns
+  int32_t raster;   // blocks of rows that are walked before the next block of columns
+  int32_t k_share;  // kSplitK: blocks of k for each CTA of a cluster, the last one's may be fewer
   int32_t skip_empty;  // kAlongK: D already holds what an empty group leaves there
 
   // CTAs that load for each other.
@@ -71,13 +72,15 @@ struct GemmResult {
 
 // FP8 GEMM. Boxes are those of the tiles: BLOCK_M rows of A (and its scales), BLOCK_N of B.
 struct GemmFp8Params {
-  TensorMapBytes a;        // [rows of A, k] e4m3, box [BLOCK_M, 128], 128B swizzle
-  TensorMapBytes b;        // [G * n, k] e4m3, box [BLOCK_N, 128], 128B swizzle
-  TensorMapBytes sfa;      // [G or 1 * ceil(k / 128), rows] fp32, box [1, BLOCK_M]
-  TensorMapBytes sfb_map;  // 1x128 scales of B: [ceil(k / 128), n] fp32, box [1, BLOCK_N]
+  TensorMapBytes a;    // [rows of A, k] e4m3, box [BLOCK_M, 128], 128B swizzle
+  TensorMapBytes b;    // [G * n, k] e4m3, box [BLOCK_N, 128], 128B swizzle
+  TensorMapBytes sfa;  // [G or 1 * ceil(k / 128), rows] fp32, box [1, BLOCK_M]
+  // 1x128 scales of B: [ceil(k / 128), n] fp32, box [1, BLOCK_N]. 128x128 scales of B: all of [G,
+  // ceil(n / 128), ceil(k / 128)] fp32 in one row, box [1, 4], the first at sfb_offset.
+  TensorMapBytes sfb;
   GemmResult result;
-  const float* sfb;  // 128x128 scales of B: [G, ceil(n / 128), ceil(k / 128)] fp32, contiguous
   GemmExtent extent;
+  int32_t sfb_offset;
 };
 
 // BF16 GEMM. Boxes are those of the tiles, 64 values of BLOCK_M rows of A or BLOCK_N of B.

@@ -12,6 +12,12 @@ __device__ __forceinline__ int cluster_size() { return int(__clusterSizeInBlocks
 // mov.u32 d, %cluster_ctarank;
 __device__ __forceinline__ int cluster_rank() { return int(__clusterRelativeBlockRank()); }
 
+// mov.u32 d, %clusterid.x;   which cluster this CTA belongs to; its own number without a cluster
+__device__ __forceinline__ int cluster_id() { return int(__clusterIdx().x); }
+
+// mov.u32 d, %nclusterid.x;
+__device__ __forceinline__ int num_clusters() { return int(__clusterGridDimInClusters().x); }
+
 // mapa.u64 d, a, rank;   a generic address of the same variable in another CTA of the cluster
 template <typename T>
 __device__ __forceinline__ T* map_to_rank(T* own, int rank) {

@@ -1,4 +1,4 @@
-// Register budgets and named barriers: instructions without a libcu++ wrapper.
+// Register budgets, barriers, register pairs: instructions without a libcu++ wrapper.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +25,22 @@ __device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads
 // barrier.arrive id, threads;   counts this warp in and goes on; others wait by barrier.sync
 __device__ __forceinline__ void named_barrier_arrive(uint32_t id, uint32_t threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// mbarrier.arrive.shared::cluster.b64 _, [a];   PTX ISA 8.0; a barrier of any CTA of the cluster,
+// as map_to_rank gives it. Release at the default scope, the CTA's own: .release.cluster, which
+// libcu++ wraps, compiles to MEMBAR.ALL.GPU. Enough where the arrival only says that reads are
+// over.
+__device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* barrier) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
+}
+
+// mov.b64 d, {low, high};
+__device__ __forceinline__ uint64_t join_words(uint32_t low, uint32_t high) {
+  uint64_t both;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "r"(low), "r"(high));
+  return both;
 }
 
 }  // namespace dsk::ptx

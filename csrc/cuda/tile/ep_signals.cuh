@@ -57,15 +57,16 @@ __device__ __forceinline__ bool await_everyone(const EpGroup& g, proto::Counter 
   return __syncthreads_and(reached);
 }
 
-// True in all threads of the CTA that arrives last; the stores of all CTAs happened before.
-__device__ __forceinline__ bool last_to_arrive(const EpGroup& g) {
+// True in all threads of the CTA that arrives last; phases of a launch count apart; the stores of
+// all CTAs happened before.
+__device__ __forceinline__ bool last_to_arrive(const EpGroup& g, int phase = 0) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
     cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
-    last = atomicAdd(g.arrivals, 1u) + 1 == gridDim.x;
+    last = atomicAdd(g.arrivals + phase, 1u) + 1 == gridDim.x;
     cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
-    if (last) *g.arrivals = 0;
+    if (last) g.arrivals[phase] = 0;
   }
   __syncthreads();
   return last;

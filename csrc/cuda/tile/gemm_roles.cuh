@@ -25,27 +25,54 @@ struct TileQueue {
   Ring<kSlots> ring;
 };
 
-// Producer: queue each tile; for each of its k blocks, wait for a free stage, announce its `bytes`
-// and call load(tile, k_block, stage, barrier), which issues copies of exactly that many bytes.
+// The producer: queues each tile; for each of its k blocks, waits for a free stage, announces its
+// `bytes` and calls load(tile, k_block, stage, barrier), which issues copies of exactly that many
+// bytes. The scheduler walks an `extent`, whatever it takes for one.
 template <class Stages, class Scheduler, class Load>
-__device__ __forceinline__ void produce_tiles(Stages& ring, TileQueue& queue, Scheduler scheduler,
-                                              uint32_t bytes, Load load) {
-  typename Stages::Position at;
-  RingPosition<TileQueue::kSlots> slot;
-  GemmTile tile;
-  for (bool more = true; more; slot.advance()) {
-    more = scheduler.next(tile);
-    if (!more) tile.group = kNoMoreTiles;
-    queue.ring.await_free(slot);
-    queue.tile[slot.stage] = tile;
-    queue.ring.fill(slot);
-    if (!more) break;
-    for (int k_block = tile.k_begin; k_block < tile.k_end; ++k_block) {
-      ring.acquire_in_cluster(at, bytes);
-      load(tile, k_block, at.stage, &ring.full[at.stage]);
-      at.advance();
+class TileProducer {
+ public:
+  template <class Extent>
+  __device__ __forceinline__ TileProducer(Stages& ring, TileQueue& queue, const Extent& extent,
+                                          uint32_t bytes, const Load& load)
+      : ring_(ring), queue_(queue), scheduler_(extent), bytes_(bytes), load_(load) {}
+
+  // Finds the first tile: what can be done before the barriers are there.
+  __device__ __forceinline__ void prepare() { more_ = scheduler_.next(tile_); }
+
+  __device__ __forceinline__ void run() {
+    typename Stages::Position at;
+    RingPosition<TileQueue::kSlots> slot;
+    while (true) {
+      if (!more_) tile_.group = kNoMoreTiles;
+      queue_.ring.await_free(slot);
+      queue_.tile[slot.stage] = tile_;
+      queue_.ring.fill(slot);
+      if (!more_) return;
+      for (int k_block = tile_.k_begin; k_block < tile_.k_end; ++k_block) {
+        ring_.acquire(at, bytes_);
+        load_(tile_, k_block, at.stage, &ring_.full[at.stage]);
+        at.advance();
+      }
+      slot.advance();
+      more_ = scheduler_.next(tile_);
     }
   }
+
+ private:
+  Stages& ring_;
+  TileQueue& queue_;
+  Scheduler scheduler_;
+  const uint32_t bytes_;
+  const Load& load_;
+  GemmTile tile_;
+  bool more_ = false;
+};
+
+template <class Scheduler, class Smem, class Extent, class Load>
+__device__ __forceinline__ auto make_producer(Smem& smem, const Extent& extent, uint32_t bytes,
+                                              const Load& load) {
+  return TileProducer<decltype(Smem::ring), Scheduler, Load>(smem.ring, smem.queue, extent, bytes,
+                                                             load);
 }
 
 // Math warps: body(tile) for each queued tile.
@@ -60,6 +87,7 @@ __device__ __forceinline__ void for_each_tile(TileQueue& queue, Body body) {
     __syncwarp();
     queue.ring.release(slot, 1);
     slot.advance();
+    __syncwarp();  // or the lane that released walks the loop by itself
   }
 }
 
@@ -81,38 +109,48 @@ __device__ __forceinline__ void load_tile(uint8_t* to, const TensorMapBytes& map
   }
 }
 
+// Every CTA of the cluster has come here, and what one of them wrote the others see.
 __device__ __forceinline__ void sync_cluster() {
   cuda::ptx::barrier_cluster_arrive(cuda::ptx::sem_release);
   cuda::ptx::barrier_cluster_wait(cuda::ptx::sem_acquire);
 }
 
-// Splits the CTA: produce() runs in one thread, compute(warpgroup) in each math thread. Every math
-// warp releases a stage once. setmaxnreg moves registers from the producer to the math warpgroups.
-template <int kMathWarpgroups, class Smem, class Produce, class Compute>
-__device__ __forceinline__ void run_roles(Smem& smem, int sharers, Produce produce,
+// Every CTA of the cluster has come here, and no more: without the fences of a release.
+__device__ __forceinline__ void meet_cluster() {
+  cuda::ptx::barrier_cluster_arrive(cuda::ptx::sem_relaxed);
+  cuda::ptx::barrier_cluster_wait();
+}
+
+// Splits the CTA: the producer runs in one thread, compute(warpgroup) in each math thread. Every
+// math warp releases a stage once. setmaxnreg moves registers from the producer to the math
+// warpgroups.
+template <int kMathWarpgroups, class Smem, class Producer, class Compute>
+__device__ __forceinline__ void run_roles(Smem& smem, int sharers, Producer producer,
                                           Compute compute) {
   constexpr int kMathThreads = kMathWarpgroups * kWarpgroup;
   constexpr int kProducerRegisters = 40;
   constexpr int kMathRegisters = kMathWarpgroups == 1 ? 248 : 232;
-  if (threadIdx.x == 0) {
-    smem.ring.init(kMathThreads / 32, 1, sharers);
-    smem.queue.ring.init(kMathThreads / 32);
+  if (threadIdx.x < 32) {
+    smem.ring.init_by_warp(kMathThreads / 32, 1, sharers);
+    smem.queue.ring.init_by_warp(kMathThreads / 32);
+  } else if (threadIdx.x == kMathThreads) {
+    producer.prepare();
   }
   if (sharers == 1) {
     __syncthreads();
   } else {
-    sync_cluster();
+    meet_cluster();  // init_by_warp's fence has made the barriers visible
   }
 
   if (threadIdx.x >= kMathThreads) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x == kMathThreads) produce();
+    if (threadIdx.x == kMathThreads) producer.run();
   } else {
     ptx::setmaxnreg_inc<kMathRegisters>();
     compute(__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0));
   }
   // The peer may still write into this CTA's stages, or arrive on its barriers.
-  if (sharers > 1) sync_cluster();
+  if (sharers > 1) meet_cluster();
 }
 
 }  // namespace dsk

@@ -30,7 +30,7 @@ template <int kBlockM, int kBlockN, int kBlockK>
 class GemmScheduler {
  public:
   __device__ explicit GemmScheduler(const GemmExtent& extent)
-      : extent_(extent), next_(blockIdx.x / ptx::cluster_size()) {
+      : extent_(extent), next_(ptx::cluster_id()) {
     num_n_blocks_ = halved(ceil_div(extent.n, kBlockN), ClusterUse::kSharedA);
   }
 
@@ -42,7 +42,7 @@ class GemmScheduler {
       const int tiles = num_tiles(size);
       if (next_ < first_tile_ + tiles) {
         place(tile, next_ - first_tile_, size);
-        next_ += gridDim.x / ptx::cluster_size();
+        next_ += ptx::num_clusters();
         return true;
       }
       first_tile_ += tiles;
@@ -87,11 +87,14 @@ class GemmScheduler {
     const bool masked = extent_.kind == GroupKind::kMasked;
     const int rows = along_k ? extent_.m : size;
     const int num_m_blocks = blocks_of_rows(rows);
-    const int band = index / (extent_.raster * num_n_blocks_);
-    const int band_blocks = min(extent_.raster, num_m_blocks - band * extent_.raster);
-    const int within = index - band * extent_.raster * num_n_blocks_;
-    int m_block = band * extent_.raster + within % band_blocks;
-    int n_block = within / band_blocks;
+    int m_block = 0, n_block = index;
+    if (num_m_blocks > 1) {  // else no divisions: the first load waits for this
+      const int band = index / (extent_.raster * num_n_blocks_);
+      const int band_blocks = min(extent_.raster, num_m_blocks - band * extent_.raster);
+      const int within = index - band * extent_.raster * num_n_blocks_;
+      m_block = band * extent_.raster + within % band_blocks;
+      n_block = within / band_blocks;
+    }
     if (extent_.cluster == ClusterUse::kSharedB) m_block = m_block * 2 + ptx::cluster_rank();
     if (extent_.cluster == ClusterUse::kSharedA) n_block = n_block * 2 + ptx::cluster_rank();
 
@@ -111,7 +114,7 @@ class GemmScheduler {
   __device__ void slice_k(GemmTile& tile, int first_block, int size) const {
     const int k_blocks = ceil_div(size, kBlockK);
     const bool split = extent_.cluster == ClusterUse::kSplitK;
-    const int share = split ? ceil_div(k_blocks, ptx::cluster_size()) : k_blocks;
+    const int share = split ? extent_.k_share : k_blocks;
     const int begin = split ? min(ptx::cluster_rank() * share, k_blocks) : 0;
     tile.k_begin = first_block + begin;
     tile.k_end = first_block + min(begin + share, k_blocks);

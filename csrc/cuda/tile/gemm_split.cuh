@@ -101,7 +101,7 @@ __device__ __forceinline__ void reduce_and_store(const GemmResult& to, int n, co
     store_four(to.d, to.d_type, index, total);
   }
   // Others may still be reading this CTA's shared memory.
-  sync_cluster();
+  meet_cluster();
 }
 
 }  // namespace dsk

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/control.cuh"
 
 namespace dsk {
 
@@ -47,6 +48,18 @@ struct Ring {
     cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
   }
 
+  // The same by a whole warp: a lane for each stage.
+  __device__ __forceinline__ void init_by_warp(uint32_t consumers, uint32_t producers = 1,
+                                               uint32_t sharers = 1) {
+    static_assert(kNumStages <= 32);
+    const int stage = threadIdx.x % 32;
+    if (stage < kNumStages) {
+      cuda::ptx::mbarrier_init(&full[stage], producers);
+      cuda::ptx::mbarrier_init(&empty[stage], consumers * sharers);
+    }
+    cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+  }
+
   // Producer: wait until the stage is free (the first round finds every stage free), then announce
   // the bytes that will land in it.
   __device__ __forceinline__ void acquire(const Position& at, uint32_t bytes) {
@@ -64,14 +77,6 @@ struct Ring {
                                cuda::ptx::space_shared, &full[at.stage]);
   }
 
-  // acquire() where consumers of another CTA may free the stage.
-  __device__ __forceinline__ void acquire_in_cluster(const Position& at, uint32_t bytes) {
-    while (!cuda::ptx::mbarrier_try_wait_parity(cuda::ptx::sem_acquire, cuda::ptx::scope_cluster,
-                                                &empty[at.stage], at.phase ^ 1)) {
-    }
-    announce(at, bytes);
-  }
-
   // Consumer: wait for the stage's bytes.
   __device__ __forceinline__ void await(const Position& at) { wait(&full[at.stage], at.phase); }
 
@@ -81,15 +86,14 @@ struct Ring {
                                cuda::ptx::space_shared, &empty[at.stage]);
   }
 
-  // Consumer, by a whole warp: its arrival in each of the CTAs that share.
+  // Consumer, by a whole warp: its arrival in each of the CTAs that share. The stage has only been
+  // read, and is only written by TMA, so nothing has to become visible to the other CTA.
   __device__ __forceinline__ void release(const Position& at, int sharers) {
     const int lane = threadIdx.x % 32;
     if (sharers == 1) {
       if (lane == 0) consume(at);
     } else if (lane < sharers) {
-      cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cluster,
-                                 cuda::ptx::space_cluster,
-                                 ptx::map_to_rank(&empty[at.stage], lane));
+      ptx::mbarrier_arrive_remote(ptx::map_to_rank(&empty[at.stage], lane));
     }
   }
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cuda/ptx/control.cuh"
+
 namespace dsk {
 
 constexpr int kSwizzleBytes = 128;  // width of one swizzled row
@@ -31,6 +33,28 @@ __device__ __forceinline__ uint64_t k_major_descriptor(const void* tile) {
 __device__ __forceinline__ uint64_t advance_k(uint64_t descriptor, int bytes) {
   return descriptor + (bytes >> 4);
 }
+
+// The descriptors of one K-major operand in each stage of a ring. Stages are equally far apart, and
+// only the address in the low word changes: one addition. The shuffle tells the compiler that the
+// word is the same in the whole warp, and keeps it from being computed anew each time.
+class StageDescriptors {
+ public:
+  // first, second: the operand in stages 0 and 1.
+  __device__ __forceinline__ StageDescriptors(const void* first, const void* second)
+      : high_(uint32_t(k_major_descriptor(first) >> 32)),
+        low_(__shfl_sync(0xffffffffu, uint32_t(k_major_descriptor(first)), 0)),
+        step_((shared_address(second) - shared_address(first)) >> 4) {}
+
+  // `bytes` along K within the swizzled row (a multiple of 32).
+  __device__ __forceinline__ uint64_t at(int stage, int bytes) const {
+    return ptx::join_words(low_ + stage * step_ + (bytes >> 4), high_);
+  }
+
+ private:
+  uint32_t high_;
+  uint32_t low_;
+  uint32_t step_;
+};
 
 // Descriptor of an MN-major operand (PTX: transposed) of 16-bit values: tiles of 64 MN values in
 // 128B-swizzled rows, one row for each k, `tile_bytes` apart along MN. Bits 16-29 hold that

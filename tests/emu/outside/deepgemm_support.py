@@ -82,7 +82,8 @@ class Instance:
         return maps + -(-d // 1024) * 1024 + self.stages * (a_b + scales + 16)
 
 
-def _source(instances: tuple[Instance, ...]) -> str:
+def source(instances: tuple[Instance, ...]) -> str:
+    """CUDA C++ that instantiates the kernels."""
     tma = "const __grid_constant__ cute::TmaDescriptor"
     types = {
         "1d2d": f"float*, int*, uint32_t, uint32_t, uint32_t, {tma}, {tma}, {tma}, {tma}",
@@ -102,7 +103,7 @@ def _source(instances: tuple[Instance, ...]) -> str:
 def build(instances: tuple[Instance, ...]) -> emu.Module:
     """One module of several instances: nvcc reads the headers once."""
     with tempfile.TemporaryDirectory() as folder:
-        text = ptx_of(Path(folder), _source(instances), (FOLDER / "include",))
+        text = ptx_of(Path(folder), source(instances), (FOLDER / "include",))
     return emu.Module(text, "deep_gemm")
 
 
