@@ -5,6 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTEST_ARGS ?=
 SMOKE ?=
+BENCH_ARGS ?=
 
 # Spinning OpenMP threads starve each other on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -52,8 +53,10 @@ format: venv ## apply ruff and clang-format
 	$(VENV)/bin/ruff format .
 	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs -r $(VENV)/bin/clang-format -i
 
-bench: venv ## pytest-benchmark suites
-	$(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+bench: venv ## all benchmarks: out/bench.json, out/bench.html, out/roofline.png
+	mkdir -p out
+	$(PY) -m pytest bench --benchmark-only --benchmark-json=out/pytest_benchmark.json $(PYTEST_ARGS)
+	$(PY) -m bench.report $(BENCH_ARGS)
 
 verify-gpu: venv ## on a Hopper GPU: replay the CUDA tests, time, append to bench/hardware.jsonl
 	$(PY) -m bench.verify_gpu

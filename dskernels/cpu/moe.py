@@ -14,6 +14,7 @@ import torch
 
 from .. import _C
 from ..ref import moe as ref
+from ..ref.moe_backward import GROUP, transposed_blocks
 from ..ref.rowwise_backward import swiglu_backward
 from ..types import ScaledTensor, Unsupported
 from . import gemm, packing, rowwise
@@ -52,7 +53,8 @@ def moe_gate(
     score: str = "sigmoid",
     group_score: str | None = None,
     renormalize: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sequences: int | None = None,
+) -> tuple[torch.Tensor, ...]:
     """x [t, d], weight [e, d], bias [e] -> topk_idx, topk_weights [t, k], scores [t, e]; see
     `ref.moe_gate`. From the scores on, the same bits; a token's do not depend on its batch."""
     ref._check_gate(x, weight, bias, n_group, topk_group, topk, score, group_score)
@@ -67,7 +69,9 @@ def moe_gate(
         sigmoid if renormalize is None else renormalize,
         *(topk_idx, weights, scores, torch.get_num_threads()),
     )
-    return topk_idx, weights, scores
+    if sequences is None:
+        return topk_idx, weights, scores
+    return topk_idx, weights, scores, *ref.gate_statistics(topk_idx, scores, sequences)
 
 
 def moe_permute(
@@ -214,41 +218,94 @@ def _plain_experts(x, w13, w2, topk_idx, topk_weights) -> torch.Tensor:
 def moe_experts_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Weight,
+    w2: Weight,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
+    *,
+    weight_grads: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """grad [t, d] -> gradients of x, w13, w2 and topk_weights; see `ref.moe_experts_backward`.
 
-    fp32 products of fp32 operands. bf16 operands are multiplied as they are and every product is
-    rounded to bf16, gradients inside an expert included, as autograd would; sums are fp32.
+    Scaled weights: the reference's steps on native kernels. Plain ones: fp32 operands are
+    multiplied in fp32; bf16 operands as they are, every product rounded to bf16, gradients inside
+    an expert included, as autograd would. Without weight_grads those two are empty.
     """
-    if not _suits_plain(x, w13, w2) or grad.dtype != x.dtype or x.dtype == torch.float16:
-        raise Unsupported(f"expected bfloat16 or float32 throughout, got {x.dtype}")
-    layout = _layout(topk_idx, w13.shape[0])
-    _, group_sizes, row_map = layout
-    x_perm, g_perm = (_gather(_rows(n, t), layout) for n, t in (("x", x), ("grad", grad)))
+    if x.dtype not in _FLOATS:
+        raise Unsupported(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    if isinstance(w13, ScaledTensor) and isinstance(w2, ScaledTensor):
+        run = _scaled_experts_backward
+    elif _suits_plain(x, w13, w2) and grad.dtype == x.dtype != torch.float16:
+        run = _plain_experts_backward
+    else:
+        raise Unsupported(f"expected bfloat16, float32 or scaled weights, got {w13.dtype}")
+    return run(grad.detach(), x.detach(), w13, w2, topk_idx, topk_weights.detach(), weight_grads)
+
+
+def _row_weights(rows: int, layout, topk_weights: torch.Tensor) -> torch.Tensor:
+    """topk_weights [t, k] of each sorted row -> fp32 [m, 1], 0 for padding."""
+    row_map = layout[2]
+    here, weights = row_map >= 0, torch.zeros(rows, 1)
+    weights[row_map[here], 0] = topk_weights[here].float()
+    return weights
+
+
+def _slot_values(dot: torch.Tensor, layout, topk_weights: torch.Tensor) -> torch.Tensor:
+    """A number of each sorted row [m] back at its slot [t, k], 0 where there is no expert."""
+    row_map, values = layout[2], torch.zeros_like(topk_weights)
     here = row_map >= 0
-    weights = torch.zeros(x_perm.shape[0], 1)
-    weights[row_map[here], 0] = topk_weights.detach()[here].float()
+    values[here] = dot[row_map[here]].to(topk_weights.dtype)
+    return values
+
+
+def _plain_experts_backward(grad, x, w13, w2, topk_idx, topk_weights, weight_grads):
+    layout = _layout(topk_idx, w13.shape[0])
+    x_perm, g_perm = (_gather(_rows(n, t), layout) for n, t in (("x", x), ("grad", grad)))
+    weights = _row_weights(x_perm.shape[0], layout, topk_weights)
     dot, dx_perm = torch.empty(x_perm.shape[0]), torch.empty_like(x_perm)
-    d13, d2 = torch.zeros_like(w13), torch.zeros_like(w2)
+    d13, d2 = (torch.zeros_like(w) if weight_grads else w.new_empty(0) for w in (w13, w2))
     product = gemm.plain_product
-    for expert, part in _parts(group_sizes):
+    for expert, part in _parts(layout[1]):
         x_e, g_e, factor = x_perm[part], g_perm[part], weights[part]
         h = product(x_e, w13[expert].t())
         act = rowwise.swiglu(h)
         back = product(g_e, w2[expert]).float()
         # <grad, y> = <grad w2, act>: the expert's output itself is not needed.
         dot[part] = (back * act).sum(dim=-1)
-        d2[expert] = product((g_e * factor).to(x.dtype).t(), act)
         dh = swiglu_backward(back * factor, h.float()).to(x.dtype)
-        d13[expert] = product(dh.t(), x_e)
         dx_perm[part] = product(dh, w13[expert])
-    dweights = torch.zeros_like(topk_weights)
-    dweights[here] = dot[row_map[here]].to(topk_weights.dtype)
-    return moe_unpermute(dx_perm, row_map, None), d13, d2, dweights
+        if weight_grads:
+            d2[expert] = product((g_e * factor).to(x.dtype).t(), act)
+            d13[expert] = product(dh.t(), x_e)
+    dx = moe_unpermute(dx_perm, layout[2], None)
+    return dx, d13, d2, _slot_values(dot, layout, topk_weights)
+
+
+def _scaled_experts_backward(grad, x, w13, w2, topk_idx, topk_weights, weight_grads):
+    """The steps of `ref.moe_backward._scaled_experts_backward`, which states what each one is."""
+    layout = _layout(topk_idx, w13.shape[0], GROUP)
+    _, sizes, row_map = layout
+    x8 = rowwise.quantize(_gather(_rows("x", x), layout))
+    g8 = rowwise.quantize(_gather(_rows("grad", grad.to(x.dtype)), layout), scale_format="pow2")
+    h = gemm.grouped_gemm(x8, w13, group_sizes=sizes).float()
+    back = gemm.grouped_gemm(g8, transposed_blocks(w2), group_sizes=sizes).float()
+    weights = _row_weights(h.shape[0], layout, topk_weights)
+    act = rowwise.swiglu(h)
+    dweights = _slot_values((back * act).sum(dim=-1), layout, topk_weights)
+    dh, act = swiglu_backward(back * weights, h), act * weights
+    dx_perm = gemm.grouped_gemm(
+        rowwise.quantize(dh), transposed_blocks(w13), group_sizes=sizes, out_dtype=x.dtype
+    )
+    dx = moe_unpermute(dx_perm, row_map, None)
+    if not weight_grads:
+        return dx, h.new_empty(0), h.new_empty(0), dweights
+
+    def along_rows(t, scale_format="fp32"):
+        return rowwise.quantize(t, scale_format=scale_format, transpose=True)
+
+    d13 = gemm.grouped_gemm_k(along_rows(dh), along_rows(x8), sizes)
+    d2 = gemm.grouped_gemm_k(along_rows(g8, "pow2"), along_rows(act), sizes)
+    return dx, d13, d2, dweights
 
 
 def _by_expert(x, w13, w2, topk_idx, topk_weights, quantize_activations) -> torch.Tensor:
