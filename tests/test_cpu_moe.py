@@ -386,3 +386,47 @@ def test_random_shapes(shape):
 @given(shapes)
 def test_many_random_shapes(shape):
     run_random(shape)
+
+
+routers = st.tuples(
+    st.integers(1, 12),  # tokens
+    st.integers(1, 90),  # d
+    st.integers(1, 6),  # groups
+    st.integers(1, 9),  # experts of a group
+    st.sampled_from(["sigmoid", "softmax"]),
+    st.sampled_from([None, "top2", "max"]),
+    st.sampled_from([1, 4]),  # alignment
+    st.integers(0, 2**16),  # seed
+)
+
+
+def run_random_router(case) -> None:
+    """Choice and weights by the reference's rule, and the permutation that follows."""
+    t, d, groups, size, score, group_score, alignment, seed = case
+    g = torch.Generator().manual_seed(seed)
+    experts, top = groups * size, 1 + seed % groups
+    router = (experts, groups, top, 1 + seed % (top * size), score, group_score)
+    x, weight = torch.randn(t, d, generator=g), torch.randn(experts, d, generator=g) / d
+    for name in TARGETS:
+        with use_target(name):
+            for kind in FLOATS:
+                idx, weights, _ = route(x.to(kind), weight.to(kind), None, router)
+            idx = idx.masked_fill(torch.rand(idx.shape, generator=g) < 0.2, -1)
+            got = moe.moe_permute(x, idx, experts, alignment=alignment)
+            want = ref.moe_permute(x, idx, experts, alignment=alignment)
+            assert all(torch.equal(a, b) for a, b in zip(got, want)), name
+            back = moe.moe_unpermute(got[0], got[2], weights)
+            assert torch.equal(back, ref.moe_unpermute(got[0], got[2], weights)), name
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(routers)
+def test_random_routers(case):
+    run_random_router(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None)
+@given(routers)
+def test_many_random_routers(case):
+    run_random_router(case)

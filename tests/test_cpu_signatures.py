@@ -1,6 +1,6 @@
 """The CPU backend's functions take what the reference's take, so that no op can outgrow them."""
 
-import importlib
+import importlib.util
 import inspect
 
 import pytest
@@ -12,6 +12,8 @@ REFERENCE_ONLY = {"accumulate"}
 
 def reference_of(stem: str, name: str):
     for module in (f"dskernels.ref.{stem}", f"dskernels.ref.{stem}_backward"):
+        if importlib.util.find_spec(module) is None:
+            continue
         found = getattr(importlib.import_module(module), name, None)
         if found is not None:
             return found
@@ -28,7 +30,7 @@ def pairs():
                     yield pytest.param(function, reference, id=f"{stem}.{name}")
 
 
-@pytest.mark.parametrize("function, reference", pairs())
+@pytest.mark.parametrize("function, reference", list(pairs()))
 def test_no_argument_is_missing(function, reference):
     ours, theirs = (inspect.signature(f).parameters for f in (function, reference))
     missing = set(theirs) - set(ours) - REFERENCE_ONLY
