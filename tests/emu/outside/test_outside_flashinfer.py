@@ -52,6 +52,12 @@ def test_split_keys_are_merged(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_two_tiles_of_queries(seed):
+    check(fi.Case([1, 1], [70, 150], heads=128, page=64, splits=1, causal=False, seed=seed), seed)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_causal_with_several_queries(seed):
     check(fi.Case([3, 2], [90, 133], heads=16, page=1, splits=1, causal=True, seed=seed), seed)
