@@ -186,6 +186,25 @@ def test_an_expert_is_computed_before_the_last_one_arrives(seed):
     same(out, want, "result")
 
 
+def two_batches(group, cases, outs):
+    """Queue dispatch, experts and combine of both; results are there after group.wait()."""
+    got, backs = [], []
+    for case, out in zip(cases, outs):
+        received, hook = group.low_latency_dispatch(case[0], case[1], signal_arrival=True)
+        hook(wait=False)
+        got.append(received)
+        if len(got) == 1:
+            start_experts(group, received, out)
+    group.order(second_waits=False)  # what follows needs the experts of A, and not those of B
+    start_experts(group, got[1], outs[1])
+    for case, out, received in zip(cases, outs, got):
+        back, done = group.low_latency_combine(out, case[1], case[2], received)
+        done(wait=False)
+        group.order(second_waits=False)
+        backs.append(back)
+    return backs
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_two_micro_batches(ranks, seed):
     """While one micro-batch's experts run on the second stream, the first one exchanges the other:
@@ -196,25 +215,42 @@ def test_two_micro_batches(ranks, seed):
         cases = [problem(ranks, "even", 2 * n), problem(ranks, "holes", 2 * n + 1)]
         wanted = [expected(ranks, case) for case in cases]
         outs = [poisoned(ranks), poisoned(ranks)]
-        got = []
-        for case, out in zip(cases, outs):
-            received, hook = group.low_latency_dispatch(case[0], case[1], signal_arrival=True)
-            hook(wait=False)
-            got.append(received)
-            if len(got) == 1:
-                start_experts(group, received, out)
-        group.order(second_waits=False)  # what follows needs the experts of A, and not those of B
-        start_experts(group, got[1], outs[1])
-        backs_a, done = group.low_latency_combine(outs[0], *cases[0][1:], got[0])
-        done(wait=False)
-        group.order(second_waits=False)
-        backs_b, done = group.low_latency_combine(outs[1], *cases[1][1:], got[1])
-        done()
-        for case, (want, ys), out, backs in zip(cases, wanted, outs, (backs_a, backs_b)):
+        both = two_batches(group, cases, outs)
+        group.wait()
+        for case, (want, ys), out, backs in zip(cases, wanted, outs, both):
             same_rows(out, ys, want)
             back = ref.low_latency_combine(ys, case[1], case[2], want, max_tokens=T)
             for r in range(ranks):
                 same(backs[r], back[r], "combined")
+
+
+class NotRead(RuntimeError):
+    pass
+
+
+def test_the_host_reads_no_value(monkeypatch, seed):
+    """From the first dispatch to the last combine the host only queues."""
+    group = make(2)
+    cases = [problem(2, "even", n) for n in (0, 1)]
+    weights = [weights_of(r) for r in range(2)]
+    outs = [poisoned(2), poisoned(2)]
+
+    def refuse(self, *_, **__):
+        raise NotRead("a value was read on the host")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "weights_of", weights.__getitem__)
+        for name in ("item", "tolist", "numpy", "__int__", "__float__", "__bool__", "__index__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        with pytest.raises(NotRead):  # the trap works: the status is a value
+            group._check()
+        backs = two_batches(group, cases, outs)
+    group.wait()
+    for case, out, back in zip(cases, outs, backs):
+        want, ys = expected(2, case)
+        same_rows(out, ys, want)
+        for r, b in enumerate(ref.low_latency_combine(ys, case[1], case[2], want, max_tokens=T)):
+            same(back[r], b, "combined")
 
 
 class Stalled(PeerGroup):

@@ -394,17 +394,21 @@ class PeerGroup:
         self, launch: Callable, tensors: list, epoch: int | None = None, wait: bool = True
     ) -> None:
         """Queue on every living rank, behind what is queued already, and wait for all of it."""
-        done = False
         try:
             self._queue(launch, tensors, epoch)
-            if wait:
-                self._synchronize()
-            done = True
-        finally:
-            if wait or not done:
-                self._take_back()
+        except BaseException:
+            self._take_back()
+            raise
         if wait:
-            self._check()
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all that is queued has run. Raises PeerSilent if a kernel of it gave up."""
+        try:
+            self._synchronize()
+        finally:
+            self._take_back()
+        self._check()
 
     def _order(self) -> list[int]:
         return [r for r in range(self.num_ranks) if self.alive[r]]

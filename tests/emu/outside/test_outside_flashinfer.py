@@ -48,7 +48,13 @@ def test_decode(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_split_keys_are_merged(seed):
     case = fi.Case([1, 1], [70, 300], heads=64, page=64, splits=3, causal=False, seed=seed)
-    check(case, seed, FORMAL - {"missing-warp-sync"} | {"equal-stores"})
+    check(case, seed, FORMAL | {"equal-stores"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_two_tiles_of_queries(seed):
+    check(fi.Case([1, 1], [70, 150], heads=128, page=64, splits=1, causal=False, seed=seed), seed)
 
 
 @pytest.mark.slow
