@@ -48,7 +48,7 @@ def test_decode(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_split_keys_are_merged(seed):
     case = fi.Case([1, 1], [70, 300], heads=64, page=64, splits=3, causal=False, seed=seed)
-    check(case, seed, FORMAL - {"missing-warp-sync"} | {"equal-stores"})
+    check(case, seed, FORMAL | {"equal-stores"})
 
 
 @pytest.mark.slow
