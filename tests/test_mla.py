@@ -149,6 +149,20 @@ def test_any_number_of_parts_changes_at_most_one_bit(machine, backend, heads):
         assert ulp[~cancelled].max() <= 1 and (ulp[cancelled] > 0).sum() < 1e-4 * ulp.numel()
 
 
+def test_fixed_splits_do_not_depend_on_who_works_on_them(machine, backend):
+    """One part of all splits, or a part each: the same pieces, so the same bits."""
+    case = paged_case([1100, 5, 1030], 2, 4)
+    q, cache, table, lens = (on_device(x, backend) for x in case)
+    results = []
+    for num_sms in (1, 4):
+        schedule = machine.mla_schedule(lens, 8, deterministic=True, num_sms=num_sms)
+        got = machine.mla_decode(q, cache, table, lens, schedule=schedule)
+        results.append(tuple(on_cpu(x) for x in got))
+    assert_decoded(results[0], case)
+    for one, other in zip(*results, strict=True):
+        assert_bitwise_equal(one, other)
+
+
 def walk(parts, num_splits, lengths, split_blocks):
     """The pieces of a schedule as the kernel walks them: (request, begin, end, split) of each."""
     blocks = [-(-length // 64) for length in lengths]
