@@ -152,7 +152,7 @@ DIFFERENTIABLE = [op for op in CALLS if _has_gradient(op)]
 @pytest.mark.parametrize("op", DIFFERENTIABLE, ids=[op._schema.name for op in DIFFERENTIABLE])
 def test_opcheck_requiring_grad(op):
     name = op._schema.name.removeprefix("dskernels::")
-    if name in ("mla_decode", "moe_bias_update"):
+    if name in ("mla_decode", "mla_absorb_queries", "mla_absorb_output", "moe_bias_update"):
         pytest.skip("no gradient is defined; test_ops_grad.py holds the error")
     names = [argument.name for argument in op._schema.arguments]
     constants = (*CONSTANT.get(name, ()), "bias" if name.startswith("moe_gate") else "")
