@@ -126,7 +126,7 @@ def mutants_of(root: Path, file: str) -> Iterator[Mutant]:
     return iter(sorted(found, key=lambda m: m.line))
 
 
-_FIXED_LOOP = re.compile(r"for \(int \w+ = \w+; \w+ < (?:\w+::)?(?:k[A-Z]|\d)[\w: /*]*; ")
+_FIXED_LOOP = re.compile(r"for \(int \w+ = [\w *]+; \w+ < (?:\w+::)?(?:k[A-Z]|\d)[\w: /*]*; ")
 
 
 def _is_exempt(code: str, match: re.Match, line: str) -> bool:

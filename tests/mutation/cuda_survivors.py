@@ -128,4 +128,18 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "job.first = max(0, job.kept - job.shift) / kBackwardBlock;",
         "job.first = (0) / kBackwardBlock;",
     ): "Blocks before the diagonal are then multiplied and masked: slower, the same values.",
+    (
+        "cuda/kernels/mla_prefill.cuh",
+        "ptx::named_barrier_sync(kPrefillWarpgroupOnly + half, kPrefillWarpgroup);",
+        ";",
+    ): "A warp overwrites the 16 rows of A that are its own share of the products, and its own wait has "
+    "ended them; the emulator takes that for enough. PTX does not promise which warp reads what, so the "
+    "barrier stays.",
+    (
+        "cuda/kernels/mla_prefill_backward.cuh",
+        "ptx::named_barrier_sync(kBackwardWarpgroupOnly + half, kBackwardWarpgroup);",
+        ";",
+    ): "A warp overwrites the 16 rows of A that are its own share of the products, and its own wait has "
+    "ended them; the emulator takes that for enough. PTX does not promise which warp reads what, so the "
+    "barrier stays.",
 }
