@@ -40,6 +40,7 @@ constexpr GemmConfig kConfigs[] = {
     make("gemm_fp8_64x128", kPlain, 64, 128, 8),
     make("gemm_fp8_128x64", kPlain, 128, 64, 8),
     make("gemm_fp8_128x128", kPlain, 128, 128, 5),
+    make("gemm_fp8_128x160", kPlain, 128, 160, 5),
     make("gemm_fp8_128x192", kPlain, 128, 192, 4),
     make("gemm_fp8_along_k_128x128", kColumns, 128, 128, 5),
     make("gemm_fp8_swiglu", kSwiglu, 64, 256, 5),
