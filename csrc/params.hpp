@@ -64,7 +64,8 @@ struct GemmParams {
   Scales scale_x;                       // [m, ceil(k / 128)] for e4m3
   const uint8_t* weights = nullptr;     // packed (csrc/cpu/packed.hpp)
   const uint8_t* nan_blocks = nullptr;  // [ceil(n / 64), ceil(k / 128)]
-  Scales scale_w;                       // [ceil(n / 128), ceil(k / 128)]
+  Scales scale_w;                       // [ceil(n / 128), ceil(k / 128)], or [n, ceil(k / 128)]
+  bool column_scales = false;           // the latter
   Matrix c;                             // [m, n] or null
   Matrix bias;                          // [n] or null
   MutableMatrix y;                      // [m, n]
@@ -88,6 +89,49 @@ struct MoeParams {
   const float* topk_weights = nullptr;  // [t, k]
   bool quantize = true;  // W8A8: x and the hidden rows become e4m3 in blocks (1, 128)
   MutableMatrix out;     // [t, d], x's type
+  int threads = 1;
+};
+
+// The router: scores of experts, and the best k of a token within its best groups.
+struct GateParams {
+  int64_t t = 0, d = 0, e = 0, k = 0;
+  Matrix x;                     // [t, d]
+  Matrix weight;                // [e, d]
+  const float* bias = nullptr;  // [e] or null
+  int64_t groups = 1, top_groups = 1;
+  bool sigmoid = true;  // else softmax
+  bool by_sum = true;   // a group's rank: the sum of its two best, else its best
+  bool renormalize = true;
+  float scale = 1;
+  int64_t* topk_idx = nullptr;    // [t, k]
+  float* topk_weights = nullptr;  // [t, k]
+  float* scores = nullptr;        // [t, e]
+  int threads = 1;
+};
+
+// Copies of tokens sorted by expert. Rows are bytes: their type does not matter.
+struct PermuteParams {
+  int64_t t = 0, k = 0, e = 0, row_bytes = 0;
+  const char* x = nullptr;  // [t], stride x_row bytes
+  int64_t x_row = 0;
+  const int64_t* row_map = nullptr;      // [t, k], -1: none
+  const int64_t* counts = nullptr;       // [e] rows of an expert without padding
+  const int64_t* group_sizes = nullptr;  // [e] with padding
+  char* out = nullptr;                   // [sum of group_sizes], contiguous
+  int threads = 1;
+};
+
+// out [t] = sum over k of weight times y [row_map [t, k]].
+struct UnpermuteParams {
+  int64_t t = 0, k = 0, d = 0;
+  Matrix y;                          // [m, d]
+  const int64_t* row_map = nullptr;  // [t, k], -1: none
+  const float* weights = nullptr;    // [t, k] or null: ones
+  MutableMatrix out;                 // [t, d], y's type
+  // The gradients instead: of y (rows that row_map does not name are left alone) and of weights.
+  Matrix grad;                // [t, d], y's type
+  MutableMatrix dy;           // [m, d], y's type
+  float* dweights = nullptr;  // [t, k]
   int threads = 1;
 };
 

@@ -86,8 +86,9 @@ VARIABLES: dict[str, Variable] = {
         Variable(
             "DSK_EMU_CHECK",
             "",
-            "0 or 1",
-            "0 turns the happens-before checker off for kernels that ops launch on the emulator.",
+            "0 | 1 | order | strict",
+            "Checks of kernels that ops launch on the emulator: 0 turns them off, order raises "
+            "formal findings about order too, strict also uninitialized reads.",
             when="native",
         ),
         Variable(

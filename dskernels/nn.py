@@ -5,7 +5,9 @@
     weight gradient  dw = dy^T x    both in 1x128 groups of t (128x1 of the forward's), fp32 sums
 
 All three are FP8 products; master weights, gradients and optimizer stay in the precision they have.
-Dimension letters: t tokens (all leading dimensions), n outputs, k inputs.
+`fp8_experts` is the same for the routed experts of a mixture, two products forward and four back.
+Dimension letters: t tokens (all leading dimensions), n outputs, k inputs; for experts see
+`moe_experts`.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .ops.experts import moe_experts_backward
 from .types import ScaledTensor
 
-__all__ = ["Fp8Linear", "fp8_linear"]
+__all__ = ["Fp8Linear", "fp8_experts", "fp8_linear"]
 
 _TOKENS = 16  # the weight gradient contracts over tokens; FP8 rows are whole 16-byte words
 
@@ -88,6 +91,40 @@ def _pad_tokens(grad: Tensor, data: Tensor, scale: Tensor) -> tuple[Tensor, Scal
         data = pad(data.view(torch.uint8), (0, 0, 0, more)).view(data.dtype)
         scale = pad(scale, (0, 0, 0, more), value=1.0)
     return grad, ScaledTensor(data, scale, (1, 128))
+
+
+def fp8_experts(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_idx: Tensor, topk_weights: Tensor
+) -> Tensor:
+    """`moe_experts` whose products all run in FP8, forward and backward, from float weights.
+
+    w13 [e, 2i, d] and w2 [e, d, i] are quantised in 128x128 blocks here, as an optimizer step
+    changes them. Differentiable in x, w13, w2 and topk_weights; kept for the backward pass are x,
+    the FP8 weights and the routing, and SwiGLU is computed again (V3 report, 3.3.3). The CUDA
+    kernels want i to be a multiple of 128 and d one of 16. Raises as `moe_experts`.
+    """
+    return _Fp8Experts.apply(x, w13, w2, topk_idx, topk_weights)
+
+
+class _Fp8Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w13: Tensor, w2: Tensor, topk_idx, topk_weights) -> Tensor:
+        q13, q2 = (ops.quantize(w.detach(), (128, 128)) for w in (w13, w2))
+        ctx.dtypes = w13.dtype, w2.dtype
+        ctx.save_for_backward(x, q13.data, q13.scale, q2.data, q2.scale, topk_idx, topk_weights)
+        return ops.moe_experts(x, q13, q2, topk_idx, topk_weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        x, d13, s13, d2, s2, topk_idx, topk_weights = ctx.saved_tensors
+        weights = (ScaledTensor(d, s, (128, 128)) for d, s in ((d13, s13), (d2, s2)))
+        wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        dx, dw13, dw2, dweights = moe_experts_backward(
+            grad, x, *weights, topk_idx, topk_weights, weight_grads=wanted
+        )
+        if not wanted:
+            return dx, None, None, None, dweights
+        return dx, dw13.to(ctx.dtypes[0]), dw2.to(ctx.dtypes[1]), None, dweights
 
 
 class Fp8Linear(nn.Module):

@@ -91,7 +91,8 @@ DSK_API int dsk_unpack(const DLTensor* packed, const DLTensor* b, int num_thread
 
 /* y [m, n] = x [m, k] times b [n, k] transposed, + c [m, n], + bias [n], added in fp32.
  * x: e4m3 with scale_x [m, ceil(k/128)], or bf16 | fp16 | fp32 without (W8A16). b: packed [1, ...]
- * with marks, scale_b fp32 [ceil(n/128), ceil(k/128)]. y: bf16 | fp16 | fp32. */
+ * with marks, scale_b fp32 [ceil(n/128), ceil(k/128)], or [n, ceil(k/128)] for a b in blocks
+ * (1, 128). y: bf16 | fp16 | fp32. */
 DSK_API int dsk_gemm(const DLTensor* x, const DLTensor* scale_x, const DLTensor* packed,
                      const DLTensor* marks, const DLTensor* scale_b, const DLTensor* c,
                      const DLTensor* bias, const DLTensor* y, int num_threads);
@@ -122,6 +123,37 @@ DSK_API int dsk_moe_experts(const DLTensor* x, const DLTensor* w13, const DLTens
                             const DLTensor* scale2, const DLTensor* topk_idx,
                             const DLTensor* topk_weights, int64_t intermediate, int quantize,
                             const DLTensor* out, int num_threads);
+
+/* The router. x [t, d], weight [e, d] (bf16 | fp16 | fp32), bias fp32 [e] or NULL; the e experts
+ * lie in num_groups groups, of which topk_group are in the running. -> topk_idx int64 [t, k] by
+ * falling biased score, topk_weights fp32 [t, k], scores fp32 [t, e]. group_by_sum: a group's rank
+ * is the sum of its two best biased scores, else its best. */
+DSK_API int dsk_moe_gate(const DLTensor* x, const DLTensor* weight, const DLTensor* bias,
+                         int64_t num_groups, int64_t topk_group, double scale, int softmax,
+                         int group_by_sum, int renormalize, const DLTensor* topk_idx,
+                         const DLTensor* topk_weights, const DLTensor* scores, int num_threads);
+
+/* A stable counting sort of topk_idx int64 [t, k] (-1: none) by expert -> counts int64 [e],
+ * group_sizes int64 [e] (counts rounded up to alignment), row_map int64 [t, k] (-1: none). */
+DSK_API int dsk_moe_layout(const DLTensor* topk_idx, int64_t alignment, const DLTensor* counts,
+                           const DLTensor* group_sizes, const DLTensor* row_map);
+
+/* x [t, d] to the rows of row_map in out [sum of group_sizes, d]; padding rows become 0. The other
+ * arguments are dsk_moe_layout's. */
+DSK_API int dsk_moe_permute(const DLTensor* x, const DLTensor* row_map, const DLTensor* counts,
+                            const DLTensor* group_sizes, const DLTensor* out, int num_threads);
+
+/* out [t, d] = sum over k of topk_weights fp32 [t, k] (NULL: ones) times y [m, d] at row_map int64
+ * [t, k] (-1: none); fp32 sums in order of k. */
+DSK_API int dsk_moe_unpermute(const DLTensor* y, const DLTensor* row_map,
+                              const DLTensor* topk_weights, const DLTensor* out, int num_threads);
+
+/* Its gradients: grad [t, d] -> dy [m, d] (only rows that row_map names, each at most once, are
+ * written) and dweights fp32 [t, k]. */
+DSK_API int dsk_moe_unpermute_backward(const DLTensor* grad, const DLTensor* y,
+                                       const DLTensor* row_map, const DLTensor* topk_weights,
+                                       const DLTensor* dy, const DLTensor* dweights,
+                                       int num_threads);
 
 #ifdef __cplusplus
 }

@@ -52,14 +52,24 @@ class MultiHeadLatentAttention(nn.Module):
         pool: torch.Tensor | None,
     ) -> torch.Tensor:
         """rotation: cos, sin [t, r/2]. pool: this layer's pages, or None for no cache."""
+        if pool is not None and self._absorbs(batch, pool):
+            return self.o_proj(self._attend_absorbed(x, rotation, batch, pool).flatten(1))
         q_nope, q_rope = self._queries(x, rotation)
         latent, k_rope = self._latents(x, rotation)
-        if pool is None:
-            out = self._attend_expanded(q_nope, q_rope, latent, k_rope, batch)
-        else:
+        if pool is not None:
             append(pool, latent, k_rope, batch)
-            out = self._attend_cached(q_nope, q_rope, latent, k_rope, batch, pool)
+            if any(batch.starts):  # else a whole prompt: its keys are all at hand
+                rows = pool.flatten(0, 1)[batch.key_slots]
+                latent, k_rope = rows.split([latent.shape[1], k_rope.shape[1]], -1)
+        out = self._attend_expanded(q_nope, q_rope, latent, k_rope, batch)
         return self.o_proj(out.flatten(1))
+
+    @staticmethod
+    def _absorbs(batch: TokenBatch, pool: torch.Tensor) -> bool:
+        if max(batch.counts) <= MAX_ABSORBED_TOKENS:
+            return True
+        # Quantised rows of earlier tokens are read by the decode kernel only.
+        return any(batch.starts) and pool.dtype == torch.uint8
 
     def _queries(self, x, rotation) -> tuple[torch.Tensor, torch.Tensor]:
         """q_nope [t, h, n] and rotated q_rope [t, h, r]."""
@@ -81,17 +91,6 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope = dsk.rope(k_rope[:, None], *rotation, interleaved=cfg.rope_interleave)
         return self.kv_a_layernorm(latent), k_rope[:, 0]
 
-    def _attend_cached(self, q_nope, q_rope, latent, k_rope, batch, pool) -> torch.Tensor:
-        if max(batch.counts) <= MAX_ABSORBED_TOKENS:
-            return self._attend_absorbed(q_nope, q_rope, batch, pool)
-        if not any(batch.starts):  # a whole prompt: its keys are all at hand
-            return self._attend_expanded(q_nope, q_rope, latent, k_rope, batch)
-        if pool.dtype == torch.uint8:  # quantised rows are read by the decode kernel only
-            return self._attend_absorbed(q_nope, q_rope, batch, pool)
-        rows = pool.flatten(0, 1)[batch.key_slots]
-        latent, k_rope = rows.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
-        return self._attend_expanded(q_nope, q_rope, latent, k_rope, batch)
-
     def _attend_expanded(self, q_nope, q_rope, latent, k_rope, batch) -> torch.Tensor:
         """latent [u, c], k_rope [u, r] -> [t, h, v]."""
         cfg = self.config
@@ -109,11 +108,26 @@ class MultiHeadLatentAttention(nn.Module):
         )
         return out
 
-    def _attend_absorbed(self, q_nope, q_rope, batch, pool) -> torch.Tensor:
-        """Attend over the pages -> [t, h, v]. One kernel call per distinct number of new tokens."""
+    def _attend_absorbed(self, x, rotation, batch, pool) -> torch.Tensor:
+        """Append to the pages and attend over them -> [t, h, v]. One attention call per distinct
+        number of new tokens."""
         cfg = self.config
-        w_uk, w_uv = self._up_projections(q_nope.dtype)
-        q = torch.cat([torch.einsum("thn,hnc->thc", q_nope, w_uk), q_rope], -1)
+        query_latent = None if cfg.q_lora_rank is None else self.q_a_proj(x)
+        query_latent = dsk.mla_latents(
+            query_latent,
+            self.kv_a_proj_with_mqa(x),
+            None if query_latent is None else self.q_a_layernorm.weight,
+            self.kv_a_layernorm.weight,
+            *rotation,
+            pool,
+            batch.slots,
+            eps=LATENT_NORM_EPS,
+            interleaved=cfg.rope_interleave,
+        )
+        q = self.q_proj(x) if query_latent is None else self.q_b_proj(query_latent)
+        w_uk, w_uv = self._up_projections(q.dtype)
+        q = q.view(-1, cfg.num_attention_heads, cfg.qk_head_dim)
+        q = dsk.mla_absorb_queries(q, w_uk, *rotation, interleaved=cfg.rope_interleave)
         out = q.new_empty(*q.shape[:2], cfg.kv_lora_rank)
         for _, rows, tokens in batch.groups:
             attended, _ = dsk.mla_decode(
@@ -126,7 +140,7 @@ class MultiHeadLatentAttention(nn.Module):
                 causal=True,
             )
             out[tokens] = attended
-        return torch.einsum("thc,hvc->thv", out, w_uv)
+        return dsk.mla_absorb_output(out, w_uv)
 
     def _up_projections(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """W_uk [h, n, c] and W_uv [h, v, c]: the two halves of kv_b_proj."""

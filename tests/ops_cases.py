@@ -187,6 +187,10 @@ def _mla() -> list[Case]:
     dsk.ref.mla.mla_cache_append(fp8, _randn(24, width), _randn(24, rope), torch.arange(24))
     cu_q = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
     cu_k = torch.tensor([0, 2, 2, 7], dtype=torch.int32)
+    angles = torch.linspace(0, 3, 10).view(5, 2)
+    turn = (angles.cos(), angles.sin())
+    down = (_randn(5, 6), _randn(5, width + rope), _randn(6), _randn(width), *turn)
+    alone = (None, down[1].bfloat16(), None, *down[3:])
     prefill = (_randn(6, 2, 4), _randn(8, 2, 4), _randn(8, 2, 3), cu_q, cu_k)
     return [
         Case("decode", "mla_decode", (q, cache, table, lens), decode),
@@ -195,6 +199,13 @@ def _mla() -> list[Case]:
         Case("decode-fp8", "mla_decode", (q.bfloat16(), fp8, table, lens), decode),
         Case("append", "mla_cache_append", (cache, latent, k_rope, slots), writes=(0,)),
         Case("append-fp8", "mla_cache_append", (fp8, latent, k_rope, slots), writes=(0,)),
+        Case("latents", "mla_latents", (*down, cache, slots), writes=(6,)),
+        Case("latents-fp8", "mla_latents", (*alone, fp8, slots), {"eps": 1e-3}, writes=(6,)),
+        Case("absorb-queries", "mla_absorb_queries", (_randn(5, 3, 7), _randn(3, 3, 8), *turn)),
+        Case("absorb-queries-halves", "mla_absorb_queries",
+             (_randn(5, 3, 7).bfloat16(), _randn(3, 3, 8).bfloat16(), *turn),
+             {"interleaved": False}),
+        Case("absorb-output", "mla_absorb_output", (_randn(5, 3, 8), _randn(3, 4, 8))),
         Case("prefill", "mla_prefill", prefill, diff=(0, 1, 2)),
         Case("prefill-all", "mla_prefill", prefill, {"causal": False, "softmax_scale": 0.7},
              diff=(0, 1, 2)),
@@ -215,6 +226,8 @@ def _moe() -> list[Case]:
     counts = torch.tensor([3, 1, 2, 2, 0, 9, 2, 2])
     return [
         Case("gate", "moe_gate", (x, weight, bias), {"topk": 3}, diff=(0, 1)),
+        Case("gate-statistics", "moe_gate", (x, weight, bias), {"topk": 3, "sequences": 1},
+             diff=(0, 1)),
         Case("gate-groups", "moe_gate", (x, weight, bias),
              {"topk": 3, "n_group": 4, "topk_group": 2, "scale": 2.5}, diff=(0, 1)),
         Case("gate-softmax", "moe_gate", (x.bfloat16(), weight.bfloat16(), None),

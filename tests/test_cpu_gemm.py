@@ -98,6 +98,89 @@ def test_grouped_by_sizes(target):
     assert bool((got[45:] == 0).all())
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_two_operands_with_scales_of_their_rows(target, shape):
+    """1d1d: weight gradients. Scales of one block differ by powers of ten from column to column."""
+    m, n, k = shape
+    x, _ = operands(m, 1, k)
+    w = torch.randn(n, k) * torch.logspace(-3, 3, n)[:, None]
+    a, b = rowwise.quantize(x), rowwise.quantize(w)
+    got = gemm.gemm(a, b)
+    want = ref.gemm(a, b)
+    assert got.dtype == torch.float32
+    scale = fp64(a, b).abs().amax(0).clamp_min(1e-30)
+    assert bool(((got.double() - want.double()).abs() <= 2e-6 * scale).all())
+    c = torch.randn(m, n).bfloat16()
+    assert torch.equal(gemm.gemm(a, b, c=c), got + c.float())
+
+
+def test_groups_along_k(target):
+    g = torch.Generator().manual_seed(3)
+    a, b = (rowwise.quantize(torch.randn(rows, 600, generator=g)) for rows in (70, 200))
+    sizes = [128, 0, 256]
+    poisoned = b.data.clone().view(torch.uint8)
+    poisoned[:, 384:] = 0x7F  # behind the last group: never read
+    b = ScaledTensor(poisoned.view(FP8), b.scale, b.block)
+    c = torch.randn(3, 70, 200, generator=g)
+    want = ref.grouped_gemm_k(a, b, sizes)
+    got = gemm.grouped_gemm_k(a, b, sizes)
+    assert relative_error(got, want) < 1e-6 and bool((got[1] == 0).all())
+    out = torch.zeros(3, 70, 200, dtype=torch.bfloat16)
+    assert gemm.grouped_gemm_k(a, b, sizes, c=c, out=out) is out
+    assert relative_error(out, want + c) < 4e-3
+    assert gemm.grouped_gemm_k(a, b, []).shape == (0, 70, 200)
+    with pytest.raises(ValueError, match="group_sizes: expected multiples of 128"):
+        gemm.grouped_gemm_k(a, b, [100])
+    with pytest.raises(ValueError, match="c: expected shape"):
+        gemm.grouped_gemm_k(a, b, sizes, c=c[:2])
+
+
+@pytest.mark.parametrize("epilogue", [None, "swiglu", "swiglu_quant"])
+def test_grouped_by_indices_and_masks(target, epilogue):
+    """Padding rows are NaN and 0 in the result, whatever c holds."""
+    g = torch.Generator().manual_seed(4)
+    weight = rowwise.quantize(torch.randn(4, 128, 200, generator=g) * 0.07, (128, 128))
+    x = torch.randn(4, 12, 200, generator=g)
+    masked = torch.tensor([5, 0, 12, 1], dtype=torch.int32)
+    for group, count in enumerate(masked.tolist()):
+        x[group, count:] = torch.nan
+    indices = torch.tensor([2, -1, 0, 0, 3, 2, -1, 3], dtype=torch.int32)
+    rows = torch.randn(8, 200, generator=g).masked_fill((indices < 0)[:, None], torch.nan)
+    bias = torch.randn(4, 128, generator=g)
+    forms = [(x.view(48, 200), x.shape, dict(masked_m=masked)), (rows, rows.shape, {})]
+    for flat, shape, form in forms:
+        form = form or dict(m_indices=indices)
+        q = rowwise.quantize(flat)
+        a = ScaledTensor(q.data.view(shape), q.scale.reshape(*shape[:-1], -1), (1, 128))
+        c = torch.randn(*shape[:-1], 128, generator=g)
+        modes = dict(c=c, bias=bias, epilogue=epilogue, **form)
+        got, want = (f.grouped_gemm(a, weight, **modes) for f in (gemm, ref))
+        if epilogue == "swiglu_quant":
+            got, want = got.dequantize(), want.dequantize()
+        assert got.shape == want.shape and got.dtype == want.dtype
+        assert relative_error(got, want) < (5e-2 if epilogue == "swiglu_quant" else 5e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_plain_products_are_not_widened_whole(monkeypatch, kind, deterministic):
+    """Slices, ragged at the end, give what one product of fp32 copies gives."""
+    g = torch.Generator().manual_seed(5)
+    a, b = torch.randn(5, 96, generator=g).to(kind), torch.randn(203, 96, generator=g).to(kind)
+    want = ref.gemm(a, b)
+    monkeypatch.setattr(gemm, "_SLICE_BYTES", 10 * 96 * 4)
+    for native in (True, False):
+        monkeypatch.setattr(gemm, "_onednn_has_bf16", lambda native=native: native)
+        got = gemm.gemm(a, b, deterministic=deterministic)
+        assert got.dtype == kind
+        assert relative_error(got, a.double() @ b.double().T) < 1.2 * relative_error(
+            want, a.double() @ b.double().T
+        )
+    leaf = a.clone().requires_grad_()
+    gemm.gemm(leaf, b).sum().backward()
+    assert leaf.grad is not None
+
+
 def test_empty_dimensions(target):
     for m, n, k in [(0, 64, 128), (3, 0, 128), (3, 64, 0)]:
         a = ScaledTensor(torch.empty(m, k, dtype=FP8), torch.empty(m, -(-k // 128)), (1, 128))
@@ -185,6 +268,23 @@ def test_small_values_are_not_flushed(target, m):
     a, b = scaled(e4m3(codes), e4m3(torch.full((64, 256), 9)))
     got = gemm.gemm(a, b, out_dtype=torch.float32)
     assert relative_error(got, fp64(a, b)) < bound(target, m)
+
+
+@pytest.mark.parametrize("m", [1, 9, 20])
+def test_values_at_the_lower_end_of_bf16(target, m):
+    """Rows from 1 down to the smallest subnormal number, with sums that cancel; rows do not mix.
+
+    AMX takes subnormal operands for zeros and is held to the normal ones only."""
+    x, weight = operands(m, 70, 256, 9)
+    exponents = torch.arange(m) * -133 // max(m - 1, 1)
+    lowest = -118 if target == "amx" else -133
+    tiny = torch.ldexp(x.sign(), exponents.clamp_min(lowest)[:, None]).bfloat16()
+    assert bool((tiny != 0).all())
+    got = gemm.gemm(tiny, weight, out_dtype=torch.float32).double()
+    want = fp64(tiny, weight)
+    magnitude = tiny.double().abs() @ weight.dequantize(torch.float64).abs().T
+    # Half an ulp of a subnormal number is 2^-150, however small the sum.
+    assert bool(((got - want).abs() <= bound(target, m) * magnitude + 2.0**-150).all())
 
 
 @pytest.mark.parametrize("m", [1, 11, 40])

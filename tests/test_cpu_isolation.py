@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ("portable", "avx2", "avx512", "avx512_fp16", "amx")
+TARGETS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_fp16", "amx")
 
 
 def objects(target: str) -> list[Path]:

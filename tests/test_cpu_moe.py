@@ -1,15 +1,18 @@
-"""CPU fused experts against the reference, on every target this processor runs."""
+"""CPU router, permutation and fused experts against the reference, on every target."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cpu_targets import TARGETS, relative_error, use_target
+from cpu_targets import TARGETS, guarded, relative_error, use_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dskernels import _C
+from dskernels.backend import Unsupported
 from dskernels.cpu import moe, pack, packing, rowwise
 from dskernels.ref import moe as ref
+from dskernels.ref import moe_backward as ref_backward
 
 
 @pytest.fixture(params=TARGETS)
@@ -161,6 +164,152 @@ def test_bad_arguments_are_named():
         moe.moe_experts(x, w13, w2, idx, weights)
     with pytest.raises(ValueError, match=r"topk_weights: expected shape \[3, 1\]"):
         moe.moe_experts(x, w13, w2, idx * 0, weights[:2])
+
+
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+# experts, groups, groups in the running, k, score, group score
+ROUTERS = [(256, 8, 4, 8, "sigmoid", None), (160, 8, 3, 6, "softmax", "max")]
+ROUTERS += [(72, 9, 2, 5, "sigmoid", "max"), (7, 7, 3, 3, "sigmoid", "top2")]
+ROUTERS += [(64, 1, 1, 6, "softmax", None), (1, 1, 1, 1, "sigmoid", None)]
+
+
+def assert_same_choice(got, bias, router):
+    """From the scores on the reference's bits: indices, weights, order."""
+    _, groups, top, k, score, group_score = router
+    topk_idx, weights, scores = got
+    by_sum = (group_score or ("top2" if score == "sigmoid" else "max")) == "top2"
+    want_idx, want_weights = ref.choose_experts(
+        *(scores, bias), n_group=groups, topk_group=top, topk=k, scale=2.5,
+        by_sum=by_sum, renormalize=score == "sigmoid",
+    )  # fmt: skip
+    assert torch.equal(topk_idx, want_idx)
+    assert torch.equal(weights.view(torch.int32), want_weights.view(torch.int32))
+
+
+def route(x, weight, bias, router):
+    _, groups, top, k, score, group_score = router
+    modes = dict(n_group=groups, topk_group=top, topk=k, scale=2.5)
+    got = moe.moe_gate(x, weight, bias, **modes, score=score, group_score=group_score)
+    assert_same_choice(got, bias, router)
+    return got
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda r: f"e{r[0]}-{r[4]}")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("tokens, d", [(1, 100), (3, 96), (10, 300)])
+def test_gate(target, router, dtype, tokens, d):
+    experts, score = router[0], router[4]
+    g = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, d, generator=g).to(dtype)
+    bias = torch.randn(experts, generator=g)
+    for kind in (dtype, torch.float32):
+        weight = (torch.randn(experts, d, generator=g) * d**-0.5).to(kind)
+        _, _, scores = route(x, weight, bias, router)
+        logits = x.double() @ weight.double().T
+        want = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+        torch.testing.assert_close(scores.double(), want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("router", ROUTERS[:4], ids=lambda r: f"e{r[0]}-{r[4]}")
+def test_gate_with_ties_and_special_values(target, router):
+    """Equal scores, NaN tokens and weights, infinite logits and biases of any size."""
+    experts = router[0]
+    g = torch.Generator().manual_seed(1)
+    x = torch.randint(-1, 2, (40, 64), generator=g).float()
+    x[3, 5], x[4, 0], x[5] = torch.nan, torch.inf, 0
+    weight = torch.randint(-1, 2, (experts, 64), generator=g) / 8
+    route(x, weight, None, router)
+    weight[experts // 2, 7] = torch.nan
+    ties = torch.randint(-1, 2, (experts,), generator=g).float()
+    for bias in (ties, ties * 3e38, ties * torch.inf, torch.full((experts,), torch.nan)):
+        route(x, weight, bias, router)
+    assert bool(torch.isnan(route(x, weight, ties, router)[2][3]).all())
+
+
+def test_gate_does_not_depend_on_batch_or_threads(target):
+    g = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(23, 200, generator=g), torch.randn(64, 200, generator=g)
+    for kind in FLOATS:
+        a, b = x.to(kind), weight.to(kind)
+        among = moe.moe_gate(a, b, None, topk=4)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(5)
+            for t in range(23):
+                alone = moe.moe_gate(a[t : t + 1], b, None, topk=4)
+                assert all(torch.equal(p[0], q[t]) for p, q in zip(alone, among))
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("alignment", [1, 8])
+@pytest.mark.parametrize(
+    "t, k, e, d", [(0, 2, 3, 8), (1, 1, 1, 1), (37, 3, 9, 200), (64, 8, 4, 33)]
+)
+def test_permutation_is_bitwise_the_reference(target, dtype, alignment, t, k, e, d):
+    g = torch.Generator().manual_seed(t)
+    x = torch.randn(t, d + 3, generator=g).to(dtype)[:, :d]  # rows with a stride
+    idx = torch.randint(-1, e, (t, k), generator=g)
+    weights = torch.randn(t, k, generator=g)
+    got, want = (f(x, idx, e, alignment=alignment) for f in (moe.moe_permute, ref.moe_permute))
+    for a, b in zip(got, want):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    y, row_map = torch.randn(got[0].shape, generator=g).to(dtype), got[2]
+    for factors in (weights, None):
+        a, b = (f(y, row_map, factors) for f in (moe.moe_unpermute, ref.moe_unpermute))
+        assert a.dtype == dtype and torch.equal(a, b)
+        grad = torch.randn(t, d, generator=g).to(dtype)
+        a, b = (
+            f(grad, y, row_map, factors)
+            for f in (moe.moe_unpermute_backward, ref_backward.moe_unpermute_backward)
+        )
+        assert torch.equal(a[0], b[0]) and a[1].dtype == b[1].dtype
+        torch.testing.assert_close(a[1], b[1], rtol=1e-2, atol=1e-3)
+
+
+def test_a_row_named_twice_goes_to_the_reference():
+    grad, y = torch.randn(2, 8), torch.randn(3, 8)
+    row_map = torch.tensor([[1, 2], [1, -1]])
+    with pytest.raises(Unsupported, match="each row of y at most once"):
+        moe.moe_unpermute_backward(grad, y, row_map, None)
+
+
+def test_router_and_permutation_stay_in_their_outputs(target):
+    """Canaries round every output; inputs behind their ends are NaN."""
+    x = torch.full((5, 40), torch.nan)
+    x[:, :35] = torch.randn(5, 35)
+    weight = torch.full((9, 40), torch.nan)
+    weight[:, :35] = torch.randn(9, 35)
+    idx, idx_intact = guarded((5, 3), torch.int64)
+    weights, weights_intact = guarded((5, 3), torch.float32)
+    scores, scores_intact = guarded((5, 9), torch.float32)
+    _C.cpu.moe_gate(
+        *(x[:, :35], weight[:, :35], None, 3, 2, 1.0, False, True, True, idx, weights, scores, 2)
+    )
+    assert idx_intact() and weights_intact() and scores_intact()
+    assert bool(scores.isfinite().all()) and bool((idx >= 0).all()) and bool((idx < 9).all())
+    counts, sizes = torch.empty(2, 9, dtype=torch.int64)
+    row_map, map_intact = guarded((5, 3), torch.int64)
+    _C.cpu.moe_layout(idx, 4, counts, sizes, row_map)
+    rows, rows_intact = guarded((int(sizes.sum()), 35), torch.float32)
+    _C.cpu.moe_permute(x[:, :35], row_map, counts, sizes, rows, 2)
+    out, out_intact = guarded((5, 35), torch.float32)
+    _C.cpu.moe_unpermute(rows, row_map, weights, out, 2)
+    assert map_intact() and rows_intact() and out_intact()
+    assert bool(out.isfinite().all())
+
+
+def test_bad_router_arguments_are_named():
+    x, weight = torch.randn(3, 8), torch.randn(6, 8)
+    with pytest.raises(ValueError, match="n_group: expected a divisor of 6 experts, got 4"):
+        moe.moe_gate(x, weight, None, topk=2, n_group=4)
+    with pytest.raises(ValueError, match="topk_idx: expected values in .*got 0 .. 6"):
+        moe.moe_permute(x, torch.tensor([[0], [6], [1]]), 6)
+    with pytest.raises(ValueError, match=r"row_map\[1, 0\]: expected -1 .. 2, got 3"):
+        moe.moe_unpermute(x, torch.tensor([[0], [3]]), None)
+    with pytest.raises(Unsupported, match="x: expected float32"):
+        moe.moe_gate(x.double(), weight.double(), None, topk=2)
 
 
 shapes = st.tuples(

@@ -100,6 +100,19 @@ def test_rms_norm(target, dtype, shape, with_residual):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(5, 384), (129, 200), (2, 130, 70), (3, 0)])
+def test_transposed_quantize_is_bitwise_the_reference(target, dtype, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    operands = [x, ref.quantize(x)] if len(shape) == 2 else [x]
+    for operand in operands:
+        got, want = (
+            f.quantize(operand, transpose=True, scale_format="pow2") for f in (rowwise, ref)
+        )
+        assert_same_bits(got.scale, want.scale, "scale")
+        assert_same_bits(got.data.view(torch.uint8), want.data.view(torch.uint8), "data")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(5, 256), (3, 34), (1, 2), (0, 8), (2, 3, 70)])
 def test_swiglu(target, dtype, shape):
     x = (torch.randn(*shape, generator=torch.Generator().manual_seed(2)) * 8).to(dtype)

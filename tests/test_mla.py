@@ -121,6 +121,14 @@ def machine(backend):
     return importlib.import_module(f"dskernels.{backend}.mla")
 
 
+@pytest.mark.parametrize("heads,requests", [(16, 40), (64, 8)])
+def test_two_weights_are_as_exact_as_many(machine, backend, heads, requests):
+    """What rounding a weight costs does not average out over two tokens."""
+    need("mla_decode", backend)
+    case = paged_case([2] * requests, 1, heads, seed=3)
+    assert_decoded(decode(case, backend), case)
+
+
 @pytest.mark.parametrize("heads", [13, 70])
 def test_any_number_of_parts_changes_at_most_one_bit(machine, backend, heads):
     case = paged_case([700, 64, 0, 65, 130], 1, heads)

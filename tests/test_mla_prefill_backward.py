@@ -28,14 +28,14 @@ PINNED = ("emu", "cuda")  # where the order of every sum is
 
 
 def poisoned(function, *args, **kwargs):
-    """The call with all memory that it allocates full of NaN."""
+    """The call with all memory that torch allocates in it full of NaN."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    # torch.use_deterministic_algorithms() would import the whole compiler first.
+    torch._C._set_deterministic_algorithms(True)
     try:
         return function(*args, **kwargs)
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch._C._set_deterministic_algorithms(before)
 
 
 def gradients(backend, given, grad, grad_lse=None, **modes):
@@ -247,6 +247,7 @@ def test_what_the_kernels_do_not_cover_is_refused():
         backward(*saved(), True, -1.0, "emu")
 
 
+@pytest.mark.slow
 def test_opcheck():
     need("mla_prefill", "emu")
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

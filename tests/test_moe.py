@@ -8,8 +8,10 @@ from backend_axis import need, on_cpu, on_device
 
 import dskernels as dsk
 from dskernels.compat.eplb import rebalance_experts
+from dskernels.ops.experts import moe_experts_backward
 from dskernels.ref import moe as ref
 from dskernels.ref import rowwise
+from dskernels.ref.moe_backward import moe_experts_backward as ref_experts_backward
 from dskernels.ref.moe_backward import moe_gate_backward, moe_unpermute_backward
 from dskernels.testing import assert_bitwise_equal, calc_diff
 
@@ -126,6 +128,56 @@ def test_gate_does_not_depend_on_the_batch(backend):
         alone = dsk.moe_gate(x[token : token + 1], weight, None, **options)
         for a, b in zip(alone, among):
             assert_bitwise_equal(a[0], b[token])
+
+
+@pytest.mark.parametrize("gate", GATES[:2] + GATES[5:6], ids=lambda g: f"e{g[0]}-{g[4]}")
+@pytest.mark.parametrize("sequences,length", [(1, 1), (3, 13), (2, 33)])
+def test_gate_statistics(backend, gate, sequences, length):
+    """Choices counted exactly; mean affinities within fp32's roundings of fp64's, NaN where a
+    token has one; and everything else as without them."""
+    experts, n_group, topk_group, topk, score, _ = gate
+    need("moe_gate", backend, e=experts)
+    x, weight = torch.randn(sequences * length, 70), torch.randn(experts, 70) / 8
+    if length > 1:
+        x[-1] = torch.nan
+    moved = [on_device(v, backend) for v in (x, weight, torch.randn(experts))]
+    options = dict(n_group=n_group, topk_group=topk_group, topk=topk, score=score, backend=backend)
+    *got, counts, affinity = dsk.moe_gate(*moved, **options, sequences=sequences)
+    for a, b in zip(got, dsk.moe_gate(*moved, **options)):
+        assert_bitwise_equal(on_cpu(a), on_cpu(b))
+    topk_idx, _, scores = (on_cpu(v) for v in got)
+    assert counts.dtype == torch.int64 and affinity.dtype == torch.float32
+    share = scores.double() / (scores.double().sum(dim=-1, keepdim=True) + 1e-20)
+    for s, part in enumerate(torch.arange(sequences * length).split(length)):
+        want = torch.bincount(topk_idx[part].flatten(), minlength=experts)
+        assert_bitwise_equal(on_cpu(counts)[s], want)
+        torch.testing.assert_close(
+            on_cpu(affinity)[s].double(), share[part].mean(dim=0), rtol=1e-6, atol=1e-9,
+            equal_nan=True,
+        )  # fmt: skip
+
+
+def test_gate_statistics_make_the_balance_loss(backend):
+    """Value and gradient of V3's sequence-wise loss from the statistics."""
+    need("moe_gate", backend)
+    if backend == "triton":
+        pytest.skip("triton: the gate's backward has no kernel")
+    b, s, d, e, k = 2, 9, 40, 16, 4
+    leaves = [on_device(v, backend).requires_grad_() for v in (torch.randn(b * s, d),
+                                                               torch.randn(e, d) / 6)]  # fmt: skip
+    topk_idx, weights, scores, counts, affinity = dsk.moe_gate(
+        *leaves, None, topk=k, sequences=b, backend=backend
+    )
+    loss = 0.1 * e / (k * s) * (counts * affinity).sum(dim=-1).mean()
+    got = torch.autograd.grad(loss + weights.square().sum(), leaves)
+    x, weight = (on_cpu(v.detach()).double().requires_grad_() for v in leaves)
+    scores = torch.sigmoid(x @ weight.t())
+    want = ref.sequence_balance_loss(scores.view(b, s, e), on_cpu(topk_idx).view(b, s, k), 0.1)
+    torch.testing.assert_close(on_cpu(loss.detach()).double(), want.detach(), rtol=1e-6, atol=0)
+    chosen = scores.gather(1, on_cpu(topk_idx))
+    want = want + (chosen / chosen.sum(dim=-1, keepdim=True)).square().sum()
+    for g, w in zip(got, torch.autograd.grad(want, (x, weight))):
+        assert calc_diff(on_cpu(g), w) < 1e-10
 
 
 def test_gate_of_nothing(backend):
@@ -344,6 +396,95 @@ def test_plain_experts_with_many_tokens(backend, kind):
     check_plain_experts(backend, kind, 1024, 2, 8, 128, 64)
 
 
+def check_scaled_gradients(backend, kind, t, k, e, d, i, dtype=torch.bfloat16, others=5e-5):
+    """FP8 backward against the reference (the tensor core's sums, of some 13 bits, move a few of
+    the hidden layer's values to the next bf16 and e4m3), and against fp64 gradients of the
+    dequantised weights: up to four quantisations lie between."""
+    w13, w2 = scaled_experts(e, d, i)
+    x, grad = torch.randn(t, d).to(dtype), torch.randn(t, d).to(dtype)
+    topk_idx, weights = routing(kind, t, k, e), torch.rand(t, k)
+    inputs = grad, x, w13, w2, topk_idx, weights
+    moved = [on_device(v, backend) for v in inputs]
+    got = [on_cpu(v) for v in moe_experts_backward(*moved, backend=backend)]
+    want = ref_experts_backward(*inputs)
+    wide = [w.dequantize(torch.float64) for w in (w13, w2)]
+    exact = ref_experts_backward(grad.double(), x.double(), *wide, topk_idx, weights.double())
+    for what, g, w, x64 in zip(("x", "w13", "w2", "topk_weights"), got, want, exact):
+        assert g.shape == w.shape and g.dtype == w.dtype, what
+        if not x64.any():
+            assert not g.any(), what
+        else:
+            assert calc_diff(g, w) < others, what
+            assert calc_diff(g, x64) < 3e-3, what
+    for expert in range(e):  # experts without tokens learn nothing
+        if not (topk_idx == expert).any():
+            assert not got[1][expert].any() and not got[2][expert].any(), expert
+    assert not got[3][topk_idx < 0].any()
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize("t", [0, 1, 7, 128])
+def test_scaled_experts_gradients(backend, kind, t):
+    need("moe_experts", backend)
+    if backend == "triton":
+        pytest.skip("triton: experts forward only")
+    check_scaled_gradients(backend, kind, t, 3, 4, 144, 128)
+
+
+def test_scaled_experts_gradients_of_wide_experts(backend):
+    """Several blocks of columns, more than one block of rows an expert, fp32 tokens."""
+    need("moe_experts", backend)
+    if backend == "triton":
+        pytest.skip("triton: experts forward only")
+    check_scaled_gradients(backend, "zipf", 150, 2, 3, 128, 384, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_scaled_experts_gradients_with_many_tokens(backend, kind):
+    need("moe_experts", backend)
+    if backend == "triton":
+        pytest.skip("triton: experts forward only")
+    check_scaled_gradients(backend, kind, 4096, 2, 8, 128, 128)
+
+
+def test_experts_trained_in_fp8(backend):
+    """A master copy in bf16: forward and gradients of nn.fp8_experts are the op's on its blocks."""
+    need("moe_experts", backend)
+    if backend == "triton":
+        pytest.skip("triton: experts forward only")
+    t, k, e, d, i = 9, 2, 3, 128, 128
+    w13 = (torch.randn(e, 2 * i, d) / d**0.5).bfloat16()
+    w2 = (torch.randn(e, d, i) / i**0.5).bfloat16()
+    x, grad = torch.randn(t, d).bfloat16(), torch.randn(t, d).bfloat16()
+    topk_idx, weights = routing("holes", t, k, e), torch.rand(t, k)
+    scaled = [rowwise.quantize(w, (128, 128)) for w in (w13, w2)]
+    want = ref_experts_backward(grad, x, *scaled, topk_idx, weights)
+
+    def gradients(*wanted):
+        leaves = [on_device(v.clone(), backend) for v in (x, w13, w2, weights)]
+        for index in wanted:
+            leaves[index].requires_grad_()
+        with dsk.use_backend(backend):
+            y = dsk.nn.fp8_experts(*leaves[:3], on_device(topk_idx, backend), leaves[3])
+            y.backward(on_device(grad, backend))
+        assert calc_diff(on_cpu(y.detach()), ref.moe_experts(x, *scaled, topk_idx, weights)) < 5e-5
+        return [None if v.grad is None else on_cpu(v.grad) for v in leaves]
+
+    for what, leaf, g, w in zip(range(4), (x, w13, w2, weights), gradients(0, 1, 2, 3), want):
+        assert g.dtype == leaf.dtype and calc_diff(g, w.to(leaf.dtype)) < 5e-5, what
+    frozen = gradients(0, 3)
+    assert frozen[1] is None and frozen[2] is None
+    for what in (0, 3):
+        assert calc_diff(frozen[what], want[what]) < 5e-5, what
+    # The op itself, with FP8 weights that get no gradient.
+    leaves = [on_device(v.clone(), backend).requires_grad_() for v in (x, weights)]
+    rest = [on_device(v, backend) for v in (*scaled, topk_idx)]
+    y = dsk.moe_experts(leaves[0], *rest, leaves[1], backend=backend)
+    for what, g in zip((0, 3), torch.autograd.grad(y, leaves, on_device(grad, backend))):
+        assert calc_diff(on_cpu(g), want[what]) < 5e-5, what
+
+
 class NotRead(RuntimeError):
     pass
 
@@ -374,12 +515,11 @@ def test_experts_never_wait_for_the_device(monkeypatch, weights_are):
     with pytest.raises(NotRead):  # the trap works: how many rows there are is a value
         moe.moe_permute(x, topk_idx, e)
     out = moe.moe_experts(x, w13, w2, topk_idx, weights)
-    if weights_are == "bf16":
-        grads = moe.moe_experts_backward(torch.ones_like(x), x, w13, w2, topk_idx, weights)
+    grads = moe.moe_experts_backward(torch.ones_like(x), x, w13, w2, topk_idx, weights)
     monkeypatch.undo()
     assert calc_diff(out, ref.moe_experts(x, w13, w2, topk_idx, weights)) < 1e-3
-    if weights_are == "bf16":
-        assert all(g.isfinite().all() for g in grads)
+    want = ref_experts_backward(torch.ones_like(x), x, w13, w2, topk_idx, weights)
+    assert all(calc_diff(g, w) < 1e-3 for g, w in zip(grads, want))
 
 
 def test_experts_through_a_replica_map(backend):

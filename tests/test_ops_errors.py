@@ -64,6 +64,26 @@ def append(**changed):
     return dsk.mla_cache_append(**given)
 
 
+def latents(**changed):
+    given = {
+        "q_a": T(3, 6),
+        "kv_a": T(3, 20),
+        "q_weight": T(6),
+        "kv_weight": T(16),
+        "cos": T(3, 2),
+        "sin": T(3, 2),
+        "kv_cache": T(4, 8, 20),
+        "slots": torch.tensor([0, 1, -1]),
+        **changed,
+    }
+    return dsk.mla_latents(**given)
+
+
+def absorb(**changed):
+    given = {"q": T(5, 3, 8), "w_uk": T(3, 4, 16), "cos": T(5, 2), "sin": T(5, 2), **changed}
+    return dsk.mla_absorb_queries(**given)
+
+
 def prefill(**changed):
     given = {
         "q": T(6, 2, 4),
@@ -309,6 +329,50 @@ BAD = [
     Bad(lambda: append(latent=leaf(3, 16)), ValueError,
         "mla_cache_append: latent: expected a tensor that requires no grad (call under "
         "torch.no_grad()), got one that does"),
+    Bad(lambda: latents(slots=torch.tensor([0, 1, 32])), ValueError,
+        "mla_latents: slots: expected indices in [-1, 32), got 32"),
+    Bad(lambda: latents(slots=T(4, dtype=i64)), ValueError,
+        "mla_latents: slots: expected [t] = [3], got [4]"),
+    Bad(lambda: latents(slots=T(3)), TypeError,
+        "mla_latents: slots: expected dtype int64 or int32, got float32"),
+    Bad(lambda: latents(q_a=T(2, 6)), ValueError,
+        "mla_latents: q_a: expected [t, dq] = [3, 6], got [2, 6]"),
+    Bad(lambda: latents(q_a=T(3, 6, dtype=f64)), TypeError,
+        "mla_latents: q_a: expected kv_a's dtype float32, got float64"),
+    Bad(lambda: latents(q_a=None), ValueError,
+        "mla_latents: q_weight: expected None, as q_a is, got a tensor"),
+    Bad(lambda: latents(q_weight=None), ValueError,
+        "mla_latents: q_weight: expected a tensor, as q_a is, got None"),
+    Bad(lambda: latents(q_weight=T(5)), ValueError,
+        "mla_latents: q_weight: expected [dq] = [6], got [5]"),
+    Bad(lambda: latents(kv_weight=T(17)), ValueError,
+        "mla_latents: kv_weight: expected [dl], kv_a's width 20 being dl + r with an even r, "
+        "got [17]"),
+    Bad(lambda: latents(cos=T(3, 4)), ValueError,
+        "mla_latents: cos: expected [t, r / 2] = [3, 2], got [3, 4]"),
+    Bad(lambda: latents(sin=T(3, 2, dtype=f64)), TypeError,
+        "mla_latents: sin: expected dtype float32, got float64"),
+    Bad(lambda: latents(kv_cache=T(4, 8, 21)), ValueError,
+        "mla_latents: kv_cache: expected [pages, page, 20], got [4, 8, 21]"),
+    Bad(lambda: latents(kv_cache=meta(4, 8, 20)), ValueError,
+        "mla_latents: kv_cache: expected kv_a's device cpu, got meta"),
+    Bad(lambda: latents(kv_weight=leaf(16)), ValueError,
+        "mla_latents: kv_weight: expected a tensor that requires no grad (call under "
+        "torch.no_grad()), got one that does"),
+    Bad(lambda: absorb(w_uk=T(2, 4, 16)), ValueError,
+        "mla_absorb_queries: w_uk: expected [h = 3, n, dl], q's width 8 being n + r with an "
+        "even r, got [2, 4, 16]"),
+    Bad(lambda: absorb(w_uk=T(3, 8, 16)), ValueError,
+        "mla_absorb_queries: w_uk: expected [h = 3, n, dl], q's width 8 being n + r with an "
+        "even r, got [3, 8, 16]"),
+    Bad(lambda: absorb(w_uk=T(3, 4, 16, dtype=f64)), TypeError,
+        "mla_absorb_queries: w_uk: expected q's dtype float32, got float64"),
+    Bad(lambda: absorb(cos=T(4, 2)), ValueError,
+        "mla_absorb_queries: cos: expected [t, r / 2] = [5, 2], got [4, 2]"),
+    Bad(lambda: dsk.mla_absorb_output(T(5, 3, 16), T(3, 4, 15)), ValueError,
+        "mla_absorb_output: w_uv: expected [h, v, dl] = [3, 4, 16], got [3, 4, 15]"),
+    Bad(lambda: dsk.mla_absorb_output(T(5, 48), T(3, 4, 16)), ValueError,
+        "mla_absorb_output: o: expected shape [t, h, dl], got [5, 48]"),
     Bad(lambda: prefill(k=T(7, 3, 4)), ValueError,
         "mla_prefill: k: expected [t, h, dqk] = [7, 2, 4], got [7, 3, 4]"),
     Bad(lambda: prefill(v=T(6, 2, 3)), ValueError,
@@ -347,6 +411,10 @@ BAD = [
         "moe_gate: score: expected one of ['sigmoid', 'softmax'], got 'relu'"),
     Bad(lambda: gate(group_score="sum"), ValueError,
         "moe_gate: group_score: expected one of ['top2', 'max'], got 'sum'"),
+    Bad(lambda: gate(sequences=2), ValueError,
+        "moe_gate: sequences: expected a divisor of t = 5 tokens, got 2"),
+    Bad(lambda: gate(sequences=0), ValueError,
+        "moe_gate: sequences: expected a divisor of t = 5 tokens, got 0"),
     Bad(lambda: gate(topk="two"), TypeError, "moe_gate: topk: expected int, got str"),
     Bad(lambda: dsk.moe_permute(T(3, 6), T(4, 2, dtype=i64), 4), ValueError,
         "moe_permute: topk_idx: expected [t = 3, k], got [4, 2]"),

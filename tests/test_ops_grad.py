@@ -153,6 +153,16 @@ def test_decode_says_that_it_has_no_gradient():
         out.sum().backward()
 
 
+def test_absorbed_products_say_that_they_have_no_gradient():
+    out = dsk.mla_absorb_output(leaf(1, 2, 4), torch.ones(2, 3, 4).double())
+    with pytest.raises(NotImplementedError, match="mla_absorb_output is not differentiable"):
+        out.sum().backward()
+    angles = torch.zeros(1, 1)
+    out = dsk.mla_absorb_queries(leaf(1, 2, 4), torch.ones(2, 2, 3).double(), angles, angles)
+    with pytest.raises(NotImplementedError, match="mla_absorb_queries is not differentiable"):
+        out.sum().backward()
+
+
 def test_forward_mode_is_refused_not_dropped():
     with pytest.raises(NotImplementedError, match="swiglu has no forward-mode derivative"):
         torch.func.jvp(dsk.swiglu, (X,), (torch.ones_like(X),))

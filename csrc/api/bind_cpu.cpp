@@ -133,6 +133,57 @@ void moe_experts(py::handle x, py::handle w13, py::handle marks13, py::handle sc
   });
 }
 
+void moe_gate(py::handle x, py::handle weight, py::handle bias, int64_t num_groups,
+              int64_t topk_group, double scale, bool softmax, bool group_by_sum, bool renormalize,
+              py::handle topk_idx, py::handle topk_weights, py::handle scores, int threads) {
+  const TensorArg x_("x", x), weight_("weight", weight), bias_("bias", bias);
+  const TensorArg idx_("topk_idx", topk_idx, true), weights_("topk_weights", topk_weights, true);
+  const TensorArg scores_("scores", scores, true);
+  without_gil([&] {
+    return dsk_moe_gate(x_.get(), weight_.get(), bias_.get(), num_groups, topk_group, scale,
+                        softmax, group_by_sum, renormalize, idx_.get(), weights_.get(),
+                        scores_.get(), threads);
+  });
+}
+
+void moe_layout(py::handle topk_idx, int64_t alignment, py::handle counts, py::handle group_sizes,
+                py::handle row_map) {
+  const TensorArg idx_("topk_idx", topk_idx), counts_("counts", counts, true);
+  const TensorArg sizes_("group_sizes", group_sizes, true), map_("row_map", row_map, true);
+  without_gil([&] {
+    return dsk_moe_layout(idx_.get(), alignment, counts_.get(), sizes_.get(), map_.get());
+  });
+}
+
+void moe_permute(py::handle x, py::handle row_map, py::handle counts, py::handle group_sizes,
+                 py::handle out, int threads) {
+  const TensorArg x_("x", x), map_("row_map", row_map), counts_("counts", counts);
+  const TensorArg sizes_("group_sizes", group_sizes), out_("out", out, true);
+  without_gil([&] {
+    return dsk_moe_permute(x_.get(), map_.get(), counts_.get(), sizes_.get(), out_.get(), threads);
+  });
+}
+
+void moe_unpermute(py::handle y, py::handle row_map, py::handle topk_weights, py::handle out,
+                   int threads) {
+  const TensorArg y_("y", y), map_("row_map", row_map), weights_("topk_weights", topk_weights);
+  const TensorArg out_("out", out, true);
+  without_gil(
+      [&] { return dsk_moe_unpermute(y_.get(), map_.get(), weights_.get(), out_.get(), threads); });
+}
+
+void moe_unpermute_backward(py::handle grad, py::handle y, py::handle row_map,
+                            py::handle topk_weights, py::handle dy, py::handle dweights,
+                            int threads) {
+  const TensorArg grad_("grad", grad), y_("y", y), map_("row_map", row_map);
+  const TensorArg weights_("topk_weights", topk_weights), dy_("dy", dy, true);
+  const TensorArg dweights_("dweights", dweights, true);
+  without_gil([&] {
+    return dsk_moe_unpermute_backward(grad_.get(), y_.get(), map_.get(), weights_.get(), dy_.get(),
+                                      dweights_.get(), threads);
+  });
+}
+
 std::string text_or_raise(const char* text) {
   if (text == nullptr) throw py::value_error(dsk_last_error());
   return text;
@@ -166,5 +217,10 @@ void dsk::api::bind_cpu(pybind11::module_& m) {
   cpu.def("gemm", &gemm);
   cpu.def("mla_decode", &mla_decode);
   cpu.def("mla_prefill", &mla_prefill);
+  cpu.def("moe_gate", &moe_gate);
+  cpu.def("moe_layout", &moe_layout);
+  cpu.def("moe_permute", &moe_permute);
+  cpu.def("moe_unpermute", &moe_unpermute);
+  cpu.def("moe_unpermute_backward", &moe_unpermute_backward);
   cpu.def("moe_experts", &moe_experts);
 }

@@ -92,7 +92,7 @@ py::dict stats_dict(const LaunchStats& s) {
 u64 launch(u64 stream, std::shared_ptr<const Module> module, const std::string& kernel,
            const Triple& grid, const Triple& block, const Triple& cluster, u32 shared,
            const py::bytes& params, u64 seed, bool check, int numerics, bool programmatic,
-           u64 max_instructions) {
+           u64 max_instructions, bool strict) {
   LaunchConfig config;
   config.grid = dim(grid);
   config.block = dim(block);
@@ -100,6 +100,7 @@ u64 launch(u64 stream, std::shared_ptr<const Module> module, const std::string& 
   config.dynamic_shared = shared;
   config.seed = seed;
   config.check = check;
+  config.strict = strict ? Strict::All : Strict::No;
   config.programmatic = programmatic;
   config.max_instructions = max_instructions;
   if (numerics < 0 || numerics > static_cast<int>(Numerics::Worst)) {
@@ -195,8 +196,8 @@ void bind_system(py::module_& m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("launch", &launch, py::arg("stream"), py::arg("module"), py::arg("kernel"), py::arg("grid"),
         py::arg("block"), py::arg("cluster"), py::arg("shared"), py::arg("params"), py::arg("seed"),
-        py::arg("check"), py::arg("fast"), py::arg("programmatic"),
-        py::arg("max_instructions") = 0);
+        py::arg("check"), py::arg("fast"), py::arg("programmatic"), py::arg("max_instructions") = 0,
+        py::arg("strict") = false);
   m.def("synchronize", [] { System::instance().synchronize(); }, Unlocked());
   m.def("synchronize", [](u64 s) { System::instance().synchronize(s); }, Unlocked());
   m.def("create_stream", [](u32 device) { return System::instance().create_stream(device); });

@@ -268,7 +268,7 @@ void bind_emu_timing(py::module_& root) {
       .def("replay", &run_replay, py::arg("model"), py::arg("ctas_per_sm") = 0,
            py::arg("registers") = 0, py::arg("unique_bytes") = 0.0, py::arg("trace") = false);
   py::class_<Profiler>(m, "Profiler")
-      .def(py::init<u32, bool, bool, bool>(), py::arg("sample"), py::arg("complete"),
+      .def(py::init<u32, std::optional<bool>, bool, bool>(), py::arg("sample"), py::arg("complete"),
            py::arg("check"), py::arg("fast"))
       .def("start", &Profiler::start)
       .def("stop", &Profiler::stop)

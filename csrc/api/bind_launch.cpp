@@ -24,6 +24,7 @@ void bind_launch(py::module_& m) {
   bind_launch_gemm(launch);
   bind_launch_mla(launch);
   bind_launch_mla_prefill(launch);
+  bind_launch_mla_fused(launch);
   bind_launch_ep(launch);
   bind_launch_moe(launch);
 }

@@ -17,6 +17,7 @@ void bind_launch_rowwise(pybind11::module_& launch);
 void bind_launch_gemm(pybind11::module_& launch);
 void bind_launch_mla(pybind11::module_& launch);
 void bind_launch_mla_prefill(pybind11::module_& launch);
+void bind_launch_mla_fused(pybind11::module_& launch);
 void bind_launch_ep(pybind11::module_& launch);
 void bind_launch_moe(pybind11::module_& launch);
 

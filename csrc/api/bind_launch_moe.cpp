@@ -16,9 +16,10 @@ namespace {
 WideType wide(bool is_bf16) { return is_bf16 ? WideType::kBfloat16 : WideType::kFloat32; }
 
 void gate(const On& on, Address x, bool x_is_bf16, Address weight, bool weight_is_bf16,
-          Address bias, Address topk_idx, Address topk_weights, Address scores, int64_t ld_x,
-          int tokens, int depth, int experts, int num_groups, int topk_group, int topk,
-          bool softmax, bool top2, bool renormalize, float scale) {
+          Address bias, Address topk_idx, Address topk_weights, Address scores, Address finished,
+          Address counts, Address affinity, int64_t ld_x, int tokens, int depth, int experts,
+          int num_groups, int topk_group, int topk, bool softmax, bool top2, bool renormalize,
+          int sequence, float scale) {
   MoeGateParams p{};
   p.x = pointer<void>(x);
   p.weight = pointer<void>(weight);
@@ -26,6 +27,9 @@ void gate(const On& on, Address x, bool x_is_bf16, Address weight, bool weight_i
   p.topk_idx = pointer<int64_t>(topk_idx);
   p.topk_weights = pointer<float>(topk_weights);
   p.scores = pointer<float>(scores);
+  p.finished = pointer<int32_t>(finished);
+  p.counts = pointer<int64_t>(counts);
+  p.affinity = pointer<int64_t>(affinity);
   p.ld_x = ld_x;
   p.tokens = tokens;
   p.depth = depth;
@@ -36,6 +40,7 @@ void gate(const On& on, Address x, bool x_is_bf16, Address weight, bool weight_i
   p.softmax = softmax;
   p.top2 = top2;
   p.renormalize = renormalize;
+  p.sequence = sequence;
   p.scale = scale;
   p.x_type = wide(x_is_bf16);
   p.weight_type = wide(weight_is_bf16);
@@ -55,14 +60,15 @@ void layout(const On& on, Address topk_idx, Address first_row, Address group_siz
   launch::moe_layout(launch_on(on), p);
 }
 
-void permute(const On& on, Address topk_idx, Address first_row, Address row_map, Address x,
-             Address x_perm, Address scale, Address scale_perm, int64_t ld_x, int64_t row_bytes,
-             int64_t ld_scale, int64_t ld_scale_perm, int slots, int topk, int experts,
-             int scale_groups, int64_t rows) {
+void permute(const On& on, Address topk_idx, Address first_row, Address row_map,
+             Address slot_of_row, Address x, Address x_perm, Address scale, Address scale_perm,
+             int64_t ld_x, int64_t row_bytes, int64_t ld_scale, int64_t ld_scale_perm, int slots,
+             int topk, int experts, int scale_groups, int64_t rows) {
   MoePermuteParams p{};
   p.topk_idx = pointer<int64_t>(topk_idx);
   p.first_row = pointer<int32_t>(first_row);
   p.row_map = pointer<int64_t>(row_map);
+  p.slot_of_row = pointer<int32_t>(slot_of_row);
   p.x = pointer<void>(x);
   p.x_perm = pointer<void>(x_perm);
   p.scale = pointer<float>(scale);
@@ -122,6 +128,30 @@ void hidden_backward(const On& on, Address h, Address back, Address row_map, Add
   launch::moe_hidden_backward(launch_on(on), p, rows);
 }
 
+void hidden_quantize(const On& on, Address h, Address back, Address slot_of_row, Address weights,
+                     Address dh, Address dh_scale, Address dh_t, Address dh_t_scale, Address act_t,
+                     Address act_t_scale, Address dot, Address dweights, Address finished,
+                     int64_t slots, int rows, int width, bool transposed) {
+  MoeHiddenQuantizeParams p{};
+  p.h = pointer<void>(h);
+  p.back = pointer<void>(back);
+  p.slot_of_row = pointer<int32_t>(slot_of_row);
+  p.weights = pointer<float>(weights);
+  p.dh = pointer<uint8_t>(dh);
+  p.dh_scale = pointer<float>(dh_scale);
+  p.dh_t = pointer<uint8_t>(dh_t);
+  p.dh_t_scale = pointer<float>(dh_t_scale);
+  p.act_t = pointer<uint8_t>(act_t);
+  p.act_t_scale = pointer<float>(act_t_scale);
+  p.dot = pointer<float>(dot);
+  p.dweights = pointer<float>(dweights);
+  p.finished = pointer<int32_t>(finished);
+  p.rows = rows;
+  p.width = width;
+  p.transposed = transposed;
+  launch::moe_hidden_quantize(launch_on(on), p, slots);
+}
+
 void gate_backward(const On& on, Address grad_weights, Address grad_scores, Address scores,
                    Address topk_idx, Address dlogits, int tokens, int experts, int topk,
                    bool softmax, bool renormalize, float scale) {
@@ -156,16 +186,19 @@ void bind_launch_moe(py::module_& launch) {
   launch.attr("kMoeMaxGroups") = int(kMoeMaxGroups);
   launch.def("moe_chunks", &launch::moe_chunks, "slots"_a);
   launch.def("moe_gate", &gate, "on"_a, py::kw_only(), "x"_a, "x_is_bf16"_a, "weight"_a,
-             "weight_is_bf16"_a, "bias"_a, "topk_idx"_a, "topk_weights"_a, "scores"_a, "ld_x"_a,
-             "tokens"_a, "depth"_a, "experts"_a, "num_groups"_a, "topk_group"_a, "topk"_a,
-             "softmax"_a, "top2"_a, "renormalize"_a, "scale"_a, release);
+             "weight_is_bf16"_a, "bias"_a, "topk_idx"_a, "topk_weights"_a, "scores"_a, "finished"_a,
+             "counts"_a, "affinity"_a, "ld_x"_a, "tokens"_a, "depth"_a, "experts"_a, "num_groups"_a,
+             "topk_group"_a, "topk"_a, "softmax"_a, "top2"_a, "renormalize"_a, "sequence"_a,
+             "scale"_a, release);
+  launch.attr("kGateCluster") = int(kGateCluster);
+  launch.def("moe_gate_groups", &launch::gate_groups, "tokens"_a);
   launch.def("moe_layout", &layout, "on"_a, py::kw_only(), "topk_idx"_a, "first_row"_a,
              "group_sizes"_a, "group_sizes_i32"_a, "finished"_a, "slots"_a, "experts"_a,
              "alignment"_a, release);
   launch.def("moe_permute", &permute, "on"_a, py::kw_only(), "topk_idx"_a, "first_row"_a,
-             "row_map"_a, "x"_a, "x_perm"_a, "scale"_a, "scale_perm"_a, "ld_x"_a, "row_bytes"_a,
-             "ld_scale"_a, "ld_scale_perm"_a, "slots"_a, "topk"_a, "experts"_a, "scale_groups"_a,
-             "rows"_a, release);
+             "row_map"_a, "slot_of_row"_a, "x"_a, "x_perm"_a, "scale"_a, "scale_perm"_a, "ld_x"_a,
+             "row_bytes"_a, "ld_scale"_a, "ld_scale_perm"_a, "slots"_a, "topk"_a, "experts"_a,
+             "scale_groups"_a, "rows"_a, release);
   launch.def("moe_unpermute", &unpermute, "on"_a, py::kw_only(), "y"_a, "is_bf16"_a, "row_map"_a,
              "weights"_a, "out"_a, "tokens"_a, "topk"_a, "depth"_a, "rows"_a, release);
   launch.def("moe_unpermute_backward", &unpermute_backward, "on"_a, py::kw_only(), "grad"_a, "y"_a,
@@ -174,6 +207,10 @@ void bind_launch_moe(py::module_& launch) {
   launch.def("moe_hidden_backward", &hidden_backward, "on"_a, py::kw_only(), "h"_a, "back"_a,
              "row_map"_a, "weights"_a, "dh"_a, "act"_a, "dweights"_a, "slots"_a, "width"_a,
              "rows"_a, release);
+  launch.def("moe_hidden_quantize", &hidden_quantize, "on"_a, py::kw_only(), "h"_a, "back"_a,
+             "slot_of_row"_a, "weights"_a, "dh"_a, "dh_scale"_a, "dh_t"_a, "dh_t_scale"_a,
+             "act_t"_a, "act_t_scale"_a, "dot"_a, "dweights"_a, "finished"_a, "slots"_a, "rows"_a,
+             "width"_a, "transposed"_a, release);
   launch.def("moe_gate_backward", &gate_backward, "on"_a, py::kw_only(), "grad_weights"_a,
              "grad_scores"_a, "scores"_a, "topk_idx"_a, "dlogits"_a, "tokens"_a, "experts"_a,
              "topk"_a, "softmax"_a, "renormalize"_a, "scale"_a, release);

@@ -73,7 +73,10 @@ int dsk_gemm(const DLTensor* x, const DLTensor* scale_x, const DLTensor* packed,
     nans.shape({1, dsk_packed_marks(p.n, p.k)}).contiguous_last().bytes();
     p.weights = weights.data<const uint8_t>();
     p.nan_blocks = nans.data<const uint8_t>();
-    p.scale_w = Arg("scale_b", scale_b).shape({blocks(p.n), blocks(p.k)}).scales();
+    const Arg scales("scale_b", scale_b);
+    p.column_scales = scales.shape({-1, blocks(p.k)}).size(0) == p.n && p.n > 1;
+    if (!p.column_scales) scales.shape({blocks(p.n), blocks(p.k)});
+    p.scale_w = scales.scales();
     static constexpr std::initializer_list<Type> kFloats = {Type::kF32, Type::kBF16, Type::kF16};
     if (c != nullptr) p.c = Arg("c", c).shape({p.m, p.n}).matrix(kFloats);
     if (bias != nullptr) p.bias = Arg("bias", bias).shape({p.n}).matrix(kFloats);

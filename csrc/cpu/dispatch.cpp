@@ -25,6 +25,7 @@ DSK_DECLARE(portable)
 #if defined(DSK_CPU_X86)
 DSK_DECLARE(avx2)
 DSK_DECLARE(avx512)
+DSK_DECLARE(avx512_bf16)
 DSK_DECLARE(avx512_fp16)
 DSK_DECLARE(amx)
 #endif
@@ -53,6 +54,10 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vbmi");
 }
+bool has_avx512_bf16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
 bool has_avx512_fp16() { return has_avx512() && Leaf7().avx512_fp16(); }
 
 // Tile registers are off until the process asks Linux for them (arch_prctl, once, all threads).
@@ -74,6 +79,7 @@ const Target kTargets[] = {
 #if defined(DSK_CPU_X86)
     {&amx::kTable, has_amx, "AMX-BF16, AVX512-FP16 and the kernel's permission for tile registers"},
     {&avx512_fp16::kTable, has_avx512_fp16, "AVX512-FP16"},
+    {&avx512_bf16::kTable, has_avx512_bf16, "AVX512-BF16"},
     {&avx512::kTable, has_avx512, "AVX-512 F, BW, DQ, VL and VBMI"},
     {&avx2::kTable, has_avx2, "AVX2, FMA and F16C"},
 #endif

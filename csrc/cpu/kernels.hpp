@@ -16,6 +16,10 @@ struct Kernels {
   void (*gemm)(const GemmParams&);
   void (*mla_decode)(const DecodeParams&);
   void (*mla_prefill)(const PrefillParams&);
+  void (*moe_gate)(const GateParams&);
+  void (*moe_permute)(const PermuteParams&);
+  void (*moe_unpermute)(const UnpermuteParams&);
+  void (*moe_unpermute_backward)(const UnpermuteParams&);
   void (*moe_experts)(const MoeParams&);
 };
 

@@ -198,10 +198,13 @@ std::string environment(const char* name) {
 void apply_environment(emu::LaunchConfig& launch) {
   launch.seed = std::strtoull(environment("DSK_EMU_SEED").c_str(), nullptr, 10);
   const std::string check = environment("DSK_EMU_CHECK");
-  if (check != "" && check != "0" && check != "1") {
-    throw emu::Error("DSK_EMU_CHECK: expected 0 or 1, got " + check);
+  if (check != "" && check != "0" && check != "1" && check != "order" && check != "strict") {
+    throw emu::Error("DSK_EMU_CHECK: expected 0, 1, order or strict, got " + check);
   }
   launch.check = check != "0";
+  launch.strict = check == "strict"  ? emu::Strict::All
+                  : check == "order" ? emu::Strict::Order
+                                     : emu::Strict::No;
   const std::string numerics = environment("DSK_EMU_NUMERICS");
   if (numerics == "fast") {
     launch.numerics = emu::Numerics::Fast;

@@ -271,21 +271,38 @@ class WarpRunner {
     return true;
   }
 
+  // A lane executes an instruction whose mask does not name it: undefined in PTX. Hardware lets
+  // whoever executes it take part, which is all lanes if the warp is together; it need not be.
+  void loose_mask(u32 m) {
+    Cluster& cluster = *w_.cta->cluster;
+    const char* text = "a lane is not named by its own member mask";
+    if (m != w_.active_lanes()) fail(w_, m, "member-mask", text);
+    auto& known = cluster.loose_masks;
+    if (std::find(known.begin(), known.end(), w_.current_pc) != known.end()) return;
+    known.push_back(w_.current_pc);
+    note_formal(*cluster.grid, make_hazard(w_, w_.current_pc, m, "member-mask",
+                                           std::string(text) + " (all lanes execute it together)"));
+  }
+
   // Lanes of one instruction may name different groups of lanes (tiles of a warp).
   void run_groups(const Inst& i, u32 m) {
     const u32* masks = w_.reg<u32>(i.e);
-    // Undefined in PTX; hardware lets whoever executes it take part.
-    if (!w_.cta->cluster->check && !all_named(masks, m)) return i.fn(w_, i, m);
+    if (!all_named(masks, m)) {
+      if (w_.cta->cluster->check) loose_mask(m);
+      return i.fn(w_, i, m);
+    }
     while (m != 0) {
       const u32 group = masks[std::countr_zero(m)] & m;
-      if (group == 0) fail(w_, m, "member-mask", "a lane is not named by its own member mask");
       i.fn(w_, i, group);
       m &= ~group;
     }
   }
 
   bool run_special(const Inst& i, u32 pc, u32 m, u32 mask) {
-    if ((i.flags & (kAligned | kMemberMask)) && !converge(i, pc, m, mask)) return false;
+    if (i.flags & (kAligned | kMemberMask)) {
+      if (!converge(i, pc, m, mask)) return false;
+      if (watched(w_)) notify(w_, SyncKind::WarpSync, m);
+    }
     if ((i.flags & kTouchesMatrix) && w_.cta->cluster->check) check_matrix(pc, m);
     if (i.flags & kMemberMask) {
       run_groups(i, m);
@@ -321,6 +338,7 @@ class WarpRunner {
       --executed_;
       return false;
     }
+    if ((i.flags & (kAligned | kMemberMask)) && watched(w_)) notify(w_, SyncKind::WarpSync, m);
     Split& s = w_.splits[current_];
     s.pc = pc;
     if (i.blocking(w_, i, m, s) == Step::Next) {

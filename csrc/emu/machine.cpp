@@ -65,6 +65,15 @@ void fail(const Warp& w, u32 lanes, const char* kind, const std::string& message
   throw HazardError({make_hazard(w, w.current_pc, lanes, kind, message)});
 }
 
+void note_formal(Grid& grid, Hazard hazard) {
+  const bool usual = hazard.kind == "formal-proxy-order";
+  const Strict least = hazard.kind == "uninitialized-read" ? Strict::All : Strict::Order;
+  if (!usual && grid.config.strict >= least) throw HazardError({std::move(hazard)});
+  hazard.severity = Severity::Formal;
+  const std::lock_guard<std::mutex> lock(grid.mutex);
+  grid.stats.hazards.push_back(std::move(hazard));
+}
+
 void notify(const Warp& w, SyncKind kind, u32 mask, u64 a, u64 b, u64 c) {
   for (auto& o : w.cta->cluster->observers) {
     o->on_sync(w, {kind, mask, w.current_pc, a, b, c});

@@ -182,6 +182,7 @@ struct Cluster {
   u64 rounds = 0;
   u64 rng = 0;  // 0 = not seeded: oldest first, as late as possible
   u32 quiet_rounds = 0;
+  std::vector<u32> loose_masks;  // pc of instructions whose member masks were found too small
 
   u32 random(u32 bound);  // uniform below `bound`; only when seeded
   bool done() const;
@@ -193,6 +194,9 @@ inline bool watched(const Warp& w) { return !w.cta->cluster->observers.empty(); 
 // Throws HazardError for `w`, located at the instruction it is executing.
 [[noreturn]] void fail(const Warp& w, u32 lanes, const char* kind, const std::string& message);
 Hazard make_hazard(const Warp& w, u32 pc, u32 lanes, const char* kind, const std::string& message);
+// A finding that stops nothing, unless the launch is strict (then HazardError). Goes to the
+// statistics; thread-safe.
+void note_formal(Grid& grid, Hazard hazard);
 void notify(const Warp& w, SyncKind kind, u32 mask, u64 a = 0, u64 b = 0, u64 c = 0);
 
 // mbarrier operations on (CTA, offset); `w` is whom to blame.

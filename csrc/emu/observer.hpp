@@ -91,7 +91,7 @@ enum class SyncKind : u8 {
   FenceProxyTensorMap,  // a = 1 for an acquire, of the map at host address c
   Fence,                // a = Semantics, b = Scope
   FenceMbarInit,
-  WarpSync,  // bar.warp.sync and the other convergent instructions (a = member mask)
+  WarpSync,  // the lanes of the mask meet: bar.warp.sync and all other convergent instructions
   CpAsyncCommit,
   CpAsyncWait,
   BulkCommit,

@@ -50,6 +50,10 @@ enum class Numerics : u8 {
   Worst,  // as Exact, and approximate functions are off by the largest documented error
 };
 
+// Which formal findings are errors: none, those about order (the ones that kernels have no reason
+// for), or uninitialized reads too. "formal-proxy-order" never is.
+enum class Strict : u8 { No, Order, All };
+
 struct LaunchConfig {
   Dim3 grid, block, cluster;
   u32 dynamic_shared = 0;
@@ -59,6 +63,7 @@ struct LaunchConfig {
   // over host threads. Any other: a random schedule that the seed reproduces, on one host thread.
   u64 seed = 0;
   bool check = true;  // hazard observers on
+  Strict strict = Strict::No;
   // Warp-instructions of one cluster after which it counts as endless; 0: no limit.
   u64 max_instructions = 0;
   Numerics numerics = Numerics::Exact;

@@ -1,8 +1,13 @@
 """FP8 matrix products on the CPU kernels; names, arguments and meaning are those of `ref.gemm`.
 
-Letters: m rows, n columns, k depth, g groups. Native: b e4m3 in blocks (128, 128), packed or not,
-with a either e4m3 in blocks (1, 128) (W8A8, the GPU's numbers) or a plain bf16, fp16 or fp32 tensor
-(W8A16: no activation is quantised). Everything else runs the reference function.
+Letters: m rows, n columns, k depth, g groups. Native:
+
+    b e4m3 in blocks (128, 128), packed or not, with a either e4m3 in blocks (1, 128) (W8A8, the
+    GPU's numbers) or a plain bf16, fp16 or fp32 tensor (W8A16: no activation is quantised)
+    both e4m3 in blocks (1, 128): weight gradients
+
+Two plain tensors are PyTorch's own product, without widening them whole. Everything else runs the
+reference function.
 """
 
 from __future__ import annotations
@@ -46,6 +51,8 @@ def gemm(
     """
     if not _is_native(a, b, (c, bias), out_dtype, out):
         b = b.unpack() if isinstance(b, PackedWeight) else b
+        if _is_large_plain(a, b, (c, bias, out), out_dtype, epilogue):
+            return _plain(a, b, deterministic)
         return ref.gemm(a, b, out=out, out_dtype=out_dtype, c=c, bias=bias, epilogue=epilogue)
     if len(b.shape) != 2 or len(a.shape) != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(
@@ -58,7 +65,8 @@ def gemm(
         return _gemm_padded(a, b, out, out_dtype, c, bias, epilogue)
     shape = (a.shape[0], b.shape[0])
     scaled = isinstance(a, ScaledTensor)
-    default = torch.bfloat16 if scaled else a.dtype
+    one_d = scaled and b.block[0] == 1
+    default = torch.float32 if one_d else torch.bfloat16 if scaled else a.dtype
     if epilogue is not None:
         wide = torch.empty(shape, dtype=torch.float32)
         _launch(a, b, c, bias, wide)
@@ -89,8 +97,11 @@ def grouped_gemm(
     num_sms: int | None = None,
 ) -> torch.Tensor | ScaledTensor:
     """Every row of a times the matrix of its group in b [g, n, k]; see `ref.grouped_gemm`."""
-    native = _is_native(a, b, (c, bias), out_dtype, out)
-    if not native or group_sizes is None or m_indices is not None or masked_m is not None:
+    native = _is_native(a, b, (c, bias), out_dtype, out) and b.block[0] == 128
+    if native and group_sizes is None:
+        forms = dict(m_indices=m_indices, masked_m=masked_m, out=out, out_dtype=out_dtype)
+        return _grouped_by_rows(a, b, c, bias, epilogue, **forms)
+    if not native or m_indices is not None or masked_m is not None:
         b = b.unpack() if isinstance(b, PackedWeight) else b
         forms = dict(group_sizes=group_sizes, m_indices=m_indices, masked_m=masked_m)
         rest = dict(out=out, out_dtype=out_dtype, c=c, bias=bias, epilogue=epilogue)
@@ -121,6 +132,106 @@ def grouped_gemm(
     return result if out is None else out.copy_(result)
 
 
+def _grouped_by_rows(
+    a, b, c, bias, epilogue, *, m_indices, masked_m, out, out_dtype
+) -> torch.Tensor | ScaledTensor:
+    """grouped_gemm whose groups are scattered rows, or rows with gaps between groups: gathered into
+    one matrix, multiplied, scattered. Padding rows are not read, and 0 in the result."""
+    if len(b.shape) != 3 or a.shape[-1] != b.shape[2]:
+        raise ValueError(
+            f"a, b: expected a [..., k] and b [g, n, k] with the same k, got {tuple(a.shape)} and "
+            f"{tuple(b.shape)}"
+        )
+    groups = ref._rows_of_groups(a, b.shape[0], None, m_indices, masked_m)
+    rows, sizes = torch.cat(groups), [group.numel() for group in groups]
+    part = ref._take_rows(ref._flatten_rows(a), rows)
+    lead, n = a.shape[:-1], b.shape[1]
+    part_c = None if c is None else ref._checked_c(c, (*lead, n)).reshape(-1, n)[rows]
+    kind = out.dtype if out is not None else out_dtype
+    wide = kind if epilogue is None else torch.float32
+    y = grouped_gemm(part, b, group_sizes=sizes, c=part_c, bias=bias, out_dtype=wide)
+    if epilogue is not None:
+        y = rowwise.swiglu(y)
+    full = torch.zeros(lead.numel(), y.shape[1], dtype=y.dtype).index_copy_(0, rows, y)
+    full = full.view(*lead, y.shape[1])
+    if epilogue == "swiglu_quant":
+        return ref._store(full, a, b, epilogue, out, out_dtype)
+    default = torch.bfloat16 if isinstance(a, ScaledTensor) else a.dtype
+    return full.to(kind or default) if out is None else out.copy_(full)
+
+
+def grouped_gemm_k(
+    a: Operand,
+    b: Operand,
+    group_sizes: torch.Tensor | Sequence[int],
+    *,
+    c: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    deterministic: bool = False,
+    num_sms: int | None = None,
+) -> torch.Tensor:
+    """The weight gradients of all experts: a [m, sum k], b [n, sum k] -> [g, m, n]; see
+    `ref.grouped_gemm_k`."""
+    fits = isinstance(a, ScaledTensor) and isinstance(b, ScaledTensor) and b.block[0] == 1
+    if not fits or not _is_native(a, b, (c,), out_dtype, out):
+        return ref.grouped_gemm_k(a, b, group_sizes, c=c, out=out, out_dtype=out_dtype)
+    ref._check_operands(a, b, b_dims=2)
+    sizes = ref._sizes(group_sizes, None, a.shape[1], "columns of a")
+    if any(size % 128 for size in sizes):
+        raise ValueError(f"group_sizes: expected multiples of 128, got {sizes}")
+    shape = (len(sizes), a.shape[0], b.shape[0])
+    if c is not None:
+        ref._checked_c(c, shape)
+    if out is not None and tuple(out.shape) != shape:
+        raise ValueError(f"out: expected {shape}, got {tuple(out.shape)}")
+    direct = out is not None and (out.stride(-1) == 1 or shape[-1] <= 1)
+    result = (
+        out if direct else torch.empty(shape, dtype=out.dtype if out is not None else out_dtype)
+    )
+    start = 0
+    for index, size in enumerate(sizes):
+        ks = slice(start, start + size)
+        parts = ref._take_columns(a, ks), ref._take_columns(b, ks)
+        _launch(*parts, None if c is None else c[index], None, result[index])
+        start += size
+    return result if direct or out is None else out.copy_(result)
+
+
+# A product of two plain tensors widens its second operand in slices of this many bytes.
+_SLICE_BYTES = 8 << 20
+
+
+def _is_large_plain(a, b, others, out_dtype, epilogue) -> bool:
+    """Whether `_plain` takes this call: no extras, and an operand worth not widening whole."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return False
+    plain = a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
+    fits = plain and a.dim() == b.dim() == 2 and a.shape[1] == b.shape[1]
+    bare = all(t is None for t in others) and out_dtype in (None, a.dtype) and epilogue is None
+    graph = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    return fits and bare and not graph and b.numel() * 4 > _SLICE_BYTES
+
+
+def _plain(a: torch.Tensor, b: torch.Tensor, deterministic: bool) -> torch.Tensor:
+    """a [m, k] times b [n, k] transposed, fp32 sums, rounded once.
+
+    bf16 where oneDNN has a unit for it: it neither widens b nor rounds sums. Else slice by slice:
+    a language model's head as fp32 would be 4 GiB.
+    """
+    if a.dtype == torch.bfloat16 and not deterministic and _onednn_has_bf16():
+        return torch.mm(a, b.t())
+    wide, y = a.float(), torch.empty(a.shape[0], b.shape[0], dtype=a.dtype)
+    step = max(1, _SLICE_BYTES // (4 * b.shape[1]))
+    for n in range(0, b.shape[0], step):
+        y[:, n : n + step] = wide @ b[n : n + step].float().t()
+    return y
+
+
+def _onednn_has_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _gemm_padded(a, b, out, out_dtype, c, bias, epilogue) -> torch.Tensor | ScaledTensor:
     """gemm of few rows among zero rows, so that they meet the unit that many rows meet."""
     m = a.shape[0]
@@ -149,7 +260,10 @@ def _rows(a: Operand, rows: slice) -> Operand:
 
 
 def _is_native(a, b, addends, out_dtype, out) -> bool:
-    if isinstance(b, torch.Tensor) or tuple(b.block) != (128, 128):
+    one_d = isinstance(b, ScaledTensor) and tuple(b.block) == (1, 128)
+    if isinstance(b, torch.Tensor) or (tuple(b.block) != (128, 128) and not one_d):
+        return False
+    if one_d and not isinstance(a, ScaledTensor):
         return False
     if isinstance(b, ScaledTensor) and b.dtype != "e4m3":
         return False
@@ -163,7 +277,7 @@ def _is_native(a, b, addends, out_dtype, out) -> bool:
 
 
 def _launch(a: Operand, b: Weight, c, bias, out: torch.Tensor) -> None:
-    weight = packed(b)
+    weight = packing.pack_columns(b) if b.block[0] == 1 else packed(b)
     x, scale = (a.data, a.scale) if isinstance(a, ScaledTensor) else (a.detach(), None)
     c, bias = (None if t is None else t.detach() for t in (c, bias))
     x, c = (

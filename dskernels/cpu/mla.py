@@ -14,10 +14,14 @@ from .. import _C
 from ..ref import mla as ref
 from ..types import Unsupported
 from . import prefill
+from .mla_fused import mla_absorb_output, mla_absorb_queries, mla_latents
 from .prefill import mla_prefill_backward
 
 __all__ = [
+    "mla_absorb_output",
+    "mla_absorb_queries",
     "mla_decode",
+    "mla_latents",
     "mla_prefill",
     "mla_prefill_backward",
 ]

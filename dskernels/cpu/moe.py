@@ -2,8 +2,9 @@
 
 Letters: t tokens, d model width, e experts, k experts of a token, i expert width.
 
-Only the experts are native. The router is one small fp32 product and a sort, permutation a gather:
-torch's kernels vectorise and thread them, and the reference functions are what runs.
+Native in bf16, fp16 and fp32: the router, permutation and its way back with gradients, and FP8
+experts. On the reference functions: fp64, plain experts, the router's gradient (two dense fp32
+products, which are torch's own) and the balance losses.
 """
 
 from __future__ import annotations
@@ -12,14 +13,109 @@ import torch
 
 from .. import _C
 from ..ref import moe as ref
-from ..types import ScaledTensor
+from ..types import ScaledTensor, Unsupported
 from . import gemm, packing, rowwise
 from .packing import PackedWeight, packed
 
-__all__ = ["moe_experts"]
+__all__ = [
+    "moe_experts",
+    "moe_gate",
+    "moe_permute",
+    "moe_unpermute",
+    "moe_unpermute_backward",
+]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 Weight = torch.Tensor | ScaledTensor | PackedWeight
+
+
+def _rows(name: str, x: torch.Tensor) -> torch.Tensor:
+    """x as the kernels read it: a float type of theirs, rows without gaps."""
+    if x.dtype not in _FLOATS:
+        raise Unsupported(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
+    x = x.detach()
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def moe_gate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    n_group: int = 1,
+    topk_group: int = 1,
+    topk: int,
+    scale: float = 1.0,
+    score: str = "sigmoid",
+    group_score: str | None = None,
+    renormalize: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [t, d], weight [e, d], bias [e] -> topk_idx, topk_weights [t, k], scores [t, e]; see
+    `ref.moe_gate`. From the scores on, the same bits; a token's do not depend on its batch."""
+    ref._check_gate(x, weight, bias, n_group, topk_group, topk, score, group_score)
+    x, weight = _rows("x", x), _rows("weight", weight)
+    tokens, sigmoid = x.shape[0], score == "sigmoid"
+    topk_idx = torch.empty(tokens, topk, dtype=torch.int64)
+    weights, scores = torch.empty(tokens, topk), torch.empty(tokens, weight.shape[0])
+    _C.cpu.moe_gate(
+        *(x, weight, None if bias is None else bias.detach().float().contiguous()),
+        *(n_group, topk_group, scale, not sigmoid),
+        (group_score or ("top2" if sigmoid else "max")) == "top2",
+        sigmoid if renormalize is None else renormalize,
+        *(topk_idx, weights, scores, torch.get_num_threads()),
+    )
+    return topk_idx, weights, scores
+
+
+def moe_permute(
+    x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int, *, alignment: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Copies of x [t, d] sorted by expert -> x_perm, group_sizes, row_map: `ref.moe_permute`'s."""
+    x = _rows("x", x)
+    ref._check_topk_idx(x, topk_idx, num_experts)
+    topk_idx = topk_idx.to(torch.int64).contiguous()
+    counts, group_sizes = torch.empty(2, num_experts, dtype=torch.int64)
+    row_map = torch.empty_like(topk_idx)
+    _C.cpu.moe_layout(topk_idx, alignment, counts, group_sizes, row_map)
+    x_perm = torch.empty(int(group_sizes.sum()), x.shape[1], dtype=x.dtype)
+    _C.cpu.moe_permute(x, row_map, counts, group_sizes, x_perm, torch.get_num_threads())
+    return x_perm, group_sizes.clone(), row_map
+
+
+def moe_unpermute(
+    y: torch.Tensor, row_map: torch.Tensor, topk_weights: torch.Tensor | None
+) -> torch.Tensor:
+    """Weighted sum of each token's rows of y [m, d] -> [t, d]; the bits of `ref.moe_unpermute`."""
+    y, row_map, weights = _rows("y", y), *_slots(row_map, topk_weights)
+    out = torch.empty(row_map.shape[0], y.shape[1], dtype=y.dtype)
+    _C.cpu.moe_unpermute(y, row_map, weights, out, torch.get_num_threads())
+    return out
+
+
+def moe_unpermute_backward(
+    grad: torch.Tensor,
+    y: torch.Tensor,
+    row_map: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad [t, d] -> gradients of y [m, d] and of topk_weights [t, k] (of ones for None)."""
+    like = y if topk_weights is None else topk_weights
+    grad, y = _rows("grad", grad).to(y.dtype), _rows("y", y)
+    row_map, weights = _slots(row_map, topk_weights)
+    named = torch.bincount(row_map[row_map >= 0], minlength=y.shape[0])
+    if named.numel() and named.max() > 1:
+        raise Unsupported("row_map: expected each row of y at most once")
+    dy = torch.empty(y.shape, dtype=y.dtype)
+    dy[named == 0] = 0
+    dweights = torch.empty(row_map.shape)
+    _C.cpu.moe_unpermute_backward(grad, y, row_map, weights, dy, dweights, torch.get_num_threads())
+    return dy, dweights.to(like.dtype)
+
+
+def _slots(row_map, topk_weights) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if topk_weights is not None:
+        topk_weights = topk_weights.detach().float().contiguous()
+    return row_map.to(torch.int64).contiguous(), topk_weights
 
 
 def moe_experts(

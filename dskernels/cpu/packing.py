@@ -103,6 +103,16 @@ def pack(weight: ScaledTensor) -> PackedWeight:
         raise ValueError(
             f"weight: expected e4m3 in blocks (128, 128), got {weight.dtype} in {weight.block}"
         )
+    return _pack(weight)
+
+
+def pack_columns(weight: ScaledTensor) -> PackedWeight:
+    """A second operand whose rows have their own scales, e4m3 [n, k] in blocks (1, 128); not kept:
+    it holds activations or gradients of one step."""
+    return _pack(weight)
+
+
+def _pack(weight: ScaledTensor) -> PackedWeight:
     data = weight.data if weight.data.dim() == 3 else weight.data[None]
     if data.dim() != 3:
         raise ValueError(f"weight: expected [n, k] or [g, n, k], got {tuple(weight.shape)}")
@@ -112,7 +122,7 @@ def pack(weight: ScaledTensor) -> PackedWeight:
     packed = torch.empty(g, _C.cpu.packed_bytes(n, k), dtype=torch.uint8)
     marks = torch.empty(g, _C.cpu.packed_marks(n, k), dtype=torch.uint8)
     _C.cpu.pack(data, packed, marks, torch.get_num_threads())
-    return PackedWeight(packed, marks, weight.scale, weight.data.shape)
+    return PackedWeight(packed, marks, weight.scale, weight.data.shape, tuple(weight.block))
 
 
 def fits_cache(*weights: ScaledTensor | PackedWeight) -> bool:

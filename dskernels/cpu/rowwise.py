@@ -1,7 +1,7 @@
 """Row-wise ops on the CPU kernels; names, arguments and meaning are those of `ref.rowwise`.
 
 Dimension letters: m rows, k columns, d width, t tokens, h heads, r RoPE width, i expert width.
-What no kernel covers (E5M6, transposed quantisation, fp64) runs the reference function.
+What no kernel covers (E5M6, fp64) runs the reference function.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ def quantize(
     transpose: bool = False,
 ) -> ScaledTensor:
     """x [..., m, k] -> e4m3 data and one fp32 scale per block; bitwise `ref.rowwise.quantize`."""
+    if transpose and dtype == "e4m3":
+        wide = x.dequantize() if isinstance(x, ScaledTensor) else x.detach()
+        if wide.dtype in _FLOATS and wide.dim() >= 2:
+            return quantize(wide.transpose(-2, -1).contiguous(), block, scale_format)
     plain = isinstance(x, torch.Tensor) and x.dtype in _FLOATS and x.dim() >= 2
     stacked = plain and x.dim() > 2 and (block[0] != 1 and x.shape[-2] % block[0] != 0)
     if not plain or stacked or transpose or dtype != "e4m3" or len(block) != 2:

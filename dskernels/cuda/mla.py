@@ -15,6 +15,8 @@ from ..types import Support, Unsupported
 from . import launchers
 from . import mla_prefill as _prefill
 from ._tensor import device_of, stream_of
+from .mla_fused import OPS as FUSED_OPS
+from .mla_fused import MlaFused
 
 WIDTH, LATENT = 576, 512  # values of a cached token; of which these are also its value vector
 BLOCK = 64  # tokens that the kernels take at a time
@@ -66,6 +68,8 @@ def _check(q, kv_cache, head_dim_v, softmax_scale) -> None:
 def _supports(machine: str, op: str, **shapes) -> Support:
     if op == "mla_prefill":
         return _prefill.supports(machine, **shapes)
+    if op in FUSED_OPS:
+        return MlaFused(machine).supports(op, **shapes)
     if op != "mla_decode":
         return Support(False, f"the {machine} backend has no implementation of {op}")
     for letter, expected in (("dl", LATENT), ("r", WIDTH - LATENT), ("v", LATENT)):
@@ -188,3 +192,6 @@ def on(machine: str):
 
 
 mla_schedule, mla_decode, mla_prefill, mla_prefill_backward, supports = on("cuda")
+_fused = MlaFused("cuda")
+mla_latents, mla_cache_append = _fused.mla_latents, _fused.mla_cache_append
+mla_absorb_queries, mla_absorb_output = _fused.mla_absorb_queries, _fused.mla_absorb_output

@@ -47,8 +47,45 @@ def _need_bf16(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> None:
             raise Unsupported(f"{name}: expected a multiple of 8 (rows of 16 bytes), got {size}")
 
 
+def _need_scaled(x: torch.Tensor, w13: ScaledTensor, w2: torch.Tensor | ScaledTensor) -> None:
+    """Operands of the FP8 backward: the hidden layer is cut into whole blocks of 128."""
+    _float("x", x)
+    for name, w in (("w13", w13), ("w2", w2)):
+        given = getattr(w, "block", "a plain tensor")
+        if given != (GROUP, GROUP):
+            raise Unsupported(f"{name}: expected e4m3 in blocks of (128, 128), got {given}")
+    for name, size, multiple in (("d", w2.shape[1], 16), ("i", w2.shape[2], GROUP)):
+        if size % multiple:
+            raise Unsupported(f"{name}: expected a multiple of {multiple}, got {size}")
+
+
 def _transposed(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(-2, -1).contiguous()
+
+
+def _transposed_blocks(w: ScaledTensor) -> ScaledTensor:
+    """w [e, n, k] -> [e, k, n]: the transpose of 128 x 128 blocks is such blocks again."""
+    data = _transposed(w.data.view(torch.uint8)).view(w.data.dtype)
+    return ScaledTensor(data, _transposed(w.scale), w.block, w.dtype)
+
+
+def _aligned_rows(slots: int, experts: int, alignment: int) -> int:
+    """The most rows that groups of `slots` rows in all take, each rounded up to `alignment`."""
+    rows = slots + min(experts, slots) * (alignment - 1)
+    return -(-rows // alignment) * alignment
+
+
+def _empty_scaled(rows: int, columns: int, device: torch.device) -> ScaledTensor:
+    """e4m3 in 1 x 128, sizes multiples of 128; the scales MN-major."""
+    data = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
+    scale = torch.empty(columns // GROUP, rows, dtype=torch.float32, device=device)
+    return ScaledTensor(data, scale.t(), (1, GROUP), "e4m3")
+
+
+def _mean_affinity(sums: torch.Tensor, length: int) -> torch.Tensor:
+    """The gate kernel's sums [b, e + 1] in units of 2^-40, NaNs counted last -> means [b, e]."""
+    mean = (sums[:, :-1].double() * (2.0**-40 / length)).float()
+    return mean.masked_fill(sums[:, -1:] > 0, torch.nan)
 
 
 class _Layout(NamedTuple):
@@ -58,6 +95,15 @@ class _Layout(NamedTuple):
     first_row: torch.Tensor  # int32 [chunks, e]
     group_sizes: torch.Tensor  # int64 [e]
     group_sizes_i32: torch.Tensor  # the same as int32
+
+
+class _Hidden(NamedTuple):
+    """See csrc/cuda/kernels/moe_hidden_quantize.cuh; rows are sorted slots."""
+
+    dh: ScaledTensor  # [rows, 2i] in 1 x 128
+    dh_t: ScaledTensor  # [2i, rows]
+    act_t: ScaledTensor  # [i, rows], times the routing weight
+    dweights: torch.Tensor  # fp32 [t, k]
 
 
 class Moe:
@@ -85,28 +131,44 @@ class Moe:
         score: str = "sigmoid",
         group_score: str | None = None,
         renormalize: bool | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        sequences: int | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """As dskernels.ref.moe.moe_gate, at most 512 experts. Every token's result is the same
         whatever the batch around it."""
         x, weight = _rows(_float("x", x)), _float("weight", weight).contiguous()
         (tokens, depth), experts = x.shape, weight.shape[0]
         _experts(experts, launchers().kMoeMaxExperts)
+
+        def zeros(*shape, dtype=torch.int64):
+            return torch.zeros(*shape, dtype=dtype, device=x.device)
+
         topk_idx = torch.empty(tokens, topk, dtype=torch.int64, device=x.device)
         weights = torch.empty(tokens, topk, dtype=torch.float32, device=x.device)
         scores = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+        groups = launchers().moe_gate_groups(tokens), launchers().kGateCluster
+        finished = zeros(*groups, dtype=torch.int32)
+        counts = affinity = None
+        if sequences is not None:
+            counts, affinity = zeros(sequences, experts), zeros(sequences, experts + 1)
         bias = None if bias is None else bias.float().contiguous()
         sigmoid = score == "sigmoid"
+        length = tokens // sequences if sequences else 0
         launchers().moe_gate(
             self._on(x), x=x.data_ptr(), x_is_bf16=x.dtype == torch.bfloat16,
             weight=weight.data_ptr(), weight_is_bf16=weight.dtype == torch.bfloat16,
             bias=0 if bias is None else bias.data_ptr(), topk_idx=topk_idx.data_ptr(),
             topk_weights=weights.data_ptr(), scores=scores.data_ptr(),
+            finished=finished.data_ptr(), counts=0 if counts is None else counts.data_ptr(),
+            affinity=0 if affinity is None else affinity.data_ptr(),
             ld_x=x.stride(0), tokens=tokens, depth=depth, experts=experts,
             num_groups=n_group, topk_group=topk_group, topk=topk, softmax=not sigmoid,
             top2=(group_score or ("top2" if sigmoid else "max")) == "top2",
-            renormalize=sigmoid if renormalize is None else renormalize, scale=scale,
+            renormalize=sigmoid if renormalize is None else renormalize,
+            sequence=length, scale=scale,
         )  # fmt: skip
-        return topk_idx, weights, scores
+        if sequences is None:
+            return topk_idx, weights, scores
+        return topk_idx, weights, scores, counts, _mean_affinity(affinity, length)
 
     def _product(self, a, b, out, transpose: bool) -> None:
         """out [m, n] = a [m, k] b [k, n], a fp32, or a^T for a [k, m]."""
@@ -166,14 +228,19 @@ class Moe:
         )  # fmt: skip
         return _Layout(topk_idx, first_row, sizes, sizes_i32)
 
-    def _copy(self, layout: _Layout, data, x_perm, scale=None, scale_perm=None) -> torch.Tensor:
-        """Rows of data [t, d] to their places in x_perm, scales along; returns row_map [t, k]."""
+    def _copy(
+        self, layout: _Layout, data, x_perm, scale=None, scale_perm=None, slot_of_row=None
+    ) -> torch.Tensor:
+        """Rows of data [t, d] to their places in x_perm, scales along; returns row_map [t, k] and
+        fills its inverse, slot_of_row, where one is given."""
         topk_idx = layout.topk_idx
         row_map = torch.full_like(topk_idx, -1)
         element = data.element_size()
         launchers().moe_permute(
             self._on(data), topk_idx=topk_idx.data_ptr(), first_row=layout.first_row.data_ptr(),
-            row_map=row_map.data_ptr(), x=data.data_ptr(), x_perm=x_perm.data_ptr(),
+            row_map=row_map.data_ptr(),
+            slot_of_row=0 if slot_of_row is None else slot_of_row.data_ptr(),
+            x=data.data_ptr(), x_perm=x_perm.data_ptr(),
             scale=0 if scale is None else scale.data_ptr(),
             scale_perm=0 if scale is None else scale_perm.data_ptr(),
             ld_x=data.stride(0) * element, row_bytes=data.shape[1] * element,
@@ -197,19 +264,6 @@ class Moe:
         x_perm = x.new_zeros(rows, x.shape[1]) if alignment > 1 else x.new_empty(rows, x.shape[1])
         row_map = self._copy(layout, _rows(x), x_perm)
         return x_perm, layout.group_sizes, row_map
-
-    def _permute_scaled(
-        self, x: ScaledTensor, topk_idx: torch.Tensor, num_experts: int
-    ) -> tuple[ScaledTensor, torch.Tensor, torch.Tensor]:
-        """moe_permute for e4m3 with 1 x 128 scales, without waiting for the device: room for every
-        slot; rows behind the last group hold nothing."""
-        layout = self._layout(topk_idx, num_experts, 1)
-        rows, groups = layout.topk_idx.numel(), x.scale.shape[1]
-        data = x.data.new_empty(rows, x.shape[1])
-        ld = -(-rows // 4) * 4
-        scale = x.scale.new_empty(groups, ld).transpose(0, 1)[:rows]
-        row_map = self._copy(layout, x.data, data, x.scale, scale)
-        return ScaledTensor(data, scale, (1, GROUP), "e4m3"), layout.group_sizes_i32, row_map
 
     def moe_unpermute(
         self, y: torch.Tensor, row_map: torch.Tensor, topk_weights: torch.Tensor | None
@@ -272,7 +326,9 @@ class Moe:
         if x.shape[0] == 0 or topk_idx.shape[1] == 0:
             return torch.zeros_like(x)
         tokens = self.rowwise.quantize(_float("x", x))
-        tokens, sizes, row_map = self._permute_scaled(tokens, topk_idx, w13.shape[0])
+        layout = self._layout(topk_idx, w13.shape[0], 1)
+        sizes = layout.group_sizes_i32
+        tokens, row_map = self._copy_scaled(layout, tokens, topk_idx.numel())
         hidden = self.grouped_gemm(tokens, w13, group_sizes=sizes, epilogue="swiglu_quant")
         y = self.grouped_gemm(hidden, w2, group_sizes=sizes, out_dtype=x.dtype)
         return self.moe_unpermute(y, row_map, topk_weights)
@@ -299,24 +355,35 @@ class Moe:
         self,
         grad: torch.Tensor,
         x: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
+        w13: torch.Tensor | ScaledTensor,
+        w2: torch.Tensor | ScaledTensor,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As dskernels.ref.moe_backward.moe_experts_backward for bf16, without waiting for the
-        device: products on the tensor cores, gradients between them rounded to bf16.
+        *,
+        weight_grads: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        """As dskernels.ref.moe_backward.moe_experts_backward for bf16, or e4m3 weights in blocks
+        of 128 x 128, without waiting for the device; no d13 and d2 without weight_grads.
 
-        Groups start at multiples of 64 rows, which is what the products along them ask for.
+        Groups start at multiples of 64 rows (e4m3: 128), which is what the products along them ask
+        for. bf16: gradients between products are rounded to bf16.
         """
-        _need_bf16(x, w13, w2)
+        backward = self._plain_backward
+        if isinstance(w13, ScaledTensor):
+            _need_scaled(x, w13, w2)
+            backward = self._scaled_backward
+        else:
+            _need_bf16(x, w13, w2)
         if x.shape[0] == 0 or topk_idx.shape[1] == 0:
-            return tuple(torch.zeros_like(v) for v in (x, w13, w2, topk_weights))
-        experts, slots, width = w13.shape[0], topk_idx.numel(), w2.shape[2]
-        layout = self._layout(topk_idx, experts, K_BLOCK)
-        sizes = layout.group_sizes_i32
-        rows = slots + min(experts, slots) * (K_BLOCK - 1)  # the most that alignment can need
-        rows = -(-rows // K_BLOCK) * K_BLOCK
+            wide = x.dtype if backward == self._plain_backward else torch.float32
+            d13, d2 = (torch.zeros(w.shape, dtype=wide, device=x.device) for w in (w13, w2))
+            return torch.zeros_like(x), d13, d2, torch.zeros_like(topk_weights)
+        return backward(grad, x, w13, w2, topk_idx, topk_weights, weight_grads)
+
+    def _plain_backward(self, grad, x, w13, w2, topk_idx, topk_weights, weight_grads: bool):
+        slots, width = topk_idx.numel(), w2.shape[2]
+        layout = self._layout(topk_idx, w13.shape[0], K_BLOCK)
+        sizes, rows = layout.group_sizes_i32, _aligned_rows(slots, w13.shape[0], K_BLOCK)
         x_perm, grad_perm, row_map = self._permute_plain(
             layout, rows, _rows(x), _rows(grad.to(x.dtype))
         )
@@ -330,13 +397,77 @@ class Moe:
             weights=weights.data_ptr(), dh=dh.data_ptr(), act=act.data_ptr(),
             dweights=dweights.data_ptr(), slots=slots, width=width, rows=rows,
         )  # fmt: skip
-        d13, d2 = (
-            self.grouped_gemm_k(_transposed(a), _transposed(b), sizes, out_dtype=torch.bfloat16)
-            for a, b in ((dh, x_perm), (grad_perm, act))
-        )
+        d13 = d2 = None
+        if weight_grads:
+            d13, d2 = (
+                self.grouped_gemm_k(_transposed(a), _transposed(b), sizes, out_dtype=torch.bfloat16)
+                for a, b in ((dh, x_perm), (grad_perm, act))
+            )
         dx_perm = self.grouped_gemm(dh, _transposed(w13), group_sizes=sizes)
         dx = self.moe_unpermute(dx_perm, row_map, None)
         return dx, d13, d2, dweights.to(topk_weights.dtype)
+
+    def _scaled_backward(self, grad, x, w13, w2, topk_idx, topk_weights, weight_grads: bool):
+        """Fourteen launches: quantise x and grad, layout, copy both, two products, the hidden
+        layer, its product; transpose x and grad, two products along the rows; weighted sum."""
+        x8 = self.rowwise.quantize(x)
+        g8 = self.rowwise.quantize(grad.to(x.dtype), scale_format="pow2")
+        layout = self._layout(topk_idx, w13.shape[0], GROUP)
+        sizes = layout.group_sizes_i32
+        rows = _aligned_rows(topk_idx.numel(), w13.shape[0], GROUP)
+        slot_of_row = torch.full((rows,), -1, dtype=torch.int32, device=x.device)
+        x8, row_map = self._copy_scaled(layout, x8, rows, slot_of_row)
+        g8, _ = self._copy_scaled(layout, g8, rows, slot_of_row)
+        h = self.grouped_gemm(x8, w13, group_sizes=sizes, out_dtype=torch.bfloat16)
+        back = self.grouped_gemm(
+            g8, _transposed_blocks(w2), group_sizes=sizes, out_dtype=torch.bfloat16
+        )
+        hidden = self._hidden_quantized(h, back, slot_of_row, topk_weights, weight_grads)
+        dx_perm = self.grouped_gemm(
+            hidden.dh, _transposed_blocks(w13), group_sizes=sizes, out_dtype=x.dtype
+        )
+        dx = self.moe_unpermute(dx_perm, row_map, None)
+        d13 = d2 = None
+        if weight_grads:
+            xt = self.rowwise.quantize(x8, transpose=True)
+            gt = self.rowwise.quantize(g8, scale_format="pow2", transpose=True)
+            d13 = self.grouped_gemm_k(hidden.dh_t, xt, sizes)
+            d2 = self.grouped_gemm_k(gt, hidden.act_t, sizes)
+        return dx, d13, d2, hidden.dweights.to(topk_weights.dtype)
+
+    def _copy_scaled(
+        self, layout: _Layout, x: ScaledTensor, rows: int, slot_of_row: torch.Tensor | None = None
+    ) -> tuple[ScaledTensor, torch.Tensor]:
+        """x [t, d] in 1 x 128 with a row for each copy, [rows, d], and row_map. Other rows are 0
+        with slot_of_row, which takes each row's slot, and hold nothing without."""
+        new = torch.Tensor.new_empty if slot_of_row is None else torch.Tensor.new_zeros
+        data = new(x.data.view(torch.uint8), (rows, x.shape[1])).view(x.data.dtype)
+        scale = new(x.scale, (x.scale.shape[1], -(-rows // 4) * 4)).transpose(0, 1)[:rows]
+        row_map = self._copy(layout, x.data, data, x.scale, scale, slot_of_row)
+        return ScaledTensor(data, scale, (1, GROUP), "e4m3"), row_map
+
+    def _hidden_quantized(self, h, back, slot_of_row, topk_weights, weight_grads) -> _Hidden:
+        """The hidden layer's gradients, quantised for the products that take them."""
+        rows, width = back.shape
+        dh = _empty_scaled(rows, 2 * width, h.device)
+        dh_t = _empty_scaled(2 * width, rows, h.device)
+        act_t = _empty_scaled(width, rows, h.device)
+
+        def zeros(*shape, dtype=torch.float32):
+            return torch.zeros(*shape, dtype=dtype, device=h.device)
+
+        dweights = zeros(topk_weights.shape)
+        weights = topk_weights.float().contiguous()
+        dot, finished = zeros(width // GROUP, rows), zeros(rows // GROUP, dtype=torch.int32)
+        launchers().moe_hidden_quantize(
+            self._on(h), h=h.data_ptr(), back=back.data_ptr(), slot_of_row=slot_of_row.data_ptr(),
+            weights=weights.data_ptr(), dh=dh.data.data_ptr(), dh_scale=dh.scale.data_ptr(),
+            dh_t=dh_t.data.data_ptr(), dh_t_scale=dh_t.scale.data_ptr(),
+            act_t=act_t.data.data_ptr(), act_t_scale=act_t.scale.data_ptr(), dot=dot.data_ptr(),
+            dweights=dweights.data_ptr(), finished=finished.data_ptr(),
+            slots=topk_weights.numel(), rows=rows, width=width, transposed=weight_grads,
+        )  # fmt: skip
+        return _Hidden(dh, dh_t, act_t, dweights)
 
     def supports(self, op: str, **shapes) -> Support:
         limits = launchers()

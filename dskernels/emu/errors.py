@@ -13,16 +13,3 @@ HazardError = _emu.HazardError
 DeadlockError = _emu.DeadlockError
 Hazard = _emu.Hazard
 StuckWarp = _emu.StuckWarp
-
-# Formal findings that `check="strict"` raises: no shipping kernel needs to read what nobody wrote,
-# but one that does and drops the value is right.
-STRICT_KINDS = frozenset({"uninitialized-read"})
-
-
-def raise_for(hazards: list, kinds: frozenset[str]) -> None:
-    """Raises HazardError for the findings of these kinds, if there are any."""
-    hits = [h for h in hazards if h.kind in kinds]
-    if hits:
-        error = HazardError("\n".join(repr(h) for h in hits))
-        error.hazards = hits
-        raise error

@@ -9,7 +9,6 @@ from typing import Any
 
 from dskernels._C import emu as _emu
 from dskernels.emu.arrays import Lent, describe, is_array
-from dskernels.emu.errors import STRICT_KINDS, raise_for
 from dskernels.emu.stat import LaunchProfile, profiling
 from dskernels.emu.tensor_map import TensorMap
 
@@ -157,8 +156,8 @@ class Launcher:
         args: arrays (NumPy, torch CPU), Python or NumPy scalars, bytes, tensor maps, None for a
         null pointer. cluster: CTAs per cluster. shared: dynamic shared memory, bytes. seed: None
         for the fixed schedule on all host threads, a number for a random schedule that this seed
-        reproduces. check: look for hazards; "strict" also raises for reads of memory that nobody
-        has written, which are formal findings otherwise. numerics: "exact" (tensor cores as on
+        reproduces. check: look for hazards; "strict" also raises formal findings, but for
+        "formal-proxy-order". numerics: "exact" (tensor cores as on
         Hopper, the approximate functions correctly rounded), "fast" (tensor cores in fp32) or
         "worst" (as exact, but approximate functions are off by the largest documented error, up or
         down by seed and input). profile: record the launch in full, for LaunchStats.profile (use
@@ -176,7 +175,7 @@ class Launcher:
             params = self._kernel.pack(args, stack)
             recorded = None
             if profile:
-                options = {"sample_ctas": None, "check": check, "numerics": numerics}
+                options = {"sample_ctas": None, "check": bool(check), "numerics": numerics}
                 recorded = stack.enter_context(profiling(**options))
             number = _emu.launch(
                 device,
@@ -192,13 +191,12 @@ class Launcher:
                 NUMERICS.index(numerics),
                 False,
                 max_instructions,
+                check == "strict",
             )
             _emu.synchronize(device)
         stats = LaunchStats(**_emu.stats(number))
         if recorded is not None:
             (stats.profile,) = recorded.launches
-        if check == "strict":
-            raise_for(stats.hazards, STRICT_KINDS)
         return stats
 
 

@@ -279,9 +279,10 @@ class profiling:
 
     part: "h100", "h800", "h200" or "h100-pcie". sample_ctas: how many CTAs of each grid run and
     are recorded (whole clusters, evenly spread, the first among them); None takes the whole grid.
-    With a sample the launch's RESULTS ARE INCOMPLETE, a later launch that depends on them goes
-    astray, and a kernel whose CTAs wait for each other across clusters stops with DeadlockError.
-    complete=True runs the whole grid and records only the sample. numerics: of the tensor cores,
+    complete=True runs the whole grid nevertheless, and records only the sample; False runs the
+    sample only; None does so for kernels with wgmma, which are the costly ones. What runs in part
+    has INCOMPLETE RESULTS, a later launch that depends on them goes astray, and a kernel whose CTAs
+    wait for each other across clusters stops with DeadlockError. numerics: of the tensor cores,
     "fast" or "exact". check: look for hazards, as slow as ever. overrides: parameters of the
     model, e.g. clock_ghz. One profile at a time, process-wide.
     """
@@ -291,7 +292,7 @@ class profiling:
         part: str = "h800",
         *,
         sample_ctas: int | None = 2,
-        complete: bool = False,
+        complete: bool | None = None,
         check: bool = False,
         numerics: str = "fast",
         **overrides: float,

@@ -25,7 +25,7 @@ _chosen = _backend.chosen
 _run = _backend.run
 
 
-def _row_width(cache: Tensor, latent: int, rope: int) -> int:
+def row_width(cache: Tensor, latent: int, rope: int) -> int:
     """Last dimension of a cache for these widths: values, or bytes of an FP8 cache."""
     if cache.dtype != torch.uint8:
         return latent + rope
@@ -76,7 +76,7 @@ def _check_decode(q, kv_cache, block_table, seq_lens, head_dim_v):
         check.bad_value(op, "head_dim_v", f"1 .. {width} (q's width)", head_dim_v)
     check.rank(op, "kv_cache", kv_cache, "[pages, page, row]", 3, 3)
     check.dtype(op, "kv_cache", kv_cache, CACHE_DTYPES)
-    row = _row_width(kv_cache, head_dim_v, width - head_dim_v)
+    row = row_width(kv_cache, head_dim_v, width - head_dim_v)
     if kv_cache.shape[2] != row:
         check.bad_value(op, "kv_cache", f"[pages, page, {row}]", check.show(kv_cache.shape))
     check.dtype(op, "block_table", block_table, check.INDEX)
@@ -168,7 +168,7 @@ def _check_append(kv_cache, latent, k_rope, slots):
     tokens, width = latent.shape
     if k_rope.shape[0] != tokens:
         check.bad_value(op, "k_rope", f"[t = {tokens}, r]", check.show(k_rope.shape))
-    row = _row_width(kv_cache, width, k_rope.shape[1])
+    row = row_width(kv_cache, width, k_rope.shape[1])
     if kv_cache.shape[2] != row:
         check.bad_value(op, "kv_cache", f"[pages, page, {row}]", check.show(kv_cache.shape))
     check.dtype(op, "slots", slots, check.INDEX)

@@ -1,7 +1,6 @@
-"""Mixture of experts: router, permutation, fused experts, bias update.
+"""Mixture of experts: router, permutation, bias update; the experts are in experts.py.
 
-Dimension letters: t tokens, d model width, e experts, k chosen experts per token, m permuted rows,
-i expert width.
+Dimension letters: t tokens, d model width, e experts, k chosen experts per token, m permuted rows.
 """
 
 from __future__ import annotations
@@ -10,14 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import backend as _backend
-from ..types import ScaledTensor
 from . import _check as check
 from . import _values as values
 from ._registry import define
-from ._scaled import scaled
-from .gemm import Operand, _split, check_scaled
 
 SCORES = ("sigmoid", "softmax")
+WEIGHT_SUM_FLOOR = 1e-20  # keeps divisions by a sum of scores finite
 GROUP_SCORES = ("top2", "max")
 
 _chosen = _backend.chosen
@@ -39,8 +36,9 @@ def moe_gate(
     score: str = "sigmoid",
     group_score: str | None = None,
     renormalize: bool | None = None,
+    sequences: int | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Choose topk experts for each token of x [t, d] by weight [e, d] and bias [e] or None.
 
     n_group, topk_group  the experts come in n_group equal groups, of which the topk_group best are
@@ -50,11 +48,18 @@ def moe_gate(
     group_score          a group is as good as its "top2" experts' sum or its "max"; default: top2
                          with sigmoid, max with softmax
     renormalize          divide the weights by their sum; default: with sigmoid only
+    sequences            the tokens are so many sequences of equal length, one after the other:
+                         statistics for balancing follow from the same pass
 
     Returns (topk_idx int64 [t, k] by descending biased score, topk_weights fp32 [t, k] from the
     UNBIASED scores, scores fp32 [t, e], unbiased). Ties go to the lowest index. Differentiable in
     x and weight through weights and scores; the choice and the bias get no gradient.
-    Source: V3 report eq. 12-16; V2 paper 2.2.2.
+
+    With sequences = b also (counts int64 [b, e]: choices of each expert, whose sum over b is what
+    `moe_bias_update` takes; affinity fp32 [b, e]: the mean over the sequence of the scores, each
+    token's divided by their sum). V3's sequence-wise loss is then
+    alpha * e / (k s) * (counts * affinity).sum(-1).mean(), with s tokens a sequence; affinity is
+    differentiable. Source: V3 report eq. 12-20; V2 paper 2.2.2.
     """
     name = _chosen(backend)
     if group_score is None:
@@ -62,7 +67,9 @@ def moe_gate(
     if renormalize is None:
         renormalize = score == "sigmoid"
     choice = (n_group, topk_group, topk, scale, score, group_score, renormalize)
-    return _gate(x, weight, bias, *choice, name)
+    if sequences is None:
+        return _gate(x, weight, bias, *choice, name)
+    return _gate_statistics(x, weight, bias, *choice, sequences, name)
 
 
 def _check_gate(x, weight, bias, n_group, topk_group, topk, score, group_score):
@@ -147,6 +154,66 @@ _gate = define(
 )
 
 
+def _check_gate_statistics(
+    x, weight, bias, n_group, topk_group, topk, score, group_score, sequences
+):
+    _check_gate(x, weight, bias, n_group, topk_group, topk, score, group_score)
+    tokens = x.shape[0]
+    if sequences < 1 or tokens < 1 or tokens % sequences:
+        check.bad_value("moe_gate", "sequences", f"a divisor of t = {tokens} tokens", sequences)
+
+
+def _gate_statistics_kernel(
+    x, weight, bias, n_group, topk_group, topk, scale, score, group_score, renormalize, sequences,
+    backend,
+):  # fmt: skip
+    options = dict(n_group=n_group, topk_group=topk_group, topk=topk, scale=scale, score=score)
+    options |= dict(group_score=group_score, renormalize=renormalize, sequences=sequences)
+    results = _run("moe_gate", backend, x.device.type, x, weight, bias, **options)
+    return tuple(result.contiguous() for result in results)
+
+
+def _gate_statistics_fake(
+    x, weight, bias, n_group, topk_group, topk, scale, score, group_score, renormalize, sequences,
+    backend,
+):  # fmt: skip
+    shape = (sequences, weight.shape[0])
+    choice = (n_group, topk_group, topk, scale, score, group_score, renormalize, backend)
+    return (
+        *_gate_fake(x, weight, bias, *choice),
+        x.new_empty(shape, dtype=torch.int64),
+        x.new_empty(shape, dtype=torch.float32),
+    )
+
+
+def _gate_statistics_save(ctx, inputs, output):
+    _gate_save(ctx, (*inputs[:10], inputs[11]), output[:3])
+    ctx.mark_non_differentiable(output[0], output[3])
+
+
+def _gate_statistics_grad(ctx, _, grad_weights, grad_scores, __, grad_affinity):
+    scores = ctx.saved_tensors[3]
+    # affinity is the mean of share = scores / total: its gradient joins that of the scores.
+    total = scores.sum(dim=-1, keepdim=True) + WEIGHT_SUM_FLOOR
+    share, length = scores / total, scores.shape[0] // grad_affinity.shape[0]
+    g = (grad_affinity / length).repeat_interleave(length, dim=0)
+    more = (g - (g * share).sum(dim=-1, keepdim=True)) / total
+    grads = _gate_grad(ctx, None, grad_weights, grad_scores + more)
+    return *grads, None
+
+
+_gate_statistics = define(
+    "moe_gate_statistics(Tensor x, Tensor weight, Tensor? bias, int n_group, int topk_group,"
+    " int topk, float scale, str score, str group_score, bool renormalize, int sequences,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _check_gate_statistics,
+    _gate_statistics_kernel,
+    _gate_statistics_fake,
+    _gate_statistics_grad,
+    _gate_statistics_save,
+)
+
+
 def _check_gate_backward(grad_weights, grad_scores, topk_idx, scores):
     op = "moe_gate_backward"
     check.shape(op, "grad_weights", grad_weights, "[t, k]", topk_idx.shape)
@@ -202,7 +269,7 @@ def moe_permute(
     return _permute(x, topk_idx, num_experts, alignment, _chosen(backend))
 
 
-def _check_permute(x, topk_idx, num_experts, alignment, op="moe_permute"):
+def check_permute(x, topk_idx, num_experts, alignment, op="moe_permute"):
     check.rank(op, "x", x, "[t, d]", 2, 2)
     check.dtype(op, "x", x, check.FLOATS)
     check.dtype(op, "topk_idx", topk_idx, check.INDEX)
@@ -245,7 +312,7 @@ def _permute_grad(ctx, grad, *_):
 _permute = define(
     "moe_permute(Tensor x, Tensor topk_idx, SymInt num_experts, SymInt alignment, str backend)"
     " -> (Tensor, Tensor, Tensor)",
-    _check_permute,
+    check_permute,
     _permute_kernel,
     _permute_fake,
     _permute_grad,
@@ -333,140 +400,6 @@ _unpermute_backward = define(
     _check_unpermute_backward,
     _unpermute_backward_kernel,
     _unpermute_backward_fake,
-)
-
-
-# ---- moe_experts -------------------------------------------------------------------------------
-
-
-def moe_experts(
-    x: Tensor,
-    w13: Operand,
-    w2: Operand,
-    topk_idx: Tensor,
-    topk_weights: Tensor,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """The routed experts of x [t, d]: sum over k of weight * w2 swiglu(w13 x) -> [t, d].
-
-    w13           [e, 2i, d] = [gate; up]; plain (x's dtype) or ScaledTensor in blocks (128, 128)
-    w2            [e, d, i], of w13's kind
-    topk_idx      int64 (or int32) [t, k], -1 for a slot without an expert
-    topk_weights  fp32 [t, k]
-
-    Plain weights: each product and the SwiGLU are rounded to x's dtype; differentiable in x, w13,
-    w2 and topk_weights. Scaled weights (W8A8): x and the unrounded SwiGLU are quantised in blocks
-    (1, 128). The weighted sum is `moe_unpermute`'s.
-    """
-    name = _chosen(backend)
-    w13, w2, s13, s2, blocks = _split_weights(w13, w2)
-    return _experts(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights, name)
-
-
-def _split_weights(w13: Operand, w2: Operand) -> tuple:
-    if isinstance(w13, ScaledTensor) != isinstance(w2, ScaledTensor):
-        expected = "two plain tensors or two ScaledTensors"
-        actual = f"{type(w13).__name__} and {type(w2).__name__}"
-        check.bad_type("moe_experts", "w13, w2", expected, actual)
-    return _split("moe_experts", w13, w2)
-
-
-def _check_experts(x, w13, w2, w13_scale, w2_scale, blocks, topk_idx, topk_weights):
-    op = "moe_experts"
-    check.rank(op, "w13", w13, "[e, 2i, d]", 3, 3)
-    experts, double, width = w13.shape
-    _check_permute(x, topk_idx, experts, 1, op)
-    if width != x.shape[1] or double % 2:
-        expected = f"[e, 2i, d = {x.shape[1]}]"
-        check.bad_value(op, "w13", expected, check.show(w13.shape))
-    check.rank(op, "w2", w2, "[e, d, i]", 3, 3)
-    check.shape(op, "w2", w2, "[e, d, i]", (experts, width, double // 2))
-    if w13_scale is None and w2_scale is None:
-        check.same_dtype(op, "w13", w13, "x", x)
-        check.same_dtype(op, "w2", w2, "x", x)
-    else:
-        _check_expert_scales(w13, w2, w13_scale, w2_scale, blocks)
-    check.same_device(op, "w13", w13, "x", x)
-    check.same_device(op, "w2", w2, "x", x)
-    check.shape(op, "topk_weights", topk_weights, "[t, k]", topk_idx.shape)
-    check.dtype(op, "topk_weights", topk_weights, check.FLOATS)
-    check.same_device(op, "topk_weights", topk_weights, "x", x)
-
-
-def _check_expert_scales(w13, w2, s13, s2, blocks):
-    if s13 is None or s2 is None or len(blocks) != 4:
-        check.bad_value("moe_experts", "blocks", "two scales and 4 block sizes", list(blocks))
-    # Activations are quantised in blocks (1, 128), so the weights' blocks must be 128 deep.
-    for name, data, scale, block in (("w13", w13, s13, blocks[:2]), ("w2", w2, s2, blocks[2:])):
-        if block[1] != 128:
-            check.bad_value("moe_experts", f"{name}.block", "(rows, 128)", tuple(block))
-        check_scaled("moe_experts", name, data, scale, block)
-
-
-def _weights(w13, w2, s13, s2, blocks):
-    if s13 is None:
-        return w13, w2
-    return scaled(w13, s13, blocks[:2], "e4m3"), scaled(w2, s2, blocks[2:], "e4m3")
-
-
-def _experts_kernel(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights, backend):
-    topk_idx = values.index("moe_experts", "topk_idx", topk_idx, -1, w13.shape[0])
-    first, second = _weights(w13, w2, s13, s2, blocks)
-    device = x.device.type
-    return _run(
-        "moe_experts", backend, device, x, first, second, topk_idx, topk_weights
-    ).contiguous()
-
-
-def _experts_fake(x, w13, w2, s13, s2, blocks, topk_idx, topk_weights, backend):
-    return x.new_empty(x.shape)
-
-
-def _experts_save(ctx, inputs, output):
-    x, w13, w2, s13, _, _, topk_idx, topk_weights, ctx.backend = inputs
-    if s13 is not None:
-        raise NotImplementedError("moe_experts with scaled weights is not differentiable: detach")
-    ctx.save_for_backward(x, w13, w2, topk_idx, topk_weights)
-
-
-def _experts_grad(ctx, grad):
-    dx, d13, d2, dweights = _experts_backward(grad, *ctx.saved_tensors, ctx.backend)
-    return dx, d13, d2, None, None, None, None, dweights, None
-
-
-_experts = define(
-    "moe_experts(Tensor x, Tensor w13, Tensor w2, Tensor? w13_scale, Tensor? w2_scale,"
-    " SymInt[] blocks, Tensor topk_idx, Tensor topk_weights, str backend) -> Tensor",
-    _check_experts,
-    _experts_kernel,
-    _experts_fake,
-    _experts_grad,
-    _experts_save,
-)
-
-
-def _check_experts_backward(grad, x):
-    check.shape("moe_experts_backward", "grad", grad, "x's shape", x.shape)
-
-
-def _experts_backward_kernel(grad, x, w13, w2, topk_idx, topk_weights, backend):
-    op = "moe_experts_backward"
-    topk_idx = values.index(op, "topk_idx", topk_idx, -1, w13.shape[0])
-    grads = _run(op, backend, x.device.type, grad, x, w13, w2, topk_idx, topk_weights)
-    return tuple(g.contiguous() for g in grads)
-
-
-def _experts_backward_fake(grad, x, w13, w2, topk_idx, topk_weights, backend):
-    return tuple(t.new_empty(t.shape) for t in (x, w13, w2, topk_weights))
-
-
-_experts_backward = define(
-    "moe_experts_backward(Tensor grad, Tensor x, Tensor w13, Tensor w2, Tensor topk_idx,"
-    " Tensor topk_weights, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _check_experts_backward,
-    _experts_backward_kernel,
-    _experts_backward_fake,
 )
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 
 from ..types import ScaledTensor
-from .rowwise import quantize
+from .rowwise import quantize, rms_norm, rope
 
 TILE = 128  # latents per scale in an FP8 cache row
 
@@ -154,6 +154,61 @@ def mla_prefill(
     outs.append(torch.zeros(rest, *v.shape[1:], dtype=wide, device=q.device))
     lses.append(torch.full((q.shape[1], rest), torch.inf, dtype=wide, device=q.device))
     return torch.cat(outs).to(q.dtype), torch.cat(lses, dim=1).float()
+
+
+def mla_latents(
+    q_a: torch.Tensor | None,
+    kv_a: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    kv_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    interleaved: bool = True,
+) -> torch.Tensor | None:
+    """What follows the down-projections: kv_a [t, dl + r] into the cache, q_a [t, dq] normalised.
+
+    The cache gets RMSNorm(kv_a[:, :dl]) * kv_weight [dl], rounded to kv_a's dtype, and the rotated
+    kv_a[:, dl:], as `mla_cache_append` stores them at slots [t]. Returns RMSNorm(q_a) * q_weight
+    [dq] in q_a's dtype; None for a model whose queries have no latent (q_a None).
+
+    cos, sin  fp32 [t, r / 2], interleaved as in `rope`. Source: V2 paper 2.1.2 and 2.1.3.
+    """
+    dl = kv_weight.shape[0]
+    latent = rms_norm(kv_a[:, :dl], kv_weight, eps)
+    k_rope = rope(kv_a[:, None, dl:], cos, sin, interleaved=interleaved)[:, 0]
+    mla_cache_append(kv_cache, latent, k_rope, slots)
+    return None if q_a is None else rms_norm(q_a, q_weight, eps)
+
+
+def mla_absorb_queries(
+    q: torch.Tensor,
+    w_uk: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved: bool = True,
+) -> torch.Tensor:
+    """q [t, h, n + r] -> [q_nope W_uk | rotated q_rope] [t, h, dl + r], what `mla_decode` takes.
+
+    w_uk [h, n, dl] is the key half of the up-projection: q_nope . (W_uk c) = (q_nope W_uk) . c.
+    Sums in fp32 (fp64), rounded once to q's dtype. cos, sin fp32 [t, r / 2], interleaved as in
+    `rope`. Source: V2 paper 2.1.2, "absorbed into W_UQ".
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    nope, turning = q.split([w_uk.shape[1], q.shape[2] - w_uk.shape[1]], dim=-1)
+    absorbed = torch.einsum("thn,hnc->thc", nope.to(wide), w_uk.to(wide)).to(q.dtype)
+    return torch.cat([absorbed, rope(turning, cos, sin, interleaved=interleaved)], dim=-1)
+
+
+def mla_absorb_output(o: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
+    """o [t, h, dl], attended latents, -> [t, h, v] through w_uv [h, v, dl], the value half of the
+    up-projection. Sums in fp32 (fp64), rounded once to o's dtype. Source: V2 paper 2.1.2."""
+    wide = torch.float64 if o.dtype == torch.float64 else torch.float32
+    return torch.einsum("thc,hvc->thv", o.to(wide), w_uv.to(wide)).to(o.dtype)
 
 
 def _softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,8 @@ def moe_gate(
     score: str = "sigmoid",
     group_score: str | None = None,
     renormalize: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sequences: int | None = None,
+) -> tuple[torch.Tensor, ...]:
     """Choose topk experts for each token of x [t, d] by weight [e, d] and bias [e].
 
     Returns topk_idx int64 [t, k] in descending order of the biased score, topk_weights fp32
@@ -46,6 +47,8 @@ def moe_gate(
     always holds, and the NaN shows in scores and weights. Differentiable in x and weight through
     weights and scores; the choice itself and the bias get no gradient.
 
+    With `sequences`, that many of equally many tokens, `gate_statistics` follows: five results.
+
     Source: V3 report eq. 12-16, V2 paper 2.2.2.
     """
     _check_gate(x, weight, bias, n_group, topk_group, topk, score, group_score)
@@ -61,7 +64,29 @@ def moe_gate(
         by_sum=(group_score or ("top2" if score == "sigmoid" else "max")) == "top2",
         renormalize=renormalize if renormalize is not None else score == "sigmoid",
     )
-    return topk_idx, weights, scores
+    if sequences is None:
+        return topk_idx, weights, scores
+    return topk_idx, weights, scores, *gate_statistics(topk_idx, scores, sequences)
+
+
+def gate_statistics(
+    topk_idx: torch.Tensor, scores: torch.Tensor, sequences: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What balancing needs, of `sequences` runs of equally many tokens: (counts, affinity) [b, e].
+
+    counts int64 are the choices of each expert; affinity fp32 is the mean over the sequence of
+    scores / (their sum + 1e-20), within a few roundings of fp32 (NaN if any score is); it is
+    differentiable in scores. topk_idx [t, k], scores [t, e]. Source: V3 report eq. 17-20.
+    """
+    tokens, experts = scores.shape
+    if sequences < 1 or tokens % sequences or tokens == 0:
+        raise ValueError(f"sequences: expected a divisor of t = {tokens} tokens, got {sequences}")
+    length = tokens // sequences
+    sequence = torch.arange(sequences, device=scores.device).repeat_interleave(length)
+    place = (sequence[:, None] * experts + topk_idx).flatten()
+    counts = torch.bincount(place, minlength=sequences * experts).view(sequences, experts)
+    share = scores / (scores.sum(dim=-1, keepdim=True) + WEIGHT_SUM_FLOOR)
+    return counts, share.view(sequences, length, experts).mean(dim=1)
 
 
 def choose_experts(

@@ -8,9 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .moe import WEIGHT_SUM_FLOOR, moe_permute
-from .rowwise import swiglu
+from ..types import ScaledTensor
+from .gemm import grouped_gemm, grouped_gemm_k
+from .moe import WEIGHT_SUM_FLOOR, moe_permute, moe_unpermute
+from .rowwise import quantize, swiglu
 from .rowwise_backward import swiglu_backward
+
+GROUP = 128  # of the scales; so the experts' rows, which the weights' gradients contract over
 
 
 def moe_gate_backward(
@@ -64,16 +68,23 @@ def moe_unpermute_backward(
 def moe_experts_backward(
     grad: Tensor,
     x: Tensor,
-    w13: Tensor,
-    w2: Tensor,
+    w13: Tensor | ScaledTensor,
+    w2: Tensor | ScaledTensor,
     topk_idx: Tensor,
     topk_weights: Tensor,
+    *,
+    weight_grads: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad [t, d] -> gradients of x [t, d], w13 [e, 2i, d], w2 [e, d, i], topk_weights [t, k].
 
     Nothing but the inputs is kept from the forward: the gate and up projections of each expert
-    are computed again, as in the V3 report's recomputation of SwiGLU.
+    are computed again, as in the V3 report's recomputation of SwiGLU. For scaled weights see
+    `_scaled_experts_backward`: the gradients of the weights are then fp32. weight_grads=False says
+    that nobody looks at them; other backends then leave them out.
     """
+    del weight_grads
+    if isinstance(w13, ScaledTensor):
+        return _scaled_experts_backward(grad, x, w13, w2, topk_idx, topk_weights)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_perm, group_sizes, row_map = moe_permute(x, topk_idx, w13.shape[0])
     tokens, slots = (row_map >= 0).nonzero(as_tuple=True)
@@ -107,3 +118,55 @@ def moe_experts_backward(
     dweights = torch.zeros_like(topk_weights)
     dweights[tokens, slots] = dot[rows, 0].to(topk_weights.dtype)
     return dx.to(x.dtype), d13, d2, dweights
+
+
+def _scaled_experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    w13: ScaledTensor,
+    w2: ScaledTensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All six products in FP8 (V3 report, 3.3.2 and 3.5.2); rows are sorted copies of tokens.
+
+        x8    = x in 1x128                          the forward's; 128x1 is requantised from it
+        g8    = grad in 1x128, scales powers of two, so that its 128x1 loses next to nothing
+        h     = x8 w13^T, back = g8 w2              bf16
+        dh    = SwiGLU's gradient at h of weight * back, act = weight * SwiGLU(h)    unrounded
+        dx    = (dh in 1x128) w13                   x's dtype, summed over a token's copies in fp32
+        dw13  = dh^T x8, dw2 = g8^T act             all in 128x1, along the rows; fp32
+        d topk_weights = <back, SwiGLU(h)> = <grad, the expert's output>             fp32
+
+    w13 and w2 are taken in their 128x128 blocks, whose transposes are such blocks again. An
+    expert's rows are padded with zeros to a multiple of 128, so no scale spans two experts.
+    """
+    experts = w13.shape[0]
+    x_perm, sizes, row_map = moe_permute(x.detach(), topk_idx, experts, alignment=GROUP)
+    grad_perm, _, _ = moe_permute(grad.to(x.dtype), topk_idx, experts, alignment=GROUP)
+    x8, g8 = quantize(x_perm), quantize(grad_perm, scale_format="pow2")
+    h = grouped_gemm(x8, w13, group_sizes=sizes).float()
+    back = grouped_gemm(g8, transposed_blocks(w2), group_sizes=sizes).float()
+
+    tokens, slots = (row_map >= 0).nonzero(as_tuple=True)
+    rows = row_map[tokens, slots]
+    weights = torch.zeros(x_perm.shape[0], 1, device=x.device)
+    weights[rows, 0] = topk_weights[tokens, slots].float()
+    act = swiglu(h)
+    dweights = torch.zeros_like(topk_weights)
+    dweights[tokens, slots] = (back * act).sum(dim=-1)[rows].to(topk_weights.dtype)
+    dh, act = swiglu_backward(back * weights, h), act * weights
+
+    dx_perm = grouped_gemm(
+        quantize(dh), transposed_blocks(w13), group_sizes=sizes, out_dtype=x.dtype
+    )
+    d13 = grouped_gemm_k(quantize(dh, transpose=True), quantize(x8, transpose=True), sizes)
+    left = quantize(g8, scale_format="pow2", transpose=True)
+    d2 = grouped_gemm_k(left, quantize(act, transpose=True), sizes)
+    return moe_unpermute(dx_perm, row_map, None), d13, d2, dweights
+
+
+def transposed_blocks(w: ScaledTensor) -> ScaledTensor:
+    """w [e, n, k] in blocks (128, 128) -> [e, k, n] in such blocks: the same numbers."""
+    data = w.data.view(torch.uint8).transpose(-2, -1).contiguous().view(w.data.dtype)
+    return ScaledTensor(data, w.scale.transpose(-2, -1).contiguous(), w.block[::-1], w.dtype)

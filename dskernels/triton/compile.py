@@ -77,8 +77,8 @@ def moe_variants() -> dict[str, Variant]:
 
 
 def mla_variants() -> dict[str, Variant]:
-    """Decode of up to 16 rows a request from either cache, and the joining of its splits."""
-    from . import mla
+    """Decode of up to 16 rows a request from either cache, the joining of its splits, prefill."""
+    from . import mla, mla_prefill
 
     pointers = {"q_ptr": "*bf16", "kv_ptr": "*bf16", "rope_ptr": "*bf16", "scale_ptr": "*fp32"}
     pointers |= {"table_ptr": "*i32", "lens_ptr": "*i32", "out_ptr": "*fp32", "lse_ptr": "*fp32"}
@@ -96,6 +96,17 @@ def mla_variants() -> dict[str, Variant]:
         found[name] = Variant(
             mla.decode_kernel, signature | cache, constants | widths | {"FP8": fp8}
         )
+    prefill = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16")
+    prefill |= {"ends_q_ptr": "*i32", "ends_k_ptr": "*i32", "out_ptr": "*bf16", "lse_ptr": "*fp32"}
+    prefill |= _integers("t", "h", "b") | {"scale_log2": "fp32"}
+    sizes = {"DN": mla_prefill.NOPE, "DR": mla_prefill.ROPE, "DV": mla_prefill.VALUES}
+    sizes |= {"BLOCK_Q": mla_prefill.BLOCK_Q, "BLOCK_K": mla_prefill.BLOCK_K}
+    found["mla_prefill"] = Variant(
+        mla_prefill.prefill_kernel,
+        prefill,
+        sizes | {"CAUSAL": True, "WIDE": False},
+        mla_prefill.OPTIONS,
+    )
     return found
 
 

@@ -15,20 +15,17 @@ import triton.language as tl
 
 from ..types import Support, Unsupported
 from . import interpreting
+from . import mla_prefill as _prefill
 from .cast import cast_to, decode_e4m3
+from .mla_blocks import product
+from .mla_prefill import mla_prefill
+
+__all__ = ["mla_decode", "mla_prefill", "supports"]
 
 LATENT, ROPE = 512, 64
 BLOCK_T = 32  # tokens a program takes at a time
 FIXED_SPLIT = 32  # blocks of a split in deterministic mode
 TARGET_PROGRAMS = 264  # two for each SM of an H100
-
-
-@triton.jit
-def product(a, b, WIDE: tl.constexpr):
-    """a b of bf16 operands in fp32. WIDE: Triton's interpreter cannot multiply bf16."""
-    if WIDE:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b)
 
 
 @triton.jit
@@ -237,6 +234,8 @@ def mla_decode(
 
 def supports(op: str, **shapes) -> Support:
     """Whether the Triton kernels cover these sizes, and why not."""
+    if op == "mla_prefill":
+        return _prefill.supports(**shapes)
     if op != "mla_decode":
         return Support(False, f"the triton backend has no implementation of {op}")
     for letter, expected in (("dl", LATENT), ("r", ROPE), ("v", LATENT)):

@@ -50,8 +50,9 @@ def moe_gate(
     score: str = "sigmoid",
     group_score: str | None = None,
     renormalize: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As dskernels.ref.moe.moe_gate, at most 512 experts."""
+    sequences: int | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """As dskernels.ref.moe.moe_gate, at most 512 experts; the statistics are torch's."""
     _need_plain("x", x)
     _need_plain("weight", weight)
     (tokens, depth), experts = x.shape, weight.shape[0]
@@ -73,7 +74,18 @@ def moe_gate(
             GROUPS=triton.next_power_of_2(n_group), TOPK=triton.next_power_of_2(topk),
             SLAB=GATE_SLAB, **GATE_OPTIONS,
         )  # fmt: skip
-    return topk_idx, weights, scores
+    if sequences is None:
+        return topk_idx, weights, scores
+    return topk_idx, weights, scores, *_gate_statistics(topk_idx, scores, sequences)
+
+
+def _gate_statistics(topk_idx, scores, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choices of each expert and mean shares of the scores, [b, e]; no kernel of its own."""
+    chosen = topk_idx.view(sequences, -1)
+    counts = torch.zeros(sequences, scores.shape[1], dtype=torch.int64, device=scores.device)
+    counts.scatter_add_(1, chosen, torch.ones_like(chosen))
+    share = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+    return counts, share.view(sequences, -1, scores.shape[1]).mean(dim=1)
 
 
 def _layout(

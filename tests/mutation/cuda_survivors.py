@@ -28,12 +28,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "return left > kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
     ): "The row's last whole run then goes element by element: slower, the same values.",
     (
-        "cuda/kernels/moe_gate.cuh",
-        "for (int expert = 0; expert < p.experts; expert += kGateExperts) {",
-        "for (int expert = 0; expert <= p.experts; expert += kGateExperts) {",
-    ): "With 256 or 512 experts one more pass multiplies zeros (load() masks experts that are not "
-    "there) and stores no sum: slower, the same values.",
-    (
         "cuda/kernels/moe_layout.cuh",
         "const int begin = min(lane * per_lane, p.experts);",
         "const int begin = (lane * per_lane);",
@@ -83,4 +77,40 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "job.blocks = (max(0, min(last, job.length)) + kPrefillBlock - 1) / kPrefillBlock;",
         "job.blocks = (max(0, (job.length)) + kPrefillBlock - 1) / kPrefillBlock;",
     ): "Blocks behind the diagonal are then multiplied and masked: slower, the same values.",
+    (
+        "cuda/kernels/mla_prefill_backward.cuh",
+        "if (row < job.kept_length) own[i] = p.statistics[at];",
+        "if (row <= job.kept_length) own[i] = p.statistics[at];",
+    ): "The row behind the request's last is not stored, whatever its statistics; reading them stays "
+    "inside the workspace, whose requests are padded to 64 rows and which has 64 more.",
+    (
+        "cuda/kernels/mla_prefill_backward.cuh",
+        "if (filled >= kBackwardBlock) return;",
+        "if (filled > kBackwardBlock) return;",
+    ): "A block that is just full then waits for the other warpgroup, and clears no row.",
+    (
+        "cuda/kernels/mla_prefill_backward.cuh",
+        "*reinterpret_cast<uint4*>(to + swizzle128(row, i % 8)) = uint4{0, 0, 0, 0};",
+        "*reinterpret_cast<uint4*>(to + (swizzle128(row, i % 8) ^ 16)) = uint4{0, 0, 0, 0};",
+    ): "All chunks of the row are cleared, in another order.",
+    (
+        "cuda/kernels/mla_prefill_backward.cuh",
+        "if (!p.causal || half_row + kBackwardBlock <= block * kBackwardBlock + job.shift) return;",
+        "if (!p.causal || half_row + kBackwardBlock < block * kBackwardBlock + job.shift) return;",
+    ): "The mask is then computed for one block more, and hides nothing there.",
+    (
+        "cuda/kernels/mla_prefill_backward.cuh",
+        "if ((block + 1) * kBackwardBlock <= met) return;",
+        "if ((block + 1) * kBackwardBlock < met) return;",
+    ): "The mask is then computed for one block more, and hides nothing there.",
+    (
+        "cuda/kernels/mla_prefill_backward.cuh",
+        "smem.kept_ring.init(1);",
+        "smem.kept_ring.init(1 + 1);",
+    ): "The kept rows are loaded once: nobody waits for their place to be free.",
+    (
+        "cuda/tile/prefill_backward_job.cuh",
+        "job.first = max(0, job.kept - job.shift) / kBackwardBlock;",
+        "job.first = (0) / kBackwardBlock;",
+    ): "Blocks before the diagonal are then multiplied and masked: slower, the same values.",
 }

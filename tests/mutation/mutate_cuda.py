@@ -127,6 +127,7 @@ def _test_and_exit(
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         os.environ["DSK_EMU_SEED"] = str(seed)
+        os.environ["DSK_EMU_CHECK"] = "order"
         import pytest
 
         import dskernels.cuda

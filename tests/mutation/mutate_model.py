@@ -129,8 +129,8 @@ MUTANTS = [
     Mutant(
         "a later chunk forgets the past",
         "model/mla.py",
-        "if not any(batch.starts):",
-        "if True:",
+        "if any(batch.starts):",
+        "if False:",
         GEN,
     ),
     Mutant(

@@ -1,7 +1,7 @@
-// The running softmax, on fp32 FMA; with AMX and bf16 queries on tiles (attention_tiles.hpp).
+// The running softmax, on fp32 FMA; with bf16 queries on a bf16 unit (attention_pairs.hpp).
 #include "cpu/kernels/attention.hpp"
 
-#include "cpu/kernels/attention_tiles.hpp"
+#include "cpu/kernels/attention_drive.hpp"
 #include "cpu/kernels/gemm_wide.hpp"
 
 namespace dsk::cpu::DSK_CPU_NS {
@@ -88,13 +88,15 @@ void gather_block(const AttentionTask& t, int64_t k0, int64_t n, const WideBuffe
 }
 
 void wide_block(const AttentionTask& t, const AttentionState& s, int64_t k0, const WideBuffers& w) {
-  alignas(64) float scores[kWideRows * kBlock], ones[kWideRows], sums[kWideRows * kBlock];
+  alignas(64) float scores[kWideRows * kBlock], ones[kBlock], sums[kWideRows * kBlock];
+  alignas(64) float scale[kBlock];
   const int64_t width = AttentionState::width(t.kv.dv);
   for (float& one : ones) one = 1.0f;
+  for (float& value : scale) value = t.scale;
   for (int64_t r0 = 0; r0 < t.rows; r0 += kWideRows) {
     const int64_t count = min_of<int64_t>(kWideRows, t.rows - r0);
     std::memset(scores, 0, sizeof(scores));
-    wide_rows(w.q + r0 * t.kv.dk, t.kv.dk, count, w.keys, t.kv.dk, ones, t.scale, scores);
+    wide_rows(w.q + r0 * t.kv.dk, t.kv.dk, count, w.keys, t.kv.dk, ones, scale, scores);
     float correction[kWideRows];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t limit = min_of(t.end, t.first_limit + (r0 + i) / t.per_limit);
@@ -103,7 +105,7 @@ void wide_block(const AttentionTask& t, const AttentionState& s, int64_t k0, con
     }
     for (int64_t d0 = 0; d0 < width; d0 += 64) {
       std::memset(sums, 0, sizeof(sums));
-      wide_rows(scores, kBlock, count, w.values + d0 * kBlock, kBlock, ones, 1.0f, sums);
+      wide_rows(scores, kBlock, count, w.values + d0 * kBlock, kBlock, ones, ones, sums);
       for (int64_t i = 0; i < count; ++i) {
         float* out = s.out + (r0 + i) * width + d0;
         for (int64_t d = 0; d < 64; d += kLanes) {
@@ -160,8 +162,8 @@ void attend(const AttentionTask& task, const AttentionState& state) {
   }
   std::memset(state.out, 0,
               static_cast<size_t>(padded * AttentionState::width(task.kv.dv)) * sizeof(float));
-#if defined(__AMX_BF16__)
-  if (suits_tiles(task)) return attend_tiles(task, state);
+#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
+  if (suits_pairs(task)) return attend_pairs(task, state);
 #endif
   attend_wide(task, state);
 }

@@ -55,11 +55,24 @@ void write_panel(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0, const 
   }
 }
 
+// Scales of a panel whose columns have their own: [blocks][64], zeros behind n.
+const float* gather_scales(const GemmParams& p, int64_t panel, int64_t blocks, float* to) {
+  const int64_t columns = min_of(kPanel, p.n - panel * kPanel);
+  const float* from = p.scale_w.data + panel * kPanel * p.scale_w.stride_m;
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t n = 0; n < kPanel; ++n) {
+      const int64_t at = n * p.scale_w.stride_m + block * p.scale_w.stride_k;
+      to[block * kPanel + n] = n < columns ? from[at] : 0.0f;
+    }
+  }
+  return to;
+}
+
 }  // namespace
 
 void gemm(const GemmParams& p) {
   const PackedShape shape{p.n, p.k};
-  PackedRows rows = plan_rows({p.x, p.scale_x, nullptr, p.m, p.k});
+  PackedRows rows = plan_rows({p.x, p.scale_x, nullptr, p.m, p.k, p.column_scales});
   place_rows(rows, scratch(0, packed_bytes(rows)));
   // Below this the hand-over to other threads costs more than the packing.
   const int packers = p.m * p.k < 65536 ? 1 : p.threads;
@@ -76,13 +89,19 @@ void gemm(const GemmParams& p) {
     const int64_t first = task % column_tasks * wide;
     const int count = static_cast<int>(min_of<int64_t>(wide, shape.panels() - first));
     const int64_t size = round_up(m1 - m0, 32) * kPanel;
-    float* sums = static_cast<float*>(scratch(1, static_cast<uint64_t>(size) * wide * 4));
+    const int64_t scales = p.column_scales ? shape.blocks() * kPanel : 0;
+    const uint64_t floats = static_cast<uint64_t>((size + scales) * wide);
+    float* sums = static_cast<float*>(scratch(1, floats * 4));
     Panel panels[2];
     float* c[2];
     for (int i = 0; i < count; ++i) {
       const int64_t panel = first + i;
       panels[i] = {p.weights + panel * shape.panel_bytes(), p.nan_blocks + panel * shape.blocks(),
                    p.scale_w.data + panel / 2 * p.scale_w.stride_m, p.scale_w.stride_k};
+      if (p.column_scales) {
+        float* to = sums + size * wide + i * scales;
+        panels[i].column_scale = gather_scales(p, panel, shape.blocks(), to);
+      }
       c[i] = sums + i * size;
     }
     panel_product(rows, m0, m1, panels, count, c);

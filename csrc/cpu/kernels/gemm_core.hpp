@@ -5,6 +5,7 @@
 // The inner sum runs on the fastest unit the target has, the outer one in fp32 ("promotion"):
 //   tiles  AMX-BF16: E4M3 and BF16 are exact in bf16, products and sums are fp32
 //   half   AVX512-FP16: chains of 32 products in fp16 (see kHalf below for the range argument)
+//   dot    AVX512-BF16: pairs of bf16, products and sums are fp32
 //   wide   fp32 FMA: every other target, and what the half path falls back on
 #pragma once
 
@@ -19,17 +20,20 @@ struct Activations {
   Scales scale;                   // e4m3 only
   const int64_t* rows = nullptr;  // row i of the product reads x row rows[i]; null: i
   int64_t m = 0, k = 0;
+  // The panels they will meet have a scale per column and block: what the dot and wide units do.
+  bool column_scales = false;
 };
 
-enum class Format { kTiles, kHalf, kWide };
+enum class Format { kTiles, kHalf, kDot, kWide };
 
 // The same rows in the order of one unit. Memory belongs to the caller (see bytes()).
 //   kTiles  bf16 [blocks][m / 16][4 steps of 32 k][16][32], rows padded to 32 with zeros: what one
 //           block of weights meets is one stream
 //   kHalf   fp16 pairs {x, x} [group][depth][rows of the group]; groups of kGroup rows
+//   kDot    bf16 [m][depth]
 //   kWide   fp32 [m][depth]
 // scale [blocks][padded m] holds scale_a, divided by the power of two that kHalf multiplied a
-// block by; refused [blocks][padded m] (kHalf) marks blocks that fp16 cannot hold.
+// block by; refused [blocks][padded m] (kHalf, kDot) marks blocks that the unit cannot hold.
 struct PackedRows {
   Format format = Format::kWide;
   Activations source;
@@ -55,6 +59,7 @@ struct Panel {
   const uint8_t* nan_blocks = nullptr;  // [blocks]
   const float* scale = nullptr;         // of the panel's rows; one per block, stride scale_k
   int64_t scale_k = 0;
+  const float* column_scale = nullptr;  // or one per block and column: [blocks][64]
 };
 
 // c[i] [m1 - m0 rounded up to 32][64] fp32 = rows [m0, m1) times panels[i]; m0 a multiple of

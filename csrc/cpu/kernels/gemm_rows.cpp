@@ -1,5 +1,6 @@
 // Activations in the order of the unit that multiplies them: see gemm_core.hpp.
 #include "cpu/kernels/gemm_core.hpp"
+#include "cpu/kernels/gemm_dot.hpp"
 #include "cpu/kernels/gemm_half.hpp"
 
 namespace dsk::cpu::DSK_CPU_NS {
@@ -62,6 +63,14 @@ void pack_block(PackedRows& r, int64_t m, int64_t block) {
     scale *= half.unscale;
   }
 #endif
+#if defined(__AVX512BF16__)
+  if (r.format == Format::kDot) {
+    uint16_t* to = static_cast<uint16_t*>(r.data) + m * r.depth + k0;
+    for (int64_t i = 0; i < n; i += kLanes) store_bf16(to + i, load(values + i));
+    const bool wide = r.source.x.type != Type::kE4M3;
+    r.refused[block * r.padded + m] = wide && too_small_for_dot(values, n);
+  }
+#endif
   if (r.format == Format::kTiles) {
     uint16_t* tile = static_cast<uint16_t*>(r.data) + k0 * r.padded + m / 16 * 16 * n + m % 16 * 32;
     for (int64_t i = 0; i < n; i += kLanes) {
@@ -72,6 +81,11 @@ void pack_block(PackedRows& r, int64_t m, int64_t block) {
     for (int64_t i = 0; i < n; i += kLanes) store(to + i, load(values + i));
   }
   r.scale[block * r.padded + m] = scale;
+}
+
+// Bytes of an activation in its unit's format: fp16 values come in pairs.
+int64_t element_bytes(Format format) {
+  return format == Format::kTiles || format == Format::kDot ? 2 : 4;
 }
 
 }  // namespace
@@ -87,23 +101,28 @@ PackedRows plan_rows(const Activations& source) {
   // Activations that bf16 cannot hold take the wide path; few rows leave tiles idle.
   const bool exact = source.x.type == Type::kE4M3 || source.x.type == Type::kBF16;
   r.format = !exact ? Format::kWide : source.m > kMaxHalfRows ? Format::kTiles : Format::kHalf;
+  if (source.column_scales) r.format = Format::kWide;
 #elif defined(__AVX512FP16__)
-  r.format = source.x.type == Type::kF32 ? Format::kWide : Format::kHalf;
+  const bool wide = source.x.type == Type::kF32 || source.column_scales;
+  r.format = wide ? Format::kWide : Format::kHalf;
+#elif defined(__AVX512BF16__)
+  const bool exact = source.x.type == Type::kE4M3 || source.x.type == Type::kBF16;
+  r.format = exact ? Format::kDot : Format::kWide;
 #endif
   return r;
 }
 
 uint64_t packed_bytes(const PackedRows& r) {
   const int64_t rows = round_up(r.padded, kRowStep);
-  const int64_t element = r.format == Format::kTiles ? 2 : 4;
-  return static_cast<uint64_t>(rows * r.depth * element + r.blocks * r.padded * 5 + 3 * 64);
+  return static_cast<uint64_t>(rows * r.depth * element_bytes(r.format) + r.blocks * r.padded * 5 +
+                               3 * 64);
 }
 
 void place_rows(PackedRows& r, void* memory) {
   char* at = static_cast<char*>(memory);
   const int64_t rows = round_up(r.padded, kRowStep);
   r.data = at;
-  at += round_up(rows * r.depth * (r.format == Format::kTiles ? 2 : 4), 64);
+  at += round_up(rows * r.depth * element_bytes(r.format), 64);
   r.scale = reinterpret_cast<float*>(at);
   at += round_up(r.blocks * r.padded * 4, 64);
   r.refused = reinterpret_cast<uint8_t*>(at);

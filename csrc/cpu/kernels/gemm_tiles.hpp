@@ -9,78 +9,15 @@
 
 #if defined(__AMX_BF16__)
 
+#include "cpu/kernels/bf16_pairs.hpp"
 #include "cpu/kernels/gemm_core.hpp"
+#include "cpu/kernels/tile_scope.hpp"
 
 namespace dsk::cpu::DSK_CPU_NS {
 
-// Tile registers belong to the thread; another library (oneDNN) may have configured them and rely
-// on it, so what was there comes back.
-class TileScope {
- public:
-  DSK_INLINE void configure() {
-    struct alignas(64) Config {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = 64;
-      config.rows[i] = 16;
-    }
-    _tile_loadconfig(&config);
-  }
-  inline __attribute__((always_inline)) TileScope() {
-    _tile_storeconfig(before_);
-    configure();
-  }
-  inline __attribute__((always_inline)) ~TileScope() {
-    if (before_[0] == 0) {
-      _tile_release();
-    } else {
-      _tile_loadconfig(before_);
-    }
-  }
-  TileScope(const TileScope&) = delete;
-  TileScope& operator=(const TileScope&) = delete;
-
- private:
-  alignas(64) uint8_t before_[64];
-};
-
-constexpr int64_t kTile = 16 * 32;  // bf16 values of a tile
-
-// bf16 of every E4M3 code without its sign, as two tables of bytes.
-struct Bf16Tables {
-  alignas(64) uint8_t high[128];
-  alignas(64) uint8_t low[128];
-};
-constexpr Bf16Tables make_bf16_tables() {
-  Bf16Tables tables{};
-  for (int code = 0; code < 128; ++code) {
-    int exponent = code >> 3, mantissa = code & 7, bits = 0;
-    if (code == 127) {
-      bits = 0x7fc0;
-    } else if (exponent > 0) {
-      bits = (exponent + 120) << 7 | mantissa << 4;
-    } else if (mantissa > 0) {
-      int shift = 0;
-      while (!(mantissa << shift & 8)) ++shift;
-      bits = (121 - shift) << 7 | ((mantissa << shift & 7) << 4);
-    }
-    tables.high[code] = static_cast<uint8_t>(bits >> 8);
-    tables.low[code] = static_cast<uint8_t>(bits & 255);
-  }
-  return tables;
-}
-static constexpr Bf16Tables kBf16Tables = make_bf16_tables();
-
 // depth x 64 packed weights -> bf16 tiles [4 tiles of 16 columns][depth / 32][16 pairs of k][32].
 DSK_INLINE void tile_weights(const uint8_t* packed, int64_t depth, uint16_t* tiles) {
-  const __m512i high0 = _mm512_load_si512(kBf16Tables.high);
-  const __m512i high1 = _mm512_load_si512(kBf16Tables.high + 64);
-  const __m512i low0 = _mm512_load_si512(kBf16Tables.low);
-  const __m512i low1 = _mm512_load_si512(kBf16Tables.low + 64);
-  const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+  const Bf16Lookup lookup;
   const int64_t column = depth / 32 * kTile;
   for (int64_t k = 0; k < depth; k += 2) {
     uint16_t* to = tiles + k / 32 * kTile + k % 32 / 2 * 32;
@@ -88,11 +25,10 @@ DSK_INLINE void tile_weights(const uint8_t* packed, int64_t depth, uint16_t* til
       const uint8_t* from = packed + k * kPanel + half * 64;
       const __m512i line = _mm512_loadu_si512(from);
       _mm_prefetch(reinterpret_cast<const char*>(from + 2 * kScaleBlock * kPanel), _MM_HINT_T0);
-      __m512i high = _mm512_permutex2var_epi8(high0, line, high1);
-      const __m512i low = _mm512_permutex2var_epi8(low0, line, low1);
-      high = _mm512_ternarylogic_epi32(high, line, sign, 0xf8);  // high | (line & sign)
-      _mm512_store_si512(to + (2 * half) * column, _mm512_unpacklo_epi8(low, high));
-      _mm512_store_si512(to + (2 * half + 1) * column, _mm512_unpackhi_epi8(low, high));
+      __m512i left, right;
+      lookup.pairs(line, left, right);
+      _mm512_store_si512(to + (2 * half) * column, left);
+      _mm512_store_si512(to + (2 * half + 1) * column, right);
     }
   }
 }

@@ -55,7 +55,7 @@ DSK_INLINE void widen_weights(const uint8_t* packed, int64_t depth, float* out) 
 
 template <int kRows>
 DSK_INLINE void wide_kernel(const float* a, int64_t stride, const float* weights, int64_t depth,
-                            const float* scale_a, float scale_b, float* c) {
+                            const float* scale_a, const float* scale_b, float* c) {
   for (int64_t n = 0; n < kPanel; n += kWideVectors * kLanes) {
     F32 sum[kRows][kWideVectors];
     for (auto& row : sum) {
@@ -70,8 +70,8 @@ DSK_INLINE void wide_kernel(const float* a, int64_t stride, const float* weights
       }
     }
     for (int i = 0; i < kRows; ++i) {
-      const F32 scale = set1(scale_a[i] * scale_b);
       for (int j = 0; j < kWideVectors; ++j) {
+        const F32 scale = mul(set1(scale_a[i]), load(scale_b + n + j * kLanes));
         float* to = c + i * kPanel + n + j * kLanes;
         store(to, fma(scale, sum[i][j], load(to)));
       }
@@ -79,9 +79,10 @@ DSK_INLINE void wide_kernel(const float* a, int64_t stride, const float* weights
   }
 }
 
-// c [rows][64] += scales * (a [rows][depth] times weights [depth][64]), rows <= kWideRows.
+// c [rows][64] += scales * (a [rows][depth] times weights [depth][64]), rows <= kWideRows. scale_b
+// has one value per column.
 DSK_INLINE void wide_rows(const float* a, int64_t stride, int64_t rows, const float* weights,
-                          int64_t depth, const float* scale_a, float scale_b, float* c) {
+                          int64_t depth, const float* scale_a, const float* scale_b, float* c) {
   switch (rows) {
     case 6:
       return wide_kernel<6>(a, stride, weights, depth, scale_a, scale_b, c);

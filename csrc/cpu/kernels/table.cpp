@@ -17,6 +17,10 @@ const Kernels kTable = {
     .gemm = gemm,
     .mla_decode = mla_decode,
     .mla_prefill = mla_prefill,
+    .moe_gate = moe_gate,
+    .moe_permute = moe_permute,
+    .moe_unpermute = moe_unpermute,
+    .moe_unpermute_backward = moe_unpermute_backward,
     .moe_experts = moe_experts,
 };
 

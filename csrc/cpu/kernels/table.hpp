@@ -12,6 +12,10 @@ void rope(const RopeParams& p);
 void gemm(const GemmParams& p);
 void mla_decode(const DecodeParams& p);
 void mla_prefill(const PrefillParams& p);
+void moe_gate(const GateParams& p);
+void moe_permute(const PermuteParams& p);
+void moe_unpermute(const UnpermuteParams& p);
+void moe_unpermute_backward(const UnpermuteParams& p);
 void moe_experts(const MoeParams& p);
 
 }  // namespace dsk::cpu::DSK_CPU_NS

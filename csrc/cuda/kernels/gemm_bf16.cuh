@@ -48,25 +48,30 @@ struct alignas(1024) GemmBf16Smem {
 };
 
 // sum = one warpgroup's 64 x kN sums over k blocks [k_begin, k_end), in the wgmma accumulator
-// layout. left(stage) and right(stage) are the stage's operands: 64 and kN swizzled rows.
-template <int kN, class Stages, class Left, class Right>
+// layout. left(stage) and right(stage) are the stage's operands: 64 and kN swizzled rows; an
+// MN-major right one is kN / 64 tiles of 64 rows of k.
+template <int kN, ptx::Major kRight = ptx::Major::kK, class Stages, class Left, class Right>
 __device__ __forceinline__ void running_sum(Stages& ring, typename Stages::Position& at,
                                             int sharers, int k_begin, int k_end, Left left,
                                             Right right, float (&sum)[kN / 2]) {
 #pragma unroll
   for (float& value : sum) value = 0.f;
+  constexpr bool kTransposed = kRight == ptx::Major::kMn;
   typename Stages::Position last = at;
 
   for (int k_block = k_begin; k_block < k_end; ++k_block) {
     ring.await(at);
     const uint64_t desc_a = k_major_descriptor(left(at.stage));
-    const uint64_t desc_b = k_major_descriptor(right(at.stage));
+    const uint64_t desc_b = kTransposed
+                                ? mn_major_descriptor(right(at.stage), kBf16BlockK * kSwizzleBytes)
+                                : k_major_descriptor(right(at.stage));
     ptx::fence_accumulators(sum);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kBf16BlockK; k += kBf16MmaK) {
-      ptx::WgmmaBf16<kN>::template mma<ptx::Major::kK, ptx::Major::kK>(
-          sum, advance_k(desc_a, k * 2), advance_k(desc_b, k * 2), 1);
+      const uint64_t next_b = kTransposed ? advance_k_rows(desc_b, k) : advance_k(desc_b, k * 2);
+      ptx::WgmmaBf16<kN>::template mma<ptx::Major::kK, kRight>(sum, advance_k(desc_a, k * 2),
+                                                               next_b, 1);
     }
     ptx::wgmma_commit_group();
     ptx::fence_accumulators(sum);

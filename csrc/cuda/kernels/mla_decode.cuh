@@ -43,9 +43,10 @@
 namespace dsk {
 
 // A pair of blocks, seen by the left warpgroup. `second` is whether there is a second block.
-__device__ __forceinline__ void mla_left_pair(MlaDecodeSmem& smem, const MlaMask& mask, int block,
-                                              bool second, float scale, uint32_t (&phase)[2],
-                                              MlaRows& rows, float (&o)[128]) {
+__device__ __forceinline__ void mla_left_pair(MlaDecodeSmem& smem, const MlaPiece& piece,
+                                              const MlaMask& mask, int block, bool second,
+                                              float scale, uint32_t (&phase)[2], MlaRows& rows,
+                                              float (&o)[128]) {
   float factor[2];
   {
     float s[32];
@@ -53,7 +54,7 @@ __device__ __forceinline__ void mla_left_pair(MlaDecodeSmem& smem, const MlaMask
     issue_scores(s, smem, 0, phase[0]);
     finish(s);
     mask.apply(s, block);
-    softmax(s, scale, rows, factor, p);
+    softmax(s, scale, piece.is_one_block(), rows, factor, p);
     publish(smem, kLeft, rows, p);
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::named_barrier_arrive(kMlaFirstReady, kMlaMathThreads);
@@ -99,7 +100,7 @@ __device__ __forceinline__ void mla_right_pair(MlaDecodeSmem& smem, const MlaMas
 
   uint32_t p[16];
   mask.apply(s, block + 1);  // while P0 V0 runs
-  softmax(s, scale, rows, factor, p);
+  softmax(s, scale, false, rows, factor, p);
   finish(o);
   release(smem, 0, kRight, phase);
   publish(smem, kRight, rows, p);
@@ -125,7 +126,7 @@ struct MlaManyRows {
     for (int block = piece.begin; block < piece.end; block += 2) {
       const bool second = block + 1 < piece.end;
       if constexpr (kSide == kLeft) {
-        mla_left_pair(smem, mask, block, second, p.scale_log2, phase, rows, o);
+        mla_left_pair(smem, piece, mask, block, second, p.scale_log2, phase, rows, o);
       } else {
         mla_right_pair(smem, mask, block, second, p.scale_log2, phase, rows, o);
       }

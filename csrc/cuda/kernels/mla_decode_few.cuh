@@ -55,7 +55,7 @@ class MlaFew {
                                       float (&o)[4][kN / 2]) {
     float factor[kN / 4];
     mask_tokens<kN>(p_, piece, s, block);
-    columns.softmax(s, p_.scale_log2, smem_, kSide, factor);
+    columns.softmax(s, p_.scale_log2, piece.is_one_block(), smem_, kSide, factor);
     columns.publish(s, smem_, kSide);
     ptx::named_barrier_arrive(kBuffer ? kMlaSecondReady : kMlaFirstReady, kMlaMathThreads);
     multiply<kBuffer>(piece, block, phase, factor, o);

@@ -159,13 +159,13 @@ struct PrefillBackwardMath {
         if (first_row() + i / 2 % 2 * 8 > query + job.shift) s[i] = -INFINITY;
       }
     } else {
+      // No query of the request meets keys behind its end; what others meet is not stored.
       const int met = p.causal ? half_row + job.shift : job.passing_length;
-      if ((block + 1) * kBackwardBlock <= min(met, job.passing_length)) return;
+      if ((block + 1) * kBackwardBlock <= met) return;
       int end[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int own_end = first_row() + 8 * i + job.shift + 1;
-        end[i] = p.causal ? min(own_end, job.passing_length) : job.passing_length;
+        end[i] = p.causal ? first_row() + 8 * i + job.shift + 1 : job.passing_length;
       }
 #pragma unroll
       for (int i = 0; i < kBackwardScores; ++i) {
@@ -214,7 +214,7 @@ struct PrefillBackwardMath {
     uint32_t weights[kBackwardScores / 2], dscores[kBackwardScores / 2];
     for (int block = job.first; block < job.last; ++block) {
       await_block(block, at);
-      if constexpr (kKeys) ptx::wgmma_wait_group<1>();  // dV of the block before: its weights
+      if constexpr (kKeys) ptx::wgmma_wait_group<1>();  // dV before: frees its weights
       issue_scores(s, smem.kept_wide[half], smem.wide[at.stage]);
       ptx::wgmma_wait_group<1>();  // the last sums of the block before
       if (speaks && block > job.first) smem.ring.consume(before);

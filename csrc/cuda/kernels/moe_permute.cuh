@@ -53,7 +53,10 @@ __device__ __forceinline__ void permute_rows(const MoePermuteParams& p) {
   const int slot = first + int(threadIdx.x);
   const int place = place_slot(p, smem, slot);
   smem.row[threadIdx.x] = place;
-  if (blockIdx.y == 0 && slot < p.slots) p.row_map[slot] = place;
+  if (blockIdx.y == 0 && slot < p.slots) {
+    p.row_map[slot] = place;
+    if (p.slot_of_row && place >= 0) p.slot_of_row[place] = slot;
+  }
   __syncthreads();
 
   const bool wide = ((reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.x_perm) |

@@ -1,8 +1,8 @@
 // Each token's rows, weighted and summed in fp32 in the order of its choices, rounded once.
 //
 // Bound by memory: 4096 tokens x 8 rows of 7168 bf16 are 470 MB read and 59 MB written, 158 us at
-// 3.35 TB/s. A CTA takes a token, a thread 4 columns of it at a time; the rows' loads are
-// independent, so they overlap. Product and sum are rounded separately: the reference's bits.
+// 3.35 TB/s. A CTA takes 1024 columns of a token, a thread 4 of them, and has up to 8 rows on their
+// way before it adds the first. Product and sum are rounded separately: the reference's bits.
 #pragma once
 
 #include "cuda/params/moe.hpp"
@@ -10,30 +10,74 @@
 
 namespace dsk {
 
+constexpr int kRowsInFlight = 8;
+constexpr int kUnpermuteColumns = 4;  // of a thread
+
+// Adds rows of some slots to total; kWhole: every run is whole and aligned.
+template <typename T, bool kWhole>
+__device__ __forceinline__ void add_rows(const MoeUnpermuteParams& p, int64_t first_slot, int count,
+                                         int column, float (&total)[kUnpermuteColumns]) {
+  using W = typename Word<kUnpermuteColumns * sizeof(T)>::Type;
+  const T* y = static_cast<const T*>(p.y) + column;
+  int64_t row[kRowsInFlight];
+  float weight[kRowsInFlight];
+  alignas(16) T value[kRowsInFlight][kUnpermuteColumns];
+#pragma unroll
+  for (int i = 0; i < kRowsInFlight; ++i) {
+    row[i] = i < count ? __ldg(p.row_map + first_slot + i) : -1;
+    weight[i] = i < count && p.weights ? __ldg(p.weights + first_slot + i) : 1.f;
+  }
+#pragma unroll
+  for (int i = 0; i < kRowsInFlight; ++i) {
+    const T* at = y + row[i] * p.depth;
+    if (row[i] < 0) continue;
+    if constexpr (kWhole) {
+      *reinterpret_cast<W*>(value[i]) = __ldg(reinterpret_cast<const W*>(at));
+    } else {
+#pragma unroll
+      for (int c = 0; c < kUnpermuteColumns; ++c) {
+        if (column + c < p.depth) value[i][c] = at[c];
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRowsInFlight; ++i) {
+    if (row[i] < 0) continue;
+#pragma unroll
+    for (int c = 0; c < kUnpermuteColumns; ++c) {
+      total[c] = __fadd_rn(total[c], __fmul_rn(to_float(value[i][c]), weight[i]));
+    }
+  }
+}
+
 template <typename T>
 __device__ __forceinline__ void sum_rows(const MoeUnpermuteParams& p, int token, int column) {
-  float total[4] = {};
-  for (int slot = 0; slot < p.topk; ++slot) {
-    const int64_t at = int64_t(token) * p.topk + slot;
-    const int64_t row = __ldg(p.row_map + at);
-    if (row < 0) continue;
-    float value[4];
-    load_run(static_cast<const T*>(p.y) + row * p.depth + column, p.depth - column, value);
-    const float weight = p.weights ? __ldg(p.weights + at) : 1.f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) total[i] = __fadd_rn(total[i], __fmul_rn(value[i], weight));
+  if (column >= p.depth) return;
+  const bool whole = p.depth % kUnpermuteColumns == 0 &&
+                     reinterpret_cast<uintptr_t>(p.y) % (kUnpermuteColumns * sizeof(T)) == 0;
+  float total[kUnpermuteColumns] = {};
+  for (int slot = 0; slot < p.topk; slot += kRowsInFlight) {
+    const int64_t first = int64_t(token) * p.topk + slot;
+    const int count = min(kRowsInFlight, p.topk - slot);
+    if (whole) {
+      add_rows<T, true>(p, first, count, column, total);
+    } else {
+      add_rows<T, false>(p, first, count, column, total);
+    }
   }
   store_run(static_cast<T*>(p.out) + int64_t(token) * p.depth + column, p.depth - column, total);
 }
 
 __device__ __forceinline__ void unpermute_rows(const MoeUnpermuteParams& p) {
-  for (int token = blockIdx.x; token < p.tokens; token += gridDim.x) {
-    for (int column = threadIdx.x * 4; column < p.depth; column += blockDim.x * 4) {
-      if (p.type == WideType::kBfloat16) {
-        sum_rows<__nv_bfloat16>(p, token, column);
-      } else {
-        sum_rows<float>(p, token, column);
-      }
+  const int width = blockDim.x * kUnpermuteColumns;
+  const int pieces = (p.depth + width - 1) / width;
+  for (int64_t at = blockIdx.x; at < int64_t(p.tokens) * pieces; at += gridDim.x) {
+    const int token = int(at / pieces);
+    const int column = int(at % pieces) * width + int(threadIdx.x) * kUnpermuteColumns;
+    if (p.type == WideType::kBfloat16) {
+      sum_rows<__nv_bfloat16>(p, token, column);
+    } else {
+      sum_rows<float>(p, token, column);
     }
   }
 }

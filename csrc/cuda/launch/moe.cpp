@@ -14,11 +14,11 @@ size_t bytes_of(WideType type) { return type == WideType::kBfloat16 ? 2 : 4; }
 
 template <class Params>
 void launch(const LaunchOn& on, const char* kernel, Params params, int ctas, int cluster = 1,
-            int shared_bytes = 0, int ctas_y = 1) {
+            int shared_bytes = 0, int ctas_y = 1, int threads = kThreads) {
   device::LaunchShape shape;
   shape.grid.x = unsigned(ctas);
   shape.grid.y = unsigned(ctas_y);
-  shape.block.x = kThreads;
+  shape.block.x = unsigned(threads);
   shape.cluster.x = unsigned(cluster);
   shape.shared_bytes = unsigned(shared_bytes);
   void* arguments[] = {&params};
@@ -53,8 +53,13 @@ void moe_gate(const LaunchOn& on, const MoeGateParams& p) {
   HostLoan topk_idx(c, p.topk_idx, chosen * sizeof(int64_t), false);
   HostLoan topk_weights(c, p.topk_weights, chosen * sizeof(float), false);
   HostLoan scores(c, p.scores, tokens * p.experts * sizeof(float), false);
-  const int clusters = (p.tokens + kGateTokens - 1) / kGateTokens;
-  launch(on, "moe_gate", p, clusters * kGateCluster, kGateCluster, kGateSharedBytes);
+  const int groups = gate_groups(p.tokens);
+  HostLoan finished(c, p.finished, size_t(groups) * kGateCluster * sizeof(int32_t), false);
+  const size_t sequences = p.counts ? tokens / p.sequence : 0;
+  HostLoan counts(c, p.counts, sequences * p.experts * sizeof(int64_t), false);
+  HostLoan affinity(c, p.affinity, sequences * (p.experts + 1) * sizeof(int64_t), false);
+  const int slices = (p.experts + kGateExperts - 1) / kGateExperts;
+  launch(on, "moe_gate", p, groups * slices * kGateCluster, kGateCluster, kGateSharedBytes);
 }
 
 void moe_layout(const LaunchOn& on, const MoeLayoutParams& p) {
@@ -79,6 +84,7 @@ void moe_permute(const LaunchOn& on, const MoePermuteParams& p, int64_t rows) {
   HostLoan topk_idx(c, p.topk_idx, p.slots * sizeof(int64_t), true);
   HostLoan first_row(c, p.first_row, chunks * p.experts * sizeof(int32_t), true);
   HostLoan row_map(c, p.row_map, p.slots * sizeof(int64_t), false);
+  HostLoan slot_of_row(c, p.slot_of_row, p.slot_of_row ? rows * sizeof(int32_t) : 0, false);
   HostLoan x(c, p.x, p.row_bytes ? (tokens - 1) * p.ld_x + p.row_bytes : 0, true);
   HostLoan x_perm(c, p.x_perm, size_t(rows) * p.row_bytes, false);
   const size_t groups = p.scale && rows ? size_t(p.scale_groups) : 0;
@@ -100,7 +106,8 @@ void moe_unpermute(const LaunchOn& on, const MoeUnpermuteParams& p, int64_t rows
   HostLoan row_map(c, p.row_map, slots * sizeof(int64_t), true);
   HostLoan weights(c, p.weights, p.weights ? slots * sizeof(float) : 0, true);
   HostLoan out(c, p.out, size_t(p.tokens) * p.depth * element, false);
-  launch(on, "moe_unpermute", p, looping_ctas(on, size_t(p.tokens), 1));
+  const size_t pieces = (size_t(p.depth) + 4 * kThreads - 1) / (4 * kThreads);
+  launch(on, "moe_unpermute", p, looping_ctas(on, size_t(p.tokens) * pieces, 1));
 }
 
 void moe_unpermute_backward(const LaunchOn& on, const MoeUnpermuteBackwardParams& p, int64_t rows) {
@@ -128,6 +135,28 @@ void moe_hidden_backward(const LaunchOn& on, const MoeHiddenBackwardParams& p, i
   HostLoan act(c, p.act, size_t(rows) * row, false);
   HostLoan dweights(c, p.dweights, slots * sizeof(float), false);
   launch(on, "moe_hidden_backward", p, looping_ctas(on, slots, kWarps));
+}
+
+void moe_hidden_quantize(const LaunchOn& on, const MoeHiddenQuantizeParams& p, int64_t slots) {
+  const Context& c = on.context;
+  const size_t rows = size_t(p.rows), width = size_t(p.width), values = rows * width;
+  const size_t row_blocks = rows / 128, column_blocks = width / 128;
+  if (values == 0) return;
+  HostLoan h(c, p.h, 2 * values * 2, true);
+  HostLoan back(c, p.back, values * 2, true);
+  HostLoan slot_of_row(c, p.slot_of_row, rows * sizeof(int32_t), true);
+  HostLoan weights(c, p.weights, size_t(slots) * sizeof(float), true);
+  HostLoan dh(c, p.dh, 2 * values, false);
+  HostLoan dh_scale(c, p.dh_scale, 2 * column_blocks * rows * sizeof(float), false);
+  HostLoan dh_t(c, p.dh_t, 2 * values, false);
+  HostLoan dh_t_scale(c, p.dh_t_scale, row_blocks * 2 * width * sizeof(float), false);
+  HostLoan act_t(c, p.act_t, values, false);
+  HostLoan act_t_scale(c, p.act_t_scale, row_blocks * width * sizeof(float), false);
+  HostLoan dot(c, p.dot, column_blocks * rows * sizeof(float), false);
+  HostLoan dweights(c, p.dweights, size_t(slots) * sizeof(float), false);
+  HostLoan finished(c, p.finished, row_blocks * sizeof(int32_t), false);
+  launch(on, "moe_hidden_quantize", p, int(column_blocks), 1, kHiddenSharedBytes, int(row_blocks),
+         kHiddenThreads);
 }
 
 void moe_gate_backward(const LaunchOn& on, const MoeGateBackwardParams& p) {

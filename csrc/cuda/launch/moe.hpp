@@ -17,8 +17,12 @@ void moe_unpermute_backward(const LaunchOn& on, const MoeUnpermuteBackwardParams
                             int64_t rows);
 // `rows` are those of h, back, dh and act.
 void moe_hidden_backward(const LaunchOn& on, const MoeHiddenBackwardParams& params, int64_t rows);
+void moe_hidden_quantize(const LaunchOn& on, const MoeHiddenQuantizeParams& params, int64_t slots);
 void moe_gate_backward(const LaunchOn& on, const MoeGateBackwardParams& params);
 void moe_gate_product(const LaunchOn& on, const MoeGateProductParams& params);
+
+// Groups of tokens that the gate works by: rows of `finished`, of kGateCluster entries each.
+constexpr int gate_groups(int tokens) { return (tokens + kGateTokens - 1) / kGateTokens; }
 
 // Chunks of slots that the layout and the permutation work by: rows of their table.
 constexpr int moe_chunks(int slots) { return (slots + kMoeChunk - 1) / kMoeChunk; }

@@ -10,10 +10,14 @@ namespace dsk {
 
 constexpr int kMoeMaxExperts = 512;  // of the gate; a permutation takes twice as many
 constexpr int kMoeMaxGroups = 2 * kMoeMaxExperts;
-constexpr int kMoeChunk = 256;   // slots that one CTA sorts
-constexpr int kGateTokens = 32;  // tokens of a cluster of the gate
-constexpr int kGateCluster = 8;  // its CTAs
-constexpr int kGateSharedBytes = 36 * 1024 + kGateTokens * kMoeMaxExperts * 4;
+constexpr int kMoeChunk = 256;                              // slots that one CTA sorts
+constexpr int kGateTokens = 32;                             // tokens of a cluster of the gate
+constexpr int kGateExperts = 64;                            // its experts
+constexpr int kGateCluster = 8;                             // its CTAs
+constexpr int kHiddenThreads = 512;                         // of moe_hidden_quantize
+constexpr int kHiddenSharedBytes = 3 * 128 * 128 * 4 + 16;  // dgate, dup and act of a tile
+constexpr int kGateSharedBytes =
+    8 * kGateTokens * (kGateExperts + 8) * 4 + kGateTokens * kGateExperts * 4 + 16;
 
 struct MoeGateParams {
   const void* x;        // [tokens, depth] of x_type, row stride ld_x
@@ -22,6 +26,10 @@ struct MoeGateParams {
   int64_t* topk_idx;    // [tokens, topk]
   float* topk_weights;  // [tokens, topk]
   float* scores;        // [tokens, experts], unbiased
+  int32_t* finished;    // [tokens / 32, 8], 0 from the caller: CTAs that are done with a token
+  int64_t* counts;      // [sequences, experts], 0 from the caller: choices; or null
+  int64_t* affinity;    // [sequences, experts + 1], likewise: sums of normalised scores in units of
+                        // 2^-40, then how many tokens have a NaN; null if counts is
   int64_t ld_x;         // elements
   int32_t tokens;
   int32_t depth;
@@ -32,6 +40,7 @@ struct MoeGateParams {
   int32_t softmax;      // else sigmoid
   int32_t top2;         // a group is as good as its two best experts' sum, else as its best one
   int32_t renormalize;  // divide the chosen weights by their sum
+  int32_t sequence;     // tokens of one, if counts is given
   float scale;
   WideType x_type;
   WideType weight_type;
@@ -53,6 +62,7 @@ struct MoePermuteParams {
   const int64_t* topk_idx;   // [slots]
   const int32_t* first_row;  // [chunks, experts], from the layout kernel
   int64_t* row_map;          // [slots]
+  int32_t* slot_of_row;      // [rows], -1 from the caller where there is none; or null
   const void* x;             // [slots / topk] rows of row_bytes, ld_x bytes apart
   void* x_perm;              // [rows] of row_bytes, contiguous
   const float* scale;        // [tokens, groups], MN-major: strides (1, ld_scale); or null
@@ -102,6 +112,28 @@ struct MoeHiddenBackwardParams {
   float* dweights;         // [slots], likewise
   int64_t slots;
   int32_t width;
+};
+
+// The same middle in FP8: every result is quantised for the product that takes it. rows and width
+// are multiples of 128; what no slot has in a block of 128 rows counts as 0, and blocks without any
+// slot are neither read nor written.
+struct MoeHiddenQuantizeParams {
+  const void* h;               // [rows, 2 width] bf16 = [gate; up], contiguous
+  const void* back;            // [rows, width] bf16
+  const int32_t* slot_of_row;  // [rows], -1 where there is none; blocks begin with their slots
+  const float* weights;        // [slots]
+  uint8_t* dh;                 // [rows, 2 width] e4m3, in 1 x 128
+  float* dh_scale;             // [2 width / 128, rows]
+  uint8_t* dh_t;               // [2 width, rows] e4m3, in 1 x 128: 128 rows share a scale
+  float* dh_t_scale;           // [rows / 128, 2 width]
+  uint8_t* act_t;              // [width, rows] e4m3 likewise: weight * SwiGLU
+  float* act_t_scale;          // [rows / 128, width]
+  float* dot;                  // [width / 128, rows]: parts of <back, SwiGLU>
+  float* dweights;             // [slots], 0 from the caller where a slot has no row
+  int32_t* finished;           // [rows / 128], 0 from the caller: CTAs that are done with a block
+  int32_t rows;
+  int32_t width;
+  int32_t transposed;  // whether dh_t and act_t are wanted
 };
 
 struct MoeGateBackwardParams {

@@ -19,6 +19,12 @@ struct GateChoiceSmem {
 
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
 
+// Integers in the order of the numbers; the zeros are equal.
+__device__ __forceinline__ uint32_t ordered(float value) {
+  const uint32_t bits = __float_as_uint(__fadd_rn(value, 0.f));
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
 // The index of the largest value, the lowest of equal ones; NaNs are not in the running.
 __device__ __forceinline__ int warp_arg_max(const float* value, int count) {
   float best = -INFINITY;
@@ -30,16 +36,9 @@ __device__ __forceinline__ int warp_arg_max(const float* value, int count) {
       at = i;
     }
   }
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const float v = __shfl_xor_sync(0xffffffffu, best, offset);
-    const int i = __shfl_xor_sync(0xffffffffu, at, offset);
-    if (v > best || (v == best && i < at)) {
-      best = v;
-      at = i;
-    }
-  }
-  return at;
+  const uint32_t key = ordered(best);
+  const uint32_t top = __reduce_max_sync(0xffffffffu, key);
+  return int(__reduce_min_sync(0xffffffffu, uint32_t(key == top ? at : count)));
 }
 
 // Take the `count` best of `values`, one after another; each becomes NaN.
@@ -105,9 +104,37 @@ __device__ __forceinline__ void limit_groups(const MoeGateParams& p, GateChoiceS
   __syncwarp();
 }
 
+constexpr float kWeightSumFloor = 1e-20f;  // keeps the division finite when all scores are 0
+
+__device__ __forceinline__ void add_to(int64_t* at, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
+}
+
+// Who was chosen, and every expert's share of the token's scores. Integers: their sums do not
+// depend on the order of the tokens.
+__device__ __forceinline__ void count_choices(const MoeGateParams& p, const GateChoiceSmem& s,
+                                              int token) {
+  constexpr float kUnit = 1099511627776.f;  // 2^40: a share's error is below fp32's
+  const int lane = threadIdx.x % kWarp;
+  const int64_t sequence = token / p.sequence;
+  for (int i = lane; i < p.topk; i += kWarp) {
+    add_to(p.counts + sequence * p.experts + s.chosen[i], 1);
+  }
+  float sum = 0.f;
+  for (int e = lane; e < p.experts; e += kWarp) sum = __fadd_rn(sum, s.score[e]);
+  sum = __fadd_rn(warp_sum(sum), kWeightSumFloor);
+  int64_t* affinity = p.affinity + sequence * (p.experts + 1);
+  if (sum != sum) {
+    if (lane == 0) add_to(affinity + p.experts, 1);
+    return;
+  }
+  for (int e = lane; e < p.experts; e += kWarp) {
+    add_to(affinity + e, __float2ll_rn(__fmul_rn(__fdiv_rn(s.score[e], sum), kUnit)));
+  }
+}
+
 __device__ __forceinline__ void choose_experts(const MoeGateParams& p, GateChoiceSmem& s,
                                                int token) {
-  constexpr float kWeightSumFloor = 1e-20f;  // keeps the division finite when all scores are 0
   const int lane = threadIdx.x % kWarp;
   scores_of_logits(p, s.score);
   __syncwarp();
@@ -129,6 +156,7 @@ __device__ __forceinline__ void choose_experts(const MoeGateParams& p, GateChoic
     p.topk_idx[at + i] = expert;
     p.topk_weights[at + i] = __fmul_rn(weight, p.scale);
   }
+  if (p.counts) count_choices(p, s, token);
 }
 
 }  // namespace dsk

@@ -27,11 +27,12 @@ struct TileQueue {
 
 // The producer: queues each tile; for each of its k blocks, waits for a free stage, announces its
 // `bytes` and calls load(tile, k_block, stage, barrier), which issues copies of exactly that many
-// bytes.
+// bytes. The scheduler walks an `extent`, whatever it takes for one.
 template <class Stages, class Scheduler, class Load>
 class TileProducer {
  public:
-  __device__ __forceinline__ TileProducer(Stages& ring, TileQueue& queue, const GemmExtent& extent,
+  template <class Extent>
+  __device__ __forceinline__ TileProducer(Stages& ring, TileQueue& queue, const Extent& extent,
                                           uint32_t bytes, const Load& load)
       : ring_(ring), queue_(queue), scheduler_(extent), bytes_(bytes), load_(load) {}
 
@@ -67,8 +68,8 @@ class TileProducer {
   bool more_ = false;
 };
 
-template <class Scheduler, class Smem, class Load>
-__device__ __forceinline__ auto make_producer(Smem& smem, const GemmExtent& extent, uint32_t bytes,
+template <class Scheduler, class Smem, class Extent, class Load>
+__device__ __forceinline__ auto make_producer(Smem& smem, const Extent& extent, uint32_t bytes,
                                               const Load& load) {
   return TileProducer<decltype(Smem::ring), Scheduler, Load>(smem.ring, smem.queue, extent, bytes,
                                                              load);

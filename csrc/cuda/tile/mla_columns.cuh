@@ -87,8 +87,9 @@ struct MlaColumns {
 
   // s -> P, in place. All warps of the side take part; afterwards none of them reads the block any
   // more.
-  __device__ __forceinline__ void softmax(float (&s)[kN / 2], float scale, MlaDecodeSmem& smem,
-                                          MlaSide side, float (&factor)[kN / 4]) {
+  __device__ __forceinline__ void softmax(float (&s)[kN / 2], float scale, bool one_block,
+                                          MlaDecodeSmem& smem, MlaSide side,
+                                          float (&factor)[kN / 4]) {
     const int warp = threadIdx.x % kMlaWarpgroup / 32;
 #pragma unroll
     for (int i = 0; i < kN / 4; ++i) {
@@ -101,7 +102,7 @@ struct MlaColumns {
       float largest = smem.column[side][0][mla_column(i)];
 #pragma unroll
       for (int w = 1; w < 4; ++w) largest = fmaxf(largest, smem.column[side][w][mla_column(i)]);
-      const float raised = fmaxf(peak[i], ceilf(largest * scale));
+      const float raised = raised_peak(peak[i], largest * scale, one_block);
       factor[i] = ptx::exp2_approx(peak[i] - raised);
       peak[i] = raised;
       float added = 0.f;

@@ -15,6 +15,9 @@ struct MlaPiece {
   int begin;   // first block
   int end;     // one past the last block
   int slot;    // where its partial result goes; -1: it is the whole request
+
+  // A request of one block is never split.
+  __device__ __forceinline__ bool is_one_block() const { return length <= kMlaBlock; }
 };
 
 __device__ __forceinline__ int mla_num_blocks(int length) {

@@ -40,8 +40,16 @@ struct MlaRows {
   }
 };
 
+// The running maximum with a block's largest score: rounded up, so that every rescaling is by a
+// power of two and the number of splits does not show. A request of one block has none: there the
+// largest weight is 1, which bf16 holds exactly; the errors of two or three weights do not average
+// out.
+__device__ __forceinline__ float raised_peak(float peak, float largest, bool one_block) {
+  return fmaxf(peak, one_block ? largest : ceilf(largest));
+}
+
 // s -> P = 2^(s * scale - peak), in bf16 pairs, ready to be the A operand of wgmma.
-__device__ __forceinline__ void softmax(float (&s)[32], float scale, MlaRows& rows,
+__device__ __forceinline__ void softmax(float (&s)[32], float scale, bool one_block, MlaRows& rows,
                                         float (&factor)[2], uint32_t (&p)[16]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -50,7 +58,7 @@ __device__ __forceinline__ void softmax(float (&s)[32], float scale, MlaRows& ro
     for (int i = half * 2; i < 32; i += 4) peak = fmaxf(peak, fmaxf(s[i], s[i + 1]));
     peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
     peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
-    peak = fmaxf(rows.peak[half], ceilf(peak * scale));
+    peak = raised_peak(rows.peak[half], peak * scale, one_block);
     factor[half] = ptx::exp2_approx(rows.peak[half] - peak);
     rows.peak[half] = peak;
     float sum = 0.f;

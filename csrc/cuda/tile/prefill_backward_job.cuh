@@ -34,8 +34,7 @@ __device__ __forceinline__ void limit_blocks(bool causal, PrefillBackwardJob& jo
   if constexpr (kSide == PrefillSide::kKeys) {
     job.first = max(0, job.kept - job.shift) / kBackwardBlock;
   } else {
-    const int rows = min(job.kept + kBackwardKept, job.kept_length);
-    job.last = min(job.last, prefill_blocks(max(0, rows + job.shift)));
+    job.last = min(job.last, prefill_blocks(job.kept + kBackwardKept + job.shift));
   }
 }
 

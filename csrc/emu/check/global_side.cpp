@@ -251,9 +251,23 @@ std::string GlobalSide::describe(u64 address, u32 bytes) const {
   return text + ", last written by " + (last.who ? who(last) : std::string("nobody on a device"));
 }
 
+bool GlobalSide::only_stores_meet() const {
+  for (const GlobalFinding& f : findings_) {
+    if (f.conflict != GlobalConflict::Race || !f.earlier_wrote || f.earlier.async) return false;
+    if (f.earlier.who != record_.get()) return false;
+  }
+  return !findings_.empty();
+}
+
 void GlobalSide::report(const Warp& w, u32 pc, u32 lanes, AccessKind kind,
                         const std::string& what) {
   if (findings_.empty()) return;
+  std::vector<Hazard> found = errors(w, pc, lanes, kind, what);
+  if (!found.empty()) throw HazardError(std::move(found));
+}
+
+std::vector<Hazard> GlobalSide::errors(const Warp& w, u32 pc, u32 lanes, AccessKind kind,
+                                       const std::string& what) {
   std::vector<Hazard> errors;
   for (const GlobalFinding& f : findings_) {
     std::string message = (what.empty() ? "" : what + " ") +
@@ -273,12 +287,10 @@ void GlobalSide::report(const Warp& w, u32 pc, u32 lanes, AccessKind kind,
       errors.push_back(std::move(hazard));
       continue;
     }
-    hazard.severity = Severity::Formal;
-    const std::lock_guard lock(cluster_.grid->mutex);
-    cluster_.grid->stats.hazards.push_back(std::move(hazard));
+    note_formal(*cluster_.grid, std::move(hazard));
   }
   findings_.clear();
-  if (!errors.empty()) throw HazardError(std::move(errors));
+  return errors;
 }
 
 }  // namespace dsk::emu::check

@@ -32,6 +32,11 @@ class GlobalSide {
   // Throws HazardError for what was found since the last call, located at `pc`; adds formal
   // findings to the launch's.
   void report(const Warp& w, u32 pc, u32 lanes, AccessKind kind, const std::string& what);
+  // The same findings, but errors are returned instead of thrown.
+  std::vector<Hazard> errors(const Warp& w, u32 pc, u32 lanes, AccessKind kind,
+                             const std::string& what);
+  // Whether all that was found are earlier stores of the same cluster's warps.
+  bool only_stores_meet() const;
   // "block (1,0,0) warp 2 (PTX line 7, source line 3)"
   std::string who(const GlobalTouch& touch) const;
   // What lies at an address, what it holds, and who wrote it last.

@@ -1,101 +1,35 @@
 #include "emu/check/race.hpp"
 
 #include <bit>
-#include <deque>
+#include <cstdio>
 #include <map>
 #include <optional>
 #include <set>
 #include <tuple>
 
+#include "emu/check/agents.hpp"
 #include "emu/check/global_side.hpp"
+#include "emu/check/lane_order.hpp"
+#include "emu/check/runs.hpp"
 #include "emu/check/shadow.hpp"
+#include "emu/check/shared_life.hpp"
 #include "emu/machine.hpp"
 #include "emu/system.hpp"
 
 namespace dsk::emu::check {
 namespace {
 
-// An asynchronous operation as an agent. A slot is used again only by an issuer who knows that the
-// previous operation is over, so that knowing the later clock implies knowing the earlier one.
-struct Slot {
-  u32 clock = 0;
-  bool busy = false;
-  AsyncKind kind = AsyncKind::BulkLoad;
-  const Warp* warp = nullptr;
-  u32 pc = 0;
-};
-
-// Operations issued but not yet waited for, in the groups that their issuer commits.
-struct PendingGroups {
-  std::vector<Epoch> open;
-  std::deque<std::vector<Epoch>> committed;
-
-  void commit() {
-    committed.push_back(std::move(open));
-    open.clear();
-  }
-};
-
-struct WarpState : SyncState {
-  // A bulk store's two halves: the source is read when wait_group.read says so, the destination
-  // written when wait_group does.
-  PendingGroups bulk, bulk_writes, cp_async;
-  std::vector<Epoch> wgmma;  // issued, not committed
-  Epoch writer;              // all bulk stores' writes to global memory; clock 0: none yet
-  u64 wgmma_over = 0;        // groups
-  u64 looked_at = 0;         // the last global address read: what a polling warp polls
-  u32 looked_bytes = 0;
-};
-
-constexpr u32 kWarpsPerGroup = 4;
-
-struct WgmmaGroup {
-  Knowledge done;
-  u32 waits = 0;  // of its warps
-};
-
-struct BarrierState {
-  Knowledge gathering;
-  std::map<u64, Knowledge> phases;  // the last few complete ones
-};
-
-const char* name_of(AsyncKind kind) {
-  switch (kind) {
-    case AsyncKind::CpAsync:
-      return "cp.async";
-    case AsyncKind::BulkLoad:
-      return "bulk load";
-    case AsyncKind::BulkStore:
-      return "bulk store";
-    case AsyncKind::BulkCluster:
-      return "bulk copy to the cluster";
-    case AsyncKind::BulkReduce:
-      return "bulk reduction";
-    case AsyncKind::TensorLoad:
-      return "TMA load";
-    case AsyncKind::TensorStore:
-      return "TMA store";
-    case AsyncKind::TensorReduce:
-      return "TMA reduction";
-    case AsyncKind::StAsync:
-      return "st.async";
-    case AsyncKind::Wgmma:
-      return "wgmma";
-  }
-  return "asynchronous operation";
-}
-
 class RaceChecker : public ClusterObserver {
  public:
-  explicit RaceChecker(const Cluster& cluster) : cluster_(cluster) {
+  explicit RaceChecker(const Cluster& cluster) : cluster_(cluster), life_(cluster.ctas.size()) {
     for (const auto& cta : cluster.ctas) {
       first_agent_.push_back(num_warps_);
       num_warps_ += static_cast<u32>(cta->warps.size());
       shadows_.emplace_back(cta->shared_bytes);
       written_.push_back(std::make_unique<InitBits>(0, cta->shared_bytes));
+      lanes_.push_back(std::make_unique<LaneOrder>(cta->shared_bytes, cta->warps.size()));
     }
     warps_.resize(num_warps_);
-    remote_.resize(cluster.ctas.size());
     first_slot_ = num_warps_ + 1;  // between them: the grid that griddepcontrol.wait waits for
     global_ = std::make_unique<GlobalSide>(cluster, num_warps_);
     for (Agent a = 0; a < num_warps_; ++a) warps_[a].knowledge.happened.set(a, 1);
@@ -105,26 +39,35 @@ class RaceChecker : public ClusterObserver {
                  const u32* rank) override {
     const Agent agent = agent_of(w);
     WarpState& state = warps_[agent];
+    if (access.space == Space::Local) return;
+    settle();
     if (access.space == Space::Global) {
       if (access.kind != AccessKind::Write) {
         state.looked_at = place[std::countr_zero(mask)];
         state.looked_bytes = access.size;
       }
       if (global_->access(w, agent, state, pc, mask, access, place)) tick(agent);
-      global_->report(w, pc, mask, access.kind, "");
+      if (access.kind != AccessKind::Write || !global_->only_stores_meet()) {
+        return global_->report(w, pc, mask, access.kind, "");
+      }
+      for (u32 m = mask; m != 0; m &= m - 1) {
+        held_.keep(reinterpret_cast<const u8*>(place[std::countr_zero(m)]), access.size);
+      }
+      held_.hazards = global_->errors(w, pc, mask, access.kind, "");
       return;
     }
-    if (access.space != Space::Shared) return;
     const bool strong = is_strong(access);
     Touch touch{{agent, state.knowledge.happened.of(agent)}, pc, 0, false, strong};
     findings_.clear();
-    for_each_run(mask, access, place, rank, [&](u32 cta, u32 offset, u32 bytes) {
+    for_each_run(shadows_.size(), mask, access, place, rank, [&](u32 cta, u32 offset, u32 bytes) {
       note_shared(w, access.kind, pc, cta, offset, bytes);
-      if (cta != w.cta->rank) remote(cta, touch.when, w, pc);
+      if (cta != w.cta->rank) life_.visit(cta, touch.when, w, pc);
       shadows_[cta].access(access.kind, touch, offset, bytes, state.knowledge, findings_);
       if (strong && access.kind != AccessKind::Read) release_access(agent, access, cta, offset);
     });
-    report(w, pc, mask, access.kind, "");
+    check_lanes(w, pc, mask, access, place, rank, strong);
+    if (!hold(mask, access, place, rank)) return report(w, pc, mask, access.kind, "");
+    held_.hazards = errors_of(w, pc, mask, access.kind, "");
   }
 
   void on_value(const Warp& w, u32 pc, u32 mask, const Access& access, const u64* place,
@@ -132,7 +75,7 @@ class RaceChecker : public ClusterObserver {
     WarpState& state = warps_[agent_of(w)];
     if (access.space == Space::Global) return global_->value(w, state, mask, access, place);
     if (access.space != Space::Shared) return;
-    for_each_run(mask, access, place, rank, [&](u32 cta, u32 offset, u32) {
+    for_each_run(shadows_.size(), mask, access, place, rank, [&](u32 cta, u32 offset, u32) {
       const auto it = words_.find({cta, offset});
       if (it == words_.end()) return;
       acquire_from(it->second, state, global_->home(w.cta->rank), access, global_->refused());
@@ -143,11 +86,17 @@ class RaceChecker : public ClusterObserver {
     const Agent agent = agent_of(w);
     WarpState& state = warps_[agent];
     const u64 cta = w.cta->rank;
+    settle();
     switch (event.kind) {
+      case SyncKind::WarpSync:
+        lanes_[cta]->meet(w.index);
+        break;
       case SyncKind::BarArrive:
+        state.drain(agent);
         release(agent, named_[{cta, event.a, event.b}]);
         break;
       case SyncKind::BarPass:
+        lanes_[cta]->meet(w.index);
         state.knowledge.join(named_[{cta, event.a, event.b}]);
         if (event.b > 0) named_.erase({cta, event.a, event.b - 1});
         break;
@@ -155,6 +104,7 @@ class RaceChecker : public ClusterObserver {
         cluster_arrive(agent, event);
         break;
       case SyncKind::ClusterPass:
+        lanes_[cta]->meet(w.index);
         state.knowledge.join(cluster_phase_[event.a]);
         executed_.join(cluster_executed_[event.a]);
         break;
@@ -164,12 +114,13 @@ class RaceChecker : public ClusterObserver {
         break;
       case SyncKind::MbarArrive:
         if (event.a != cta) {
-          remote(static_cast<u32>(event.a), {agent, state.knowledge.happened.of(agent)}, w,
-                 event.pc);
+          life_.visit(static_cast<u32>(event.a), {agent, state.knowledge.happened.of(agent)}, w,
+                      event.pc);
         }
         arrive(agent, barriers_[{event.a, event.b}].gathering);
         break;
       case SyncKind::MbarPass:
+        lanes_[cta]->meet(w.index);
         pass(state, {event.a, event.b}, event.c);
         break;
       case SyncKind::FenceProxyAsync:
@@ -183,6 +134,7 @@ class RaceChecker : public ClusterObserver {
         tick(agent);
         break;
       case SyncKind::Fence:
+        lanes_[cta]->meet(w.index);
         fence(state, global_->home(w.cta->rank), static_cast<Scope>(event.b), global_->refused());
         tick(agent);
         break;
@@ -221,6 +173,7 @@ class RaceChecker : public ClusterObserver {
   }
 
   void on_async_issue(const AsyncInfo& info, const std::vector<Footprint>& footprint) override {
+    settle();
     const Agent issuer = agent_of(*info.warp);
     WarpState& state = warps_[issuer];
     const Agent agent = take_slot(info, state.knowledge);
@@ -232,11 +185,14 @@ class RaceChecker : public ClusterObserver {
     AccessKind kind = AccessKind::Read;
     for (const Footprint& part : footprint) {
       if (part.space != Space::Shared || part.rank >= shadows_.size()) continue;
-      const Touch touch{when, info.pc, 0, async, info.kind == AsyncKind::StAsync};
+      Touch touch{when, info.pc, 0, async, info.kind == AsyncKind::StAsync};
+      touch.matrix = info.kind == AsyncKind::Wgmma;
       const std::size_t before = findings_.size();
       note_shared(*info.warp, part.kind, info.pc, part.rank, static_cast<u32>(part.address),
                   static_cast<u32>(part.bytes));
-      if (part.rank != info.warp->cta->rank) remote(part.rank, when, *info.warp, info.pc);
+      const bool own = part.rank == info.warp->cta->rank;
+      if (!own || outlives(info.kind, part.kind)) life_.visit(part.rank, when, *info.warp, info.pc);
+      if (own) check_source(info, part);
       shadows_[part.rank].access(part.kind, touch, static_cast<u32>(part.address),
                                  static_cast<u32>(part.bytes), state.knowledge, findings_);
       if (findings_.size() > before) kind = part.kind;
@@ -249,6 +205,7 @@ class RaceChecker : public ClusterObserver {
   }
 
   void on_async_landing(const AsyncInfo& info) override {
+    settle();
     landing_ = running_[info.id];
     landing_kind_ = info.kind;
   }
@@ -273,6 +230,8 @@ class RaceChecker : public ClusterObserver {
     if (wait != Wait::None || state.looked_at == 0) return "";
     return "; last read " + global_->describe(state.looked_at, state.looked_bytes);
   }
+
+  void on_cluster_end() override { settle(); }
 
   void on_mbarrier_complete(u32 rank, u32 offset, u64 phase) override {
     BarrierState& barrier = barriers_[{rank, offset}];
@@ -419,29 +378,95 @@ class RaceChecker : public ClusterObserver {
     tick(agent);
   }
 
-  // --- shared memory of other CTAs, and of nobody yet
-  struct Remote {
-    u32 clock = 0;
-    u32 pc = 0;
-    const Warp* warp = nullptr;
-  };
-
-  void remote(u32 rank, Epoch when, const Warp& w, u32 pc) {
-    remote_[rank][when.agent] = {when.clock, pc, &w};
+  // --- shared memory of other CTAs, and of nobody yet, or no more
+  static bool outlives(AsyncKind kind, AccessKind access) {
+    return access != AccessKind::Read && kind != AsyncKind::CpAsync && kind != AsyncKind::StAsync;
   }
 
-  // The last warp of a CTA leaves: whoever touched its shared memory from outside must have been
-  // waited for, or the memory may be another CTA's by then.
   void check_exit(const Warp& w) {
-    if (!w.cta->done() || remote_[w.cta->rank].empty()) return;
+    if (!w.cta->done()) return;
     VectorClock known = executed_;
     for (const auto& warp : w.cta->warps) known.join(warps_[agent_of(*warp)].knowledge.happened);
-    for (const auto& [agent, access] : remote_[w.cta->rank]) {
-      if (known.knows({agent, access.clock})) continue;
-      throw HazardError(
-          {make_hazard(*access.warp, access.pc, access.warp->live, "dsmem-exited-cta",
-                       "touches shared memory of cluster CTA " + std::to_string(w.cta->rank) +
-                           ", which exits without waiting for it")});
+    life_.leave(w.cta->rank, known);
+    for (const auto& warp : w.cta->warps) {
+      const PendingGroups& stores = warps_[agent_of(*warp)].bulk;
+      check_stores(known, stores.open);
+      for (const auto& group : stores.committed) check_stores(known, group);
+    }
+  }
+
+  // Shipping kernels leave their last stores to the hardware, which is not known to free shared
+  // memory before they have read it.
+  void check_stores(const VectorClock& known, const std::vector<Epoch>& stores) {
+    for (const Epoch& when : stores) {
+      if (known.knows(when)) continue;
+      const Slot& slot = slots_[when.agent - first_slot_];
+      if (!formal_.insert({slot.pc, slot.pc}).second) continue;
+      add_formal(make_hazard(*slot.warp, slot.pc, slot.warp->live, "store-outlives-cta",
+                             "reads shared memory of its CTA, which exits without waiting for it"));
+    }
+  }
+
+  // --- lanes of one warp among themselves
+  void check_lanes(const Warp& w, u32 pc, u32 mask, const Access& access, const u64* place,
+                   const u32* rank, bool strong) {
+    LaneOrder& lanes = *lanes_[w.cta->rank];
+    if (strong) return lanes.meet(w.index);
+    if (access.pattern == Pattern::Scattered && cluster_.ctas.size() > 1) {
+      for (u32 m = mask; m != 0; m &= m - 1) {
+        if (rank[std::countr_zero(m)] != w.cta->rank) return;
+      }
+    }
+    if (const auto found = lanes.access(w.index, pc, mask, access, place)) {
+      add_lanes(w, pc, mask, *found, access.kind == AccessKind::Read ? "reads" : "writes");
+    }
+  }
+  // A copy reads what one lane of its warp may give away: its own words.
+  void check_source(const AsyncInfo& info, const Footprint& part) {
+    if (part.kind != AccessKind::Read || !joins_bulk_group(info)) return;
+    const auto found = lanes_[part.rank]->source(
+        info.warp->index, info.lane, static_cast<u32>(part.address), static_cast<u32>(part.bytes));
+    if (found) add_lanes(*info.warp, info.pc, 1u << info.lane, *found, "reads");
+  }
+  void add_lanes(const Warp& w, u32 pc, u32 mask, const LaneOrder::Finding& found,
+                 const char* act) {
+    if (!formal_.insert({pc, found.pc}).second) return;
+    const InstInfo& info = cluster_.grid->program->info[found.pc];
+    char lanes[16];
+    std::snprintf(lanes, sizeof lanes, "0x%08x", found.lanes);
+    std::string text = std::string(act) + " shared offset " +
+                       std::to_string(found.offset - kSharedReserved) + ", which lanes " + lanes +
+                       " of the same warp " + (found.wrote ? "wrote" : "read") + " (PTX line " +
+                       std::to_string(info.ptx_line);
+    if (info.source.line) text += ", source line " + std::to_string(info.source.line);
+    add_formal(make_hazard(w, pc, mask, "missing-warp-sync",
+                           text + ") and no __syncwarp or other meeting of the lanes between"));
+  }
+
+  // --- stores that race with stores of the same bytes
+  // Whether all that is wrong with a store is earlier stores of other warps: then the next event,
+  // when it has been executed, tells whether it changed anything.
+  bool hold(u32 mask, const Access& access, const u64* place, const u32* rank) {
+    if (findings_.empty() || access.kind != AccessKind::Write) return false;
+    for (const Finding& f : findings_) {
+      if (f.conflict != Conflict::Race || !f.earlier_wrote || f.earlier.async) return false;
+    }
+    for_each_run(shadows_.size(), mask, access, place, rank, [&](u32 cta, u32 offset, u32 bytes) {
+      held_.keep(cluster_.ctas[cta]->shared + offset, bytes);
+    });
+    return true;
+  }
+  void settle() {
+    if (held_.hazards.empty()) [[likely]]
+      return;
+    const HeldStore held = std::move(held_);
+    held_ = {};
+    if (held.changed()) throw HazardError(held.hazards);
+    for (Hazard hazard : held.hazards) {
+      if (!equal_.emplace(hazard.ptx_line, hazard.message).second) continue;
+      hazard.kind = "equal-stores";
+      hazard.message += " (the same bytes)";
+      add_formal(std::move(hazard));
     }
   }
 
@@ -456,39 +481,7 @@ class RaceChecker : public ClusterObserver {
                                ", which nobody in the CTA has written"));
   }
 
-  void add_formal(Hazard hazard) {
-    hazard.severity = Severity::Formal;
-    const std::lock_guard<std::mutex> lock(cluster_.grid->mutex);
-    cluster_.grid->stats.hazards.push_back(std::move(hazard));
-  }
-
-  // Lanes at consecutive addresses, or at the same one, are one run.
-  template <typename Visit>
-  void for_each_run(u32 mask, const Access& access, const u64* place, const u32* rank,
-                    Visit visit) {
-    const u32 size = access.size;
-    if (access.pattern != Pattern::Scattered) {
-      return visit(rank[0], static_cast<u32>(place[0]),
-                   access.pattern == Pattern::Uniform ? size : size * kLanes);
-    }
-    u32 run_cta = 0, run_begin = 0, run_end = 0;
-    bool open = false;
-    for (u32 lane = 0; lane < kLanes; ++lane) {
-      if (!(mask >> lane & 1)) continue;
-      const u32 offset = static_cast<u32>(place[lane]);
-      if (rank[lane] >= shadows_.size()) continue;
-      if (open && rank[lane] == run_cta && offset >= run_begin && offset <= run_end) {
-        run_end = std::max(run_end, offset + size);
-        continue;
-      }
-      if (open) visit(run_cta, run_begin, run_end - run_begin);
-      run_cta = rank[lane];
-      run_begin = offset;
-      run_end = offset + size;
-      open = true;
-    }
-    if (open) visit(run_cta, run_begin, run_end - run_begin);
-  }
+  void add_formal(Hazard hazard) { note_formal(*cluster_.grid, std::move(hazard)); }
 
   std::string who(const Finding& finding) const {
     const Agent agent = finding.earlier.when.agent;
@@ -516,28 +509,31 @@ class RaceChecker : public ClusterObserver {
 
   void report(const Warp& w, u32 pc, u32 lanes, AccessKind kind, const std::string& what) {
     if (findings_.empty()) return;
+    std::vector<Hazard> errors = errors_of(w, pc, lanes, kind, what);
+    if (!errors.empty()) throw HazardError(std::move(errors));
+  }
+
+  // The findings in words; formal ones go to the launch's statistics.
+  std::vector<Hazard> errors_of(const Warp& w, u32 pc, u32 lanes, AccessKind kind,
+                                const std::string& what) {
     std::vector<Hazard> errors;
     for (const Finding& finding : findings_) {
-      const std::string act = std::string(what.empty() ? "" : what + " ") +
-                              (kind == AccessKind::Read ? "reads" : "writes") + " shared offset " +
-                              std::to_string(finding.offset - kSharedReserved);
-      const std::string other = who(finding) + (finding.earlier_wrote ? " wrote" : " read");
-      if (finding.conflict == Conflict::Race) {
-        errors.push_back(make_hazard(w, pc, lanes, "shared-race",
-                                     act + ", which " + other + " with nothing to order the two"));
-      } else if (finding.conflict == Conflict::UnfencedWrite) {
-        errors.push_back(make_hazard(
-            w, pc, lanes, "missing-proxy-fence",
-            act + ", which " + other + " through the generic proxy: no fence.proxy.async between"));
-      } else if (formal_.insert({pc, finding.earlier.pc}).second) {
-        Hazard hazard = make_hazard(w, pc, lanes, "formal-proxy-order",
-                                    act + ", which " + other +
-                                        " through the generic proxy: ordered by a barrier, but the "
-                                        "memory model asks for a proxy fence as well");
+      const bool formal =
+          finding.conflict != Conflict::Race && finding.conflict != Conflict::UnfencedWrite;
+      if (formal && !formal_.insert({pc, finding.earlier.pc}).second) continue;
+      const std::string text = std::string(what.empty() ? "" : what + " ") +
+                               (kind == AccessKind::Read ? "reads" : "writes") + " shared offset " +
+                               std::to_string(finding.offset - kSharedReserved) + ", which " +
+                               who(finding) + (finding.earlier_wrote ? " wrote" : " read") +
+                               explain(finding.conflict);
+      Hazard hazard = make_hazard(w, pc, lanes, kind_of(finding.conflict), text);
+      if (formal) {
         add_formal(std::move(hazard));
+      } else {
+        errors.push_back(std::move(hazard));
       }
     }
-    if (!errors.empty()) throw HazardError(std::move(errors));
+    return errors;
   }
 
   const Cluster& cluster_;
@@ -555,13 +551,16 @@ class RaceChecker : public ClusterObserver {
   std::map<u64, Knowledge> cluster_phase_;
   std::map<u64, VectorClock> cluster_executed_;
   VectorClock executed_;
-  std::vector<std::map<Agent, Remote>> remote_;  // of each CTA: accesses of other CTAs
+  SharedLife life_;
   std::vector<std::unique_ptr<InitBits>> written_;
   std::map<Key, BarrierState> barriers_;
   std::map<Key, WgmmaGroup> wgmma_groups_;  // (first warp of the warpgroup, number of the group)
   std::map<Key, Word> words_;               // of shared memory
   std::vector<Finding> findings_;
   std::set<std::pair<u32, u32>> formal_;
+  std::vector<std::unique_ptr<LaneOrder>> lanes_;  // of each CTA
+  HeldStore held_;
+  std::set<std::pair<u32, std::string>> equal_;
 };
 
 class RaceObserver : public Observer {

@@ -19,7 +19,10 @@ bool conflicts(const Touch& earlier, bool earlier_wrote, AccessKind kind, const 
     return true;
   }
   if (touch.async && !earlier.async && !knowledge.fenced.knows(earlier.when)) {
-    conflict = earlier_wrote ? Conflict::UnfencedWrite : Conflict::UnfencedRead;
+    const bool drained = touch.matrix && knowledge.drained.knows(earlier.when);
+    conflict = !earlier_wrote ? Conflict::UnfencedRead
+               : drained      ? Conflict::DrainedWrite
+                              : Conflict::UnfencedWrite;
     return true;
   }
   return false;

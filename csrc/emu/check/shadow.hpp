@@ -25,6 +25,7 @@ struct Touch {
   u8 bytes = 0;         // mask within the word; filled in by the shadow
   bool async = false;   // by the asynchronous proxy (TMA, wgmma)
   bool strong = false;  // atomic, volatile, relaxed, acquire or release: may meet its like
+  bool matrix = false;  // by wgmma
 };
 
 // What is wrong between an earlier access and the one being made.
@@ -32,6 +33,7 @@ enum class Conflict : u8 {
   Race,           // nothing orders them, and at least one writes
   UnfencedWrite,  // ordered, but a generic write meets the asynchronous proxy without its fence
   UnfencedRead,   // the same for a generic read before an asynchronous write: formal only
+  DrainedWrite,   // wgmma reads what was written, unfenced, two CTA barriers ago: formal only
 };
 
 struct Finding {

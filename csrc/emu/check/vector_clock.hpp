@@ -79,6 +79,7 @@ inline void join_foreign(ForeignPtr& into, const ForeignPtr& other) {
 struct Knowledge {
   VectorClock happened;
   VectorClock fenced;
+  VectorClock drained;
   ForeignPtr foreign;  // null: nothing
   // Of fences at .gpu and .sys scope: what a strong store after one releases, and what strong loads
   // saw that a later one acquires. They travel with the rest, so that threads may fence, meet at a
@@ -88,6 +89,7 @@ struct Knowledge {
   void join(const Knowledge& other) {
     happened.join(other.happened);
     fenced.join(other.fenced);
+    drained.join(other.drained);
     join_foreign(foreign, other.foreign);
     for (int k = 0; k < 2; ++k) {
       join_foreign(flushed[k], other.flushed[k]);
@@ -97,6 +99,7 @@ struct Knowledge {
   void clear() {
     happened.clear();
     fenced.clear();
+    drained.clear();
     foreign.reset();
     for (int k = 0; k < 2; ++k) flushed[k].reset(), seen[k].reset();
   }

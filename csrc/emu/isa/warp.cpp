@@ -6,13 +6,12 @@ namespace {
 
 void nothing(Warp&, const Inst&, u32) {}
 
-void warp_sync(Warp& w, const Inst& i, u32 mask) { notify(w, SyncKind::WarpSync, mask, mask); }
 void bind_warp_sync(Decoder& d, Inst& i) {
   d.arity(1);
   i.e = d.src(0, 4);
   i.flags |= kMemberMask;
   i.op = 1;
-  i.fn = warp_sync;
+  i.fn = nothing;
 }
 
 enum Shuffle : u8 { kUp, kDown, kBfly, kIdx };

@@ -24,7 +24,9 @@ void Profiler::on_launch(Grid& grid) {
   LaunchConfig& config = grid.config;
   const u32 total = static_cast<u32>(config.grid.count() / config.cluster.count());
   r->sample = sample_of(total, sample_);
-  if (!complete_) config.only = r->sample;
+  // Kernels that do not multiply on tensor cores are cheap, and often what later launches go by:
+  // they sort, count and place.
+  if (!complete_.value_or(!grid.program->uses_wgmma)) config.only = r->sample;
   if (!check_) config.check = false;
   if (fast_) config.numerics = Numerics::Fast;
   r->module = grid.module;

@@ -13,11 +13,12 @@ import sys
 
 import pytest
 import torch
-from mla_cases import LATENT, assert_decoded, paged_case
+from mla_cases import LATENT, assert_decoded, assert_within, paged_case
 from outside_support import findings, seeds_by_tier
 
 emu = pytest.importorskip("dskernels.emu")
 from dskernels.ref import gemm as ref_gemm  # noqa: E402
+from dskernels.ref import mla as ref_mla  # noqa: E402
 from dskernels.ref import moe as ref_moe  # noqa: E402
 from dskernels.ref import rowwise  # noqa: E402
 from dskernels.testing import assert_bitwise_equal, assert_close_to_exact  # noqa: E402
@@ -239,6 +240,29 @@ def test_mla_decode(compiled, target, fp8, seed):
         (rows, 4), partial, partial_lse, out, lse, 2, 7, splits, seed=seed
     )
     assert_decoded((out, lse), case, softmax_scale=0.1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_mla_prefill(compiled, target, seed):
+    """Ragged requests with more keys than queries, and fewer; NaN behind both."""
+    ends_q, ends_k = torch.tensor([0, 70, 70, 80]).int(), torch.tensor([0, 100, 130, 134]).int()
+    heads = 2
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(85, heads, 192, generator=g).bfloat16()
+    k = torch.randn(140, heads, 192, generator=g).bfloat16()
+    v = (torch.randn(140, heads, 128, generator=g) / 10).bfloat16()
+    q[80:], k[134:], v[134:] = torch.nan, torch.nan, torch.nan
+    out = torch.full((85, heads, 128), torch.nan, dtype=torch.bfloat16)
+    lse = torch.full((heads, 85), torch.nan)
+    kernel = compiled("mla_prefill", target)
+    kernel(
+        (85 // kernel.constants["BLOCK_Q"] + 4, heads), q, k, v, ends_q, ends_k, out, lse, 85, heads, 3,
+        192**-0.5 * math.log2(math.e), seed=seed,
+    )  # fmt: skip
+    want, want_lse = ref_mla.mla_prefill(q.double(), k.double(), v.double(), ends_q, ends_k)
+    assert_within(out, want, 8e-4, 2.01 / 128, cosine=5e-6)
+    assert_within(lse, want_lse, 1e-6, 8.01 / 65536)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
