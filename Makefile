@@ -5,6 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTEST_ARGS ?=
 SMOKE ?=
+BENCH_ARGS ?=
 
 # Spinning OpenMP threads starve each other on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -36,8 +37,11 @@ test: venv ## the default test tier (under 10 minutes on 2 cores)
 test-full: venv ## nightly: everything, mutation scripts included
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-sanitize: venv ## the emulator's tests under AddressSanitizer and UBSan (a build beside the normal one)
-	sh cmake/sanitize.sh $(PY) -m "not slow" tests/emu tests/emu_num $(PYTEST_ARGS)
+sanitize: venv ## the emulator's and the CPU kernels' tests under ASan and UBSan, threads under TSan
+	sh cmake/sanitize.sh emu $(PY) -m "not slow" tests/emu tests/emu_num $(PYTEST_ARGS)
+	sh cmake/sanitize.sh cpu $(PY) -m "not slow" tests/test_cpu_gemm.py tests/test_cpu_mla.py \
+	  tests/test_cpu_moe.py tests/test_cpu_rowwise.py $(PYTEST_ARGS)
+	$(PY) -m pytest tests/test_cpu_threads.py $(PYTEST_ARGS)
 
 lint: venv ## ruff and clang-format, both pinned
 	$(VENV)/bin/ruff check .
@@ -49,8 +53,10 @@ format: venv ## apply ruff and clang-format
 	$(VENV)/bin/ruff format .
 	git ls-files '*.cpp' '*.hpp' '*.h' '*.cu' '*.cuh' | xargs -r $(VENV)/bin/clang-format -i
 
-bench: venv ## pytest-benchmark suites
-	$(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+bench: venv ## all benchmarks: out/bench.json, out/bench.html, out/roofline.png
+	mkdir -p out
+	$(PY) -m pytest bench --benchmark-only --benchmark-json=out/pytest_benchmark.json $(PYTEST_ARGS)
+	$(PY) -m bench.report $(BENCH_ARGS)
 
 verify-gpu: venv ## on a Hopper GPU: replay the CUDA tests, time, append to bench/hardware.jsonl
 	$(PY) -m bench.verify_gpu

@@ -228,7 +228,11 @@ def machine() -> dict:
                 model = value.strip()
             elif key.strip() == "flags":
                 flags = set(value.split())
-    units = [flag for flag in ("avx2", "avx512f", "avx512_fp16", "amx_bf16") if flag in flags]
+    units = [
+        flag
+        for flag in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
+        if flag in flags
+    ]
     return {"cpu": model, "units": units, **cpu.info(), "torch": torch.__version__}
 
 

@@ -1,15 +1,17 @@
 #!/bin/sh
-# Builds the module with AddressSanitizer and UBSan in the emulator, beside the normal build, and
-# runs tests on it: sh cmake/sanitize.sh PYTHON [pytest arguments]. The normal build is not touched.
+# Builds the module with AddressSanitizer and UBSan in one folder of csrc (emu or cpu), beside the
+# normal build, and runs tests on it: sh cmake/sanitize.sh emu|cpu PYTHON [pytest arguments]. The
+# normal build is not touched.
 set -eu
-python=$1
-shift
+part=$1
+python=$2
+shift 2
 root=$(cd "$(dirname "$0")/.." && pwd)
-build=$root/build/sanitize
+build=$root/build/sanitize_$part
 site=$build/site
 suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 mkdir -p "$site"
-cmake -S "$root" -B "$build" -G Ninja -DDSK_SANITIZE=emu -DCMAKE_BUILD_TYPE=Release \
+cmake -S "$root" -B "$build" -G Ninja -DDSK_SANITIZE="$part" -DCMAKE_BUILD_TYPE=Release \
   -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
   -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
   -DDSK_MODULE_PATH="$site/dskernels/_C$suffix" ${DSK_CMAKE_ARGS:-} > "$build/configure.log"
@@ -23,7 +25,7 @@ if nvcc=$(command -v nvcc); then
   printf '#!/bin/sh\nunset LD_PRELOAD\nexec "%s" "$@"\n' "$nvcc" > "$build/bin/nvcc"
   chmod +x "$build/bin/nvcc"
 fi
-# A finding ends the process; pytest has its stderr, so the report goes to build/sanitize/report.*.
+# A finding ends the process; pytest has its stderr, so the report goes to $build/report.*.
 # The runtimes must come before everything else in the process; Python itself leaks by design.
 cxx=${CXX:-g++}
 LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libstdc++.so.6)" \

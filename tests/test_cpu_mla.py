@@ -210,3 +210,46 @@ def test_random_shapes(shape):
 @given(shapes)
 def test_many_random_shapes(shape):
     run_random(shape)
+
+
+prefills = st.tuples(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 80)), min_size=1, max_size=3),
+    st.integers(1, 3),  # heads
+    st.integers(1, 70),  # width of a key
+    st.integers(1, 70),  # width of a value
+    st.booleans(),  # causal
+    st.integers(0, 2**16),  # seed
+)
+
+
+def run_random_prefill(case) -> None:
+    """Requests with fewer, as many and more cached keys than queries; rows that see nothing."""
+    lengths, h, dk, dv, causal, seed = case
+    g = torch.Generator().manual_seed(seed)
+    ends_q, ends_k = (
+        torch.tensor([0, *(pair[i] for pair in lengths)]).cumsum(0).int() for i in range(2)
+    )
+    q = torch.randn(int(ends_q[-1]), h, dk, generator=g).bfloat16()
+    kv = torch.randn(int(ends_k[-1]), h, dk + dv, generator=g).bfloat16()
+    k, v = kv.split([dk, dv], dim=-1)
+    want, want_lse = ref.mla_prefill(
+        q.double(), k.double(), v.double(), ends_q, ends_k, causal=causal
+    )
+    for name in TARGETS:
+        with use_target(name):
+            got, got_lse = mla.mla_prefill(q, k, v, ends_q, ends_k, causal=causal)
+        assert relative_error(got, want) < 8e-3 or not want.numel(), name
+        torch.testing.assert_close(got_lse.double(), want_lse.double(), rtol=2e-4, atol=2e-4)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(prefills)
+def test_random_prefills(case):
+    run_random_prefill(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None)
+@given(prefills)
+def test_many_random_prefills(case):
+    run_random_prefill(case)

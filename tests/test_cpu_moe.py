@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dskernels import _C
 from dskernels.backend import Unsupported
-from dskernels.cpu import moe, pack, packing, rowwise
+from dskernels.cpu import gemm, moe, pack, packing, rowwise
 from dskernels.ref import moe as ref
 from dskernels.ref import moe_backward as ref_backward
 
@@ -312,6 +312,48 @@ def test_bad_router_arguments_are_named():
         moe.moe_gate(x.double(), weight.double(), None, topk=2)
 
 
+def autograd_of_experts(x, w13, w2, idx, weights, grad):
+    """The gradients PyTorch itself gives, with a matrix product for each expert."""
+    leaves = [v.clone().requires_grad_() for v in (x, w13, w2, weights)]
+    x, w13, w2, weights = leaves
+    out = torch.zeros(x.shape, dtype=weights.dtype)
+    for expert in range(w13.shape[0]):
+        tokens, slots = (idx == expert).nonzero(as_tuple=True)
+        gate, up = (x[tokens] @ w13[expert].T).chunk(2, -1)
+        y = (torch.nn.functional.silu(gate) * up) @ w2[expert].T
+        out = out.index_add(0, tokens, y.to(out.dtype) * weights[tokens, slots, None])
+    (out * grad.to(out.dtype)).sum().backward()
+    return [v.grad for v in leaves]
+
+
+@pytest.mark.parametrize("native_bf16", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_plain_experts_and_their_gradients(monkeypatch, dtype, native_bf16):
+    """At most 1.2 times the error of PyTorch's autograd in the same type, whatever oneDNN has."""
+    if not native_bf16:
+        monkeypatch.setattr(gemm, "_onednn_has_bf16", lambda: False)
+    g = torch.Generator().manual_seed(11)
+    e, d, i, t = 5, 96, 40, 37
+    idx, weights = routing(t, 3, e)
+    idx[idx == 2] = 3  # an expert without tokens, and a token that names one twice
+    x, grad = (torch.randn(t, d, generator=g).to(dtype) for _ in range(2))
+    w13 = (torch.randn(e, 2 * i, d, generator=g) * d**-0.5).to(dtype)
+    w2 = (torch.randn(e, d, i, generator=g) * i**-0.5).to(dtype)
+    got = moe.moe_experts(x, w13, w2, idx, weights)
+    want = ref.moe_experts(x, w13, w2, idx, weights)
+    assert got.dtype == dtype and relative_error(got, want) < (
+        1e-6 if dtype is torch.float32 else 2e-3
+    )
+    ours = moe.moe_experts_backward(grad, x, w13, w2, idx, weights)
+    theirs = autograd_of_experts(x, w13, w2, idx, weights, grad)
+    wide = [v.double() for v in (x, w13, w2)]
+    exact = autograd_of_experts(*wide, idx, weights.double(), grad.double())
+    for a, b, c in zip(ours, theirs, exact):
+        assert a.dtype == b.dtype and a.shape == c.shape
+        assert relative_error(a, c) <= 1.2 * relative_error(b, c) + 1e-7
+    assert bool((ours[1][2] == 0).all()) and bool((ours[2][2] == 0).all())
+
+
 shapes = st.tuples(
     st.integers(1, 14),  # tokens
     st.integers(1, 3),  # k
@@ -344,3 +386,47 @@ def test_random_shapes(shape):
 @given(shapes)
 def test_many_random_shapes(shape):
     run_random(shape)
+
+
+routers = st.tuples(
+    st.integers(1, 12),  # tokens
+    st.integers(1, 90),  # d
+    st.integers(1, 6),  # groups
+    st.integers(1, 9),  # experts of a group
+    st.sampled_from(["sigmoid", "softmax"]),
+    st.sampled_from([None, "top2", "max"]),
+    st.sampled_from([1, 4]),  # alignment
+    st.integers(0, 2**16),  # seed
+)
+
+
+def run_random_router(case) -> None:
+    """Choice and weights by the reference's rule, and the permutation that follows."""
+    t, d, groups, size, score, group_score, alignment, seed = case
+    g = torch.Generator().manual_seed(seed)
+    experts, top = groups * size, 1 + seed % groups
+    router = (experts, groups, top, 1 + seed % (top * size), score, group_score)
+    x, weight = torch.randn(t, d, generator=g), torch.randn(experts, d, generator=g) / d
+    for name in TARGETS:
+        with use_target(name):
+            for kind in FLOATS:
+                idx, weights, _ = route(x.to(kind), weight.to(kind), None, router)
+            idx = idx.masked_fill(torch.rand(idx.shape, generator=g) < 0.2, -1)
+            got = moe.moe_permute(x, idx, experts, alignment=alignment)
+            want = ref.moe_permute(x, idx, experts, alignment=alignment)
+            assert all(torch.equal(a, b) for a, b in zip(got, want)), name
+            back = moe.moe_unpermute(got[0], got[2], weights)
+            assert torch.equal(back, ref.moe_unpermute(got[0], got[2], weights)), name
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(routers)
+def test_random_routers(case):
+    run_random_router(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None)
+@given(routers)
+def test_many_random_routers(case):
+    run_random_router(case)

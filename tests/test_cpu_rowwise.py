@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dskernels import _C
 from dskernels.cpu import rowwise
@@ -222,3 +224,44 @@ def test_threads_give_the_same_bits(target):
     for other in results[1:]:
         assert_same_bits(other.data, results[0].data, "data")
         assert_same_bits(other.scale, results[0].scale, "scale")
+
+
+rows = st.tuples(
+    st.integers(0, 20), st.integers(1, 400), st.sampled_from(FLOATS), st.integers(0, 999)
+)
+
+
+def run_random_rows(case) -> None:
+    """Quantisation bit for bit, norm and SwiGLU within a rounding, on every target."""
+    m, k, dtype, seed = case
+    x = awkward(m, 2 * k, dtype, seed)
+    tame = torch.randn(m, 2 * k, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    weight = torch.rand(2 * k, generator=torch.Generator().manual_seed(seed))
+    wanted = ref.quantize(x), ref.rms_norm(tame, weight), ref.swiglu(tame)
+    tolerance = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    for name in TARGETS:
+        _C.cpu.select_target(name)
+        try:
+            got = rowwise.quantize(x), rowwise.rms_norm(tame, weight), rowwise.swiglu(tame)
+        finally:
+            _C.cpu.select_target("")
+        codes, expected = (q.data.view(torch.uint8) for q in (got[0], wanted[0]))
+        nan = (codes & 0x7F) == 0x7F
+        assert torch.equal(nan, (expected & 0x7F) == 0x7F), name
+        assert torch.equal(codes[~nan], expected[~nan]), name
+        assert_same_bits(got[0].scale, wanted[0].scale, name)
+        for a, b in zip(got[1:], wanted[1:]):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(rows)
+def test_random_rows(case):
+    run_random_rows(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None)
+@given(rows)
+def test_many_random_rows(case):
+    run_random_rows(case)

@@ -1,6 +1,8 @@
 """deep_ep's names and the model, expert-parallel over processes."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -75,6 +77,24 @@ def worker_deep_ep(store, rank, ranks):
     want = ref.low_latency_combine(ys, idxs, weights, low, max_tokens=T)
     out, _, _ = buffer.low_latency_combine(ys[rank], idxs[rank], weights[rank], handle)
     same(out, want[rank], "low-latency combined")
+
+    # Scales as packed exponents.
+    rounded = ref.low_latency_dispatch(
+        xs, idxs, max_tokens=T, num_experts=experts, round_scale=True
+    )
+    (data, packed), count, handle, *_ = buffer.low_latency_dispatch(
+        xs[rank], idxs[rank], T, experts, round_scale=True, use_ue8m0=True
+    )
+    assert packed.dtype == torch.int32 and packed.shape == (4, ranks * T, 1)
+    assert packed.stride()[1] == 1
+    for expert, n in enumerate(count.tolist()):
+        same(data[expert, :n], rounded[rank].x.data[expert, :n], "data")
+        for group in range(rounded[rank].x.scale.shape[2]):
+            scale = 2.0 ** ((packed[expert, :n, 0] >> 8 * group & 255) - 127).float()
+            same(scale, rounded[rank].x.scale[expert, :n, group], "scale")
+    buffer.low_latency_combine(ys[rank], idxs[rank], weights[rank], handle)
+    with pytest.raises(ValueError, match="use_ue8m0: expected use_fp8 and round_scale"):
+        buffer.low_latency_dispatch(xs[rank], idxs[rank], T, experts, use_ue8m0=True)
 
     # One rank masked, then all of them again.
     if rank != 1:
@@ -202,3 +222,14 @@ def test_fp8_experts_over_ranks():
 
 def test_the_model_runs_expert_parallel():
     assert all(run_ranks(worker_model, 2))
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_exchange():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--standalone", "-m", "dskernels.ep", "--exchange", "--max-tokens", "16",
+               "--hidden", "256"]  # fmt: skip
+    env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("equal to the reference") == 2

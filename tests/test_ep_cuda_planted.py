@@ -26,10 +26,19 @@ for n in range(8):
 """
 
 
-def run(folder: Path) -> subprocess.CompletedProcess:
+OVERLAP = """
+import os, sys
+from dskernels import cuda
+cuda.launchers().set_kernel_directory(sys.argv[1])
+import test_ep_overlap as overlap
+overlap.experts_start_on_arrival(2, lambda n: os.environ.update(DSK_EMU_SEED=str(n)), 8)
+"""
+
+
+def run(folder: Path, script: str = RUN) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-c", RUN, str(folder)],
+        [sys.executable, "-c", script, str(folder)],
         env=dict(os.environ, PYTHONPATH=path),
         capture_output=True,
         text=True,
@@ -68,3 +77,23 @@ def test_a_missing_order_is_a_hazard(tmp_path, kernel, old, new):
 def test_the_shipped_kernels_pass_the_same_run():
     result = run(KERNELS)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "kernel, old, new",
+    [
+        ("gemm_fp8_tokens_16", "ld.acquire.gpu", "ld.relaxed.gpu"),
+        ("gemm_fp8_tokens_16", "fence.proxy.async.global;", "// planted"),
+        ("ep_low_receive", "fence.acq_rel.gpu;", "// planted"),
+    ],
+)
+def test_experts_on_arrival_need_each_order(tmp_path, kernel, old, new):
+    folder = shutil.copytree(KERNELS, tmp_path / "kernels")
+    file = folder / f"{kernel}.ptx"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new).replace("st.release.gpu", "st.relaxed.gpu"))
+    result = run(folder, OVERLAP)
+    assert result.returncode != 0 and "HazardError" in result.stderr, result.stderr[-2000:]

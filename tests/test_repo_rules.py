@@ -21,6 +21,7 @@ CPP_MAY_INCLUDE = {
     "cuda/params": {"proto"},  # the exchange has one layout on every transport
     "cuda": set(),
     "comm": {"emu", "proto"},
+    "rail": set(),  # compiled by its users, against the NCCL they have
     "device": {"emu"},
     "cpu": {"proto", "include"},
     "proto": set(),

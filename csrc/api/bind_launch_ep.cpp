@@ -105,11 +105,11 @@ void low_send(const On& on, const EpGroup& g, const Row& row, int tokens, int el
 
 void low_receive(const On& on, const EpGroup& g, const Row& row, Address x, Address scale,
                  int64_t ld_scale, Address count, Address source, Address layout_range,
-                 Address words) {
-  launch::ep_low_receive(launch_on(on),
-                         {g, row_shape(row), pointer<uint8_t>(x), pointer<float>(scale), ld_scale,
-                          pointer<int32_t>(count), pointer<int64_t>(source),
-                          pointer<int64_t>(layout_range), pointer<uint64_t>(words)});
+                 Address words, Address arrived) {
+  launch::ep_low_receive(launch_on(on), {g, row_shape(row), pointer<uint8_t>(x),
+                                         pointer<float>(scale), ld_scale, pointer<int32_t>(count),
+                                         pointer<int64_t>(source), pointer<int64_t>(layout_range),
+                                         pointer<uint64_t>(words), pointer<int32_t>(arrived)});
 }
 
 void low_return(const On& on, const EpGroup& g, int64_t row_bytes, Address y, Address layout_range,
@@ -164,7 +164,7 @@ void bind_launch_ep(py::module_& launch) {
   launch.def("ep_low_send", &low_send, "on"_a, "group"_a, "row"_a, "tokens"_a, "elements"_a,
              "ue8m0"_a, "x"_a, "topk_idx"_a);
   launch.def("ep_low_receive", &low_receive, "on"_a, "group"_a, "row"_a, "x"_a, "scale"_a,
-             "ld_scale"_a, "count"_a, "source"_a, "layout_range"_a, "words"_a);
+             "ld_scale"_a, "count"_a, "source"_a, "layout_range"_a, "words"_a, "arrived"_a = 0);
   launch.def("ep_low_return", &low_return, "on"_a, "group"_a, "row_bytes"_a, "y"_a,
              "layout_range"_a, "words"_a);
   launch.def("ep_low_reduce", &low_reduce, "on"_a, "group"_a, "tokens"_a, "topk"_a, "elements"_a,

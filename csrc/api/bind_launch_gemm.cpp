@@ -51,7 +51,7 @@ void gemm_fp8(const std::string& machine, int ordinal, uint64_t stream, const st
               const TensorArgument& c, const TensorArgument& bias, uint64_t group_rows,
               uint64_t runs, int m, int n, int k, int expected_m, int num_groups, int64_t lda,
               int64_t ldb, int64_t ld_sfa, int64_t ld_sfb, int num_sms, bool swiglu,
-              bool deterministic, const ForceArgument& force) {
+              bool deterministic, const ForceArgument& force, uint64_t arrived) {
   launch::GemmFp8Args args;
   args.kind = kind_of(kind);
   args.a = pointer<void>(a);
@@ -76,6 +76,7 @@ void gemm_fp8(const std::string& machine, int ordinal, uint64_t stream, const st
   args.swiglu = swiglu;
   args.deterministic = deterministic;
   args.force = force_of(force);
+  args.arrived = pointer<int32_t>(arrived);
   launch::gemm_fp8(context_of(machine, ordinal), args, stream_of(stream));
 }
 
@@ -172,7 +173,7 @@ void bind_launch_gemm(py::module_& launch) {
   launch.def("gemm_fp8", &gemm_fp8, "machine"_a, "ordinal"_a, "stream"_a, "kind"_a, "a"_a, "sfa"_a,
              "b"_a, "sfb"_a, "d"_a, "c"_a, "bias"_a, "group_rows"_a, "runs"_a, "m"_a, "n"_a, "k"_a,
              "expected_m"_a, "num_groups"_a, "lda"_a, "ldb"_a, "ld_sfa"_a, "ld_sfb"_a, "num_sms"_a,
-             "swiglu"_a, "deterministic"_a, "force"_a, release);
+             "swiglu"_a, "deterministic"_a, "force"_a, "arrived"_a = 0, release);
   launch.def("gemm_bf16", &gemm_bf16, "machine"_a, "ordinal"_a, "stream"_a, "kind"_a, "a"_a, "b"_a,
              "d"_a, "c"_a, "bias"_a, "group_rows"_a, "runs"_a, "m"_a, "n"_a, "k"_a, "expected_m"_a,
              "num_groups"_a, "lda"_a, "ldb"_a, "num_sms"_a, "kernel"_a, release);

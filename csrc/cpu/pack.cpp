@@ -21,6 +21,7 @@ bool is_nan(uint8_t code) { return (code & 0x7f) == 0x7f; }
 void pack_panel(void* context, int64_t panel, int) {
   const Job& job = *static_cast<const Job*>(context);
   const PackedShape& s = job.shape;
+  if (s.k == 0) return;
   uint8_t* line = job.to + panel * s.panel_bytes();
   uint8_t* nans = job.nan_blocks + panel * s.blocks();
   std::memset(line, 0, static_cast<size_t>(s.panel_bytes()));

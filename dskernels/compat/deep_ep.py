@@ -273,22 +273,37 @@ class Buffer:
         async_finish: bool = False,
         return_recv_hook: bool = False,
     ) -> tuple[Any, torch.Tensor, Any, EventOverlap, Callable[[], None]]:
-        """(recv_x [L, R * max, H] or (e4m3, scales), count [L], handle, event, hook)."""
-        if use_ue8m0:
-            raise NotImplementedError("use_ue8m0: expected False (fp32 scales), got True")
+        """(recv_x [L, R * max, H] or (e4m3, scales), count [L], handle, event, hook).
+
+        scales: fp32 [L, R * max, H / 128]; with use_ue8m0, which needs round_scale, the exponents
+        alone, four to an int32: [L, R * max, ceil(H / 512)]. Both with rows next to each other.
+        """
+        if use_ue8m0 and not (use_fp8 and round_scale):
+            raise ValueError(
+                "use_ue8m0: expected use_fp8 and round_scale with it (exponents stand for powers "
+                f"of two only), got use_fp8={use_fp8}, round_scale={round_scale}"
+            )
         group = self._low_group(num_max_dispatch_tokens_per_rank, x.shape[1], topk_idx, num_experts)
         got, hook = ep.low_latency_dispatch(
             group, x, topk_idx, use_fp8=use_fp8, round_scale=round_scale, return_recv_hook=True
         )
 
+        scales = got.x.scale if use_fp8 else None
+        if use_ue8m0:
+            experts, rows, groups = scales.shape
+            packed = torch.zeros(experts, -(-groups // 4), rows, dtype=torch.int32)
+            scales = packed.transpose(1, 2)
+
         def receive() -> None:
             hook()
+            if use_ue8m0:
+                _pack_exponents(got.x.scale, scales)
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(got.count)
 
         if not return_recv_hook:
             receive()
-        recv = (got.x.data, got.x.scale) if use_fp8 else got.x
+        recv = (got.x.data, scales) if use_fp8 else got.x
         return recv, got.count, got, EventOverlap(), receive if return_recv_hook else _nothing
 
     def low_latency_combine(
@@ -371,6 +386,14 @@ def _pad(x: torch.Tensor, rows: int, value: float) -> torch.Tensor:
     padded = torch.full((rows, *x.shape[1:]), value, dtype=torch.float32).to(x.dtype)
     padded[: len(x)] = x
     return padded
+
+
+def _pack_exponents(scales: torch.Tensor, packed: torch.Tensor) -> None:
+    """The biased exponents of scales [l, n, c], powers of two, into int32 [l, n, ceil(c / 4)]: the
+    first in the lowest byte. Rows that hold no scales yet hold no meaning."""
+    exponents = torch.zeros(*packed.shape, 4, dtype=torch.uint8)
+    exponents.flatten(2)[..., : scales.shape[2]] = (scales.view(torch.int32) >> 23) & 255
+    packed.copy_(exponents.view(torch.int32).squeeze(-1))
 
 
 def _nothing() -> None:

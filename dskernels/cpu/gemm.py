@@ -228,6 +228,13 @@ def _plain(a: torch.Tensor, b: torch.Tensor, deterministic: bool) -> torch.Tenso
     return y
 
 
+def plain_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [m, k] times b [k, n] in one float type: fp32 sums, rounded once."""
+    if a.dtype == torch.float32 or (a.dtype == torch.bfloat16 and _onednn_has_bf16()):
+        return torch.mm(a, b)
+    return (a.float() @ b.float()).to(a.dtype)
+
+
 def _onednn_has_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

@@ -40,6 +40,7 @@ class LowLatencyReceived(NamedTuple):
     layout_range: torch.Tensor
     words: torch.Tensor  # int64 [l, r * max_tokens]: source token << 32 | its slot
     call: int
+    arrived: torch.Tensor | None  # int32 [l], with signal_arrival: 1 + rows of an expert, or 0
 
 
 class _Rank(NamedTuple):
@@ -91,6 +92,7 @@ class PeerGroup:
         self.epoch = self.calls = 0
         self.alive = [True] * num_ranks
         self._kept: dict[int, torch.Tensor] = {}  # by address, until what is queued has run
+        self._second: dict[int, Any] = {}  # streams of work beside the exchange
         begin = [sum(self.experts_of_rank[:r]) for r in range(num_ranks + 1)]
         # Forwarded records carry row numbers behind the expert numbers, see ep_forward.cuh.
         widest = topk + (ranks_per_node + 1) // 2
@@ -246,8 +248,13 @@ class PeerGroup:
         *,
         use_fp8: bool = True,
         round_scale: bool = False,
-    ) -> tuple[list[LowLatencyReceived], Callable[[], None]]:
-        """As dskernels.ref.ep.low_latency_dispatch, for bf16; results are there after hook()."""
+        signal_arrival: bool = False,
+    ) -> tuple[list[LowLatencyReceived], Callable[..., None]]:
+        """As dskernels.ref.ep.low_latency_dispatch, for bf16; results are there after hook().
+        With hook(wait=False) the receive half is only queued, until a later call waits.
+
+        signal_arrival: `arrived` of a result says expert by expert when its rows are there, to
+        `GemmKernels.grouped_gemm_on_arrival` on the second stream (`beside`)."""
         self.calls += 1
         call, slots = self.calls, self.num_ranks * self.max_tokens
         h, topk = xs[0].shape[1], topk_idxs[0].shape[1]
@@ -273,6 +280,7 @@ class PeerGroup:
                     torch.zeros(local, self.num_ranks, dtype=torch.int64, **at),
                     torch.zeros(local, slots, dtype=torch.int64, **at),
                     call,
+                    torch.zeros(local, dtype=torch.int32, **at) if signal_arrival else None,
                 )
             )
 
@@ -290,12 +298,13 @@ class PeerGroup:
                 on, group, row, x=_parts(got.x)[0].data_ptr(), scale=scales[r].data_ptr(),
                 ld_scale=scales[r].shape[2], count=got.count.data_ptr(),
                 source=got.source.data_ptr(), layout_range=got.layout_range.data_ptr(),
-                words=got.words.data_ptr(),
+                words=got.words.data_ptr(), arrived=_address(got.arrived),
             )  # fmt: skip
-            return [_parts(got.x)[0], scales[r], got.count, got.source, got.layout_range, got.words]
+            return [_parts(got.x)[0], scales[r], got.count, got.source, got.layout_range, got.words,
+                    got.arrived]  # fmt: skip
 
         self._queue(send, [], epoch=call)
-        return received, lambda: self._run(receive, [], epoch=call)
+        return received, lambda wait=True: self._run(receive, [], epoch=call, wait=wait)
 
     def low_latency_combine(
         self,
@@ -303,8 +312,9 @@ class PeerGroup:
         topk_idxs: Sequence[torch.Tensor],
         topk_weights: Sequence[torch.Tensor],
         received: Sequence[LowLatencyReceived],
-    ) -> tuple[list[torch.Tensor], Callable[[], None]]:
-        """As dskernels.ref.ep.low_latency_combine, for bf16; the results are there after hook()."""
+    ) -> tuple[list[torch.Tensor], Callable[..., None]]:
+        """As dskernels.ref.ep.low_latency_combine, for bf16; the results are there after hook(),
+        or, after hook(wait=False), when a later call has waited."""
         h, call = ys[0].shape[2], received[0].call
         outs = [
             torch.zeros(len(idx), h, dtype=torch.bfloat16, device=rank.device)
@@ -329,7 +339,7 @@ class PeerGroup:
             return [idx, weights]
 
         self._queue(give_back, [], epoch=call)
-        return outs, lambda: self._run(reduce, outs, epoch=call)
+        return outs, lambda wait=True: self._run(reduce, outs, epoch=call, wait=wait)
 
     # ---- running all ranks ----
 
@@ -349,10 +359,52 @@ class PeerGroup:
             # Emulated kernels run, and read their tensors, when somebody waits.
             self._lend(launch(r, (self.machine, r, stream, self.num_sms), rank.group))
 
-    def _run(self, launch: Callable, tensors: list, epoch: int | None = None) -> None:
+    def beside(self, launch: Callable[[int, int], list[torch.Tensor | None]]) -> None:
+        """Queue launch(rank, stream) on every living rank's second stream, where it may run while
+        the first one's kernels do. It returns the tensors that its kernels touch."""
+        for r in self._order():
+            self._lend(launch(r, self._second_stream(r)))
+
+    def order(self, *, second_waits: bool) -> None:
+        """What is queued from here on the second streams waits for what is queued on the first ones
+        now; or, with second_waits=False, the other way round."""
+        for r in self._order():
+            if self.machine == "emu":
+                emu, first, second = self._native_emu(), r, self._second_stream(r)
+                event = emu.create_event()
+                emu.record(first if second_waits else second, event)
+                emu.wait(second if second_waits else first, event)
+                continue
+            device = self.ranks[r].device
+            first = torch.cuda.current_stream(device)
+            second = torch.cuda.ExternalStream(self._second_stream(r), device=device)
+            before, after = (first, second) if second_waits else (second, first)
+            after.wait_stream(before)
+
+    def _second_stream(self, r: int) -> int:
+        if r not in self._second:
+            if self.machine == "emu":
+                self._second[r] = self._native_emu().create_stream(r)
+            else:
+                self._second[r] = torch.cuda.Stream(self.ranks[r].device)
+        stream = self._second[r]
+        return stream if isinstance(stream, int) else stream.cuda_stream
+
+    def _run(
+        self, launch: Callable, tensors: list, epoch: int | None = None, wait: bool = True
+    ) -> None:
         """Queue on every living rank, behind what is queued already, and wait for all of it."""
         try:
             self._queue(launch, tensors, epoch)
+        except BaseException:
+            self._take_back()
+            raise
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all that is queued has run. Raises PeerSilent if a kernel of it gave up."""
+        try:
             self._synchronize()
         finally:
             self._take_back()
@@ -365,7 +417,10 @@ class PeerGroup:
         failed = [r for r, rank in enumerate(self.ranks) if int(rank.status[0])]
         if not failed:
             return
-        rank = self.ranks[failed[0]]
+        # Over nodes a rank may miss rows of one that is itself held up: first who waits for a rank
+        # that has not given up.
+        first = min(failed, key=lambda r: (int(self.ranks[r].status[2]) in failed, r))
+        rank = self.ranks[first]
         _, counter, source, call = rank.status.tolist()
         rows = rank.signals.view(-1, self._native.kEpMaxRanks)[:, : self.num_ranks].tolist()
         counters = {
@@ -379,7 +434,7 @@ class PeerGroup:
             other.status.zero_()
             other.arrivals.zero_()
         raise PeerSilent(
-            dict(rank=failed[0], reason="timeout", phase=phase, epoch=call, waited_seconds=0.0,
+            dict(rank=first, reason="timeout", phase=phase, epoch=call, waited_seconds=0.0,
                  silent=[silent], counters=counters)
         )  # fmt: skip
 

@@ -91,7 +91,7 @@ class GemmKernels:
 
     def _launch(
         self, kind, a, b, d, *, c, bias=None, counts=None, runs=None, expected_m=None, num_groups=1,
-        swiglu=False, deterministic=False, num_sms=None,
+        swiglu=False, deterministic=False, num_sms=None, arrived=None, on=None,
     ):  # fmt: skip
         if isinstance(a, torch.Tensor):  # every bf16 sum is in one order: deterministic already
             _gemm_bf16.launch(
@@ -106,8 +106,8 @@ class GemmKernels:
         m, k = a.shape[-2:]
         launchers().gemm_fp8(
             machine=self.machine,
-            ordinal=device_of(data),
-            stream=stream_of(data),
+            ordinal=device_of(data) if on is None else on[0],
+            stream=stream_of(data) if on is None else on[1],
             kind=kind,
             a=data.data_ptr(),
             sfa=sfa.data_ptr(),
@@ -131,6 +131,7 @@ class GemmKernels:
             swiglu=swiglu,
             deterministic=deterministic,
             force=_forced,
+            arrived=address(arrived),
         )
 
     def _find_runs(self, m_indices: torch.Tensor) -> torch.Tensor:
@@ -244,6 +245,49 @@ class GemmKernels:
         if d.numel() != 0:
             self._launch(kind, a, b, d, c=c, bias=bias, **groups)
         return finish(d, out, dtype)
+
+    def grouped_gemm_on_arrival(
+        self,
+        a: ScaledTensor,
+        b: ScaledTensor,
+        arrived: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        on: tuple[int, int],
+        expected_m: int | None = None,
+        num_sms: int | None = None,
+    ) -> list[torch.Tensor]:
+        """Queue out [g, m, n] = a [g, m, k] b [g, n, k]^T while another kernel brings a's rows.
+
+        arrived int32 [g] is 0 until a group's rows are there, then 1 + their number (see
+        csrc/cuda/tile/arrival.cuh): groups are multiplied in their order, each as soon as it has
+        arrived; rows behind it stay unwritten. `on` is (GPU, stream), another stream than the
+        other kernel's; num_sms must leave that kernel room, or both wait for ever. a is taken as
+        it lies: m a multiple of the kernel's tile, rows of 16-byte multiples, scales MN-major.
+        Returns the tensors that must live (on the emulator: be lent) until the kernel has run.
+        """
+        for name, x in (("a", a), ("b", b)):
+            if not isinstance(x, ScaledTensor):
+                raise Unsupported(f"{name}: expected a ScaledTensor, got {type(x).__name__}")
+        _check(a, b, (BY_BLOCK,))
+        if tma_rows(a.data) is not a.data or mn_major(a.scale) is not a.scale:
+            raise ValueError(
+                "a: expected 16-byte aligned rows and MN-major scales, which are not there to be "
+                f"copied yet, got strides {a.data.stride()} and {a.scale.stride()}"
+            )
+        want = {"arrived": ((b.shape[0],), torch.int32),
+                "out": ((*a.shape[:-1], b.shape[1]), torch.bfloat16)}  # fmt: skip
+        for name, x in (("arrived", arrived), ("out", out)):
+            shape, dtype = want[name]
+            if tuple(x.shape) != shape or x.dtype != dtype or not x.is_contiguous():
+                raise ValueError(
+                    f"{name}: expected contiguous {dtype} {shape}, got {x.dtype} {tuple(x.shape)} "
+                    f"with strides {x.stride()}"
+                )
+        weight = ScaledTensor(tma_rows(b.data), b.scale.contiguous(), b.block)
+        self._launch("masked", a, weight, out, c=None, arrived=arrived, num_groups=b.shape[0],
+                     expected_m=expected_m, num_sms=num_sms, on=on)  # fmt: skip
+        return [a.data, a.scale, weight.data, weight.scale, arrived, out]
 
     def grouped_gemm_k(
         self,

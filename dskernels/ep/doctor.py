@@ -160,7 +160,11 @@ def _rdma() -> Support:
     folder = Path("/sys/class/infiniband")
     nics = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     found = f"NICs: {', '.join(nics)}" if nics else "no RDMA NIC (/sys/class/infiniband is empty)"
-    return Support(False, f"{found}; exchange between hosts is not written yet")
+    return Support(
+        False,
+        f"{found}; exchange between hosts is not written yet (csrc/rail has a kernel for NCCL's "
+        "device API that compiles and was never run)",
+    )
 
 
 def _emulator() -> Support:

@@ -277,3 +277,29 @@ def test_registers_in_memory_order_survive_reordering():
     """Stores and loads of the reordered code still depend on each other in the model."""
     body = FLOATS + "st.shared.f32 [%s], %f0; ld.shared.f32 %f1, [%s];" + store("%t", 0)
     assert profile(body, np.zeros(32, np.uint32), shared=1024).modelled_us > 0
+
+
+@pytest.mark.parametrize("busy", [100, 10000])
+def test_polls_count_once_however_often_the_schedule_polls(busy):
+    """CTA 0 works for a while and sets a flag, CTA 1 polls it."""
+    body = f"""
+setp.ne.u32 %p1, %ctaid.x, 0;
+@%p1 bra POLL;
+mov.b32 %r1, 0;
+WORK: add.u32 %r1, %r1, 1;
+setp.lt.u32 %p2, %r1, {busy};
+@%p2 bra WORK;
+st.release.gpu.global.u32 [%P0], 1;
+ret;
+POLL: ld.acquire.gpu.global.u32 %r1, [%P0];
+setp.eq.u32 %p2, %r1, 0;
+@%p2 bra POLL;
+"""
+    launch = profile(body, np.zeros(1, np.uint32), grid=2)
+    assert only(launch, "ld.acquire")["executed"] == 1
+
+
+def test_strong_loads_of_different_words_all_count():
+    body = "".join(f"ld.volatile.global.u32 %r1, [%P0 + {4 * k}];" for k in (0, 1, 1, 2))
+    launch = profile("mov.u32 %r9, 0;" + body, np.zeros(4, np.uint32), threads=1)
+    assert sum(i["executed"] for i in launch.instructions if "ld.volatile" in i["text"]) == 4

@@ -42,8 +42,10 @@ void moe_permute(const PermuteParams& p) {
   int64_t start = 0;
   for (int64_t e = 0; e < p.e; ++e) {
     const int64_t padding = p.group_sizes[e] - p.counts[e];
-    char* behind = p.out + (start + p.counts[e]) * p.row_bytes;
-    std::memset(behind, 0, static_cast<size_t>(padding * p.row_bytes));
+    if (padding > 0) {
+      char* behind = p.out + (start + p.counts[e]) * p.row_bytes;
+      std::memset(behind, 0, static_cast<size_t>(padding * p.row_bytes));
+    }
     start += p.group_sizes[e];
   }
 }

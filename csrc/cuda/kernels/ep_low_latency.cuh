@@ -94,14 +94,30 @@ __device__ __forceinline__ void low_latency_send(const EpLowSendParams& p) {
 
 // ---- receive ----
 
-// CTAs share an expert's rows: blockIdx.x = expert + local experts * part.
+// The last CTA of an expert tells who waits for its rows. None at all if a source stayed silent:
+// the waiting kernel ends, too, and the host reads in the status what happened.
+__device__ __forceinline__ void say_arrived(const EpLowReceiveParams& p, int expert, int parts,
+                                            int64_t rows) {
+  if (p.arrived == nullptr) return;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  int32_t* word = p.arrived + expert;
+  cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_device);
+  if (atomicSub(word, 1) != 1 - parts) return;  // counts down from 0 while CTAs are at work
+  cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_device);
+  const bool failed = atomicAdd(&p.group.status->failed, 0u) != 0;
+  cuda::atomic_ref<int32_t, cuda::thread_scope_device>(*word).store(failed ? 1 : int32_t(rows) + 1,
+                                                                    cuda::memory_order_release);
+}
+
+// CTAs share an expert's rows, and come expert by expert: blockIdx.x = expert * parts + part.
 __device__ __forceinline__ void low_latency_receive(const EpLowReceiveParams& p) {
   const EpGroup& g = p.group;
-  if (!await_everyone(g, proto::kLowSent, g.epoch)) return;
+  const int experts = g.experts.count(g.rank), parts = gridDim.x / experts;
+  const int expert = blockIdx.x / parts, part = blockIdx.x % parts;
+  if (!await_everyone(g, proto::kLowSent, g.epoch)) return say_arrived(p, expert, parts, 0);
   const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
-  const int experts = g.experts.count(g.rank), copy = proto::low_latency_copy(g.epoch);
-  const int expert = blockIdx.x % experts, part = blockIdx.x / experts;
-  const int parts = (gridDim.x - expert + experts - 1) / experts;
+  const int copy = proto::low_latency_copy(g.epoch);
   const int lane = threadIdx.x % kEpWarp, warp = threadIdx.x / kEpWarp;
   const int64_t slots = g.shape.ranks * g.shape.max_tokens;
   const uint8_t* base = low_base(g, g.rank);
@@ -138,6 +154,7 @@ __device__ __forceinline__ void low_latency_receive(const EpLowReceiveParams& p)
        i += int64_t(parts) * blockDim.x) {
     p.source[expert * slots + i] = -1;
   }
+  say_arrived(p, expert, parts, begin);
 }
 
 // ---- return ----

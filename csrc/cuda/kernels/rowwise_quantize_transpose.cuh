@@ -17,6 +17,7 @@ constexpr int kTransposeRows = kQuantGroup;
 constexpr int kTransposeCols = 64;
 constexpr int kTransposePitch = kTransposeCols + 1;
 constexpr int kTransposeWarps = 8;
+constexpr int kTransposeInFlight = 8;
 
 struct TransposeTile {
   float value[kTransposeRows * kTransposePitch];
@@ -35,25 +36,49 @@ __device__ __forceinline__ float input_scale(const QuantizeTransposeParams&, int
 template <>
 __device__ __forceinline__ float input_scale<E4m3>(const QuantizeTransposeParams& p, int row,
                                                    int column) {
-  return __ldg(p.x_scale + row / p.x_block_rows * p.x_scale_row +
-               column / kQuantGroup * p.x_scale_col);
+  const int block = p.x_block_rows == 1 ? row : row / p.x_block_rows;
+  return __ldg(p.x_scale + block * p.x_scale_row + column / kQuantGroup * p.x_scale_col);
+}
+
+// kTransposeInFlight rows' loads of a warp are under way before the first value is looked at.
+template <typename T>
+__device__ __forceinline__ void load_rows(const QuantizeTransposeParams& p, TransposeTile& tile,
+                                          int first_row, int first_column, int first) {
+  using W = typename Word<2 * sizeof(T)>::Type;
+  const int column = threadIdx.x % kWarp * 2;
+  const int left = p.cols - (first_column + column);
+  const bool whole =
+      p.cols % 2 == 0 &&
+      (reinterpret_cast<uintptr_t>(p.x) | uintptr_t(p.ld_x * int64_t(sizeof(T)))) % sizeof(W) == 0;
+  alignas(8) T value[kTransposeInFlight][2] = {};
+  float scale[kTransposeInFlight];
+#pragma unroll
+  for (int i = 0; i < kTransposeInFlight; ++i) {
+    const int row = (first + i) * kTransposeWarps + threadIdx.x / kWarp;
+    const bool inside = first_row + row < p.rows && left > 0;
+    const T* x = static_cast<const T*>(p.x) + (first_row + row) * p.ld_x + first_column + column;
+    if (whole) {
+      if (inside) *reinterpret_cast<W*>(value[i]) = __ldg(reinterpret_cast<const W*>(x));
+    } else {
+      if (inside) value[i][0] = x[0];
+      if (inside && left > 1) value[i][1] = x[1];
+    }
+    scale[i] = inside ? input_scale<T>(p, first_row + row, first_column + column) : 0.f;
+  }
+#pragma unroll
+  for (int i = 0; i < kTransposeInFlight; ++i) {
+    const int row = (first + i) * kTransposeWarps + threadIdx.x / kWarp;
+    tile.at(row, column) = __fmul_rn(to_float(value[i][0]), scale[i]);
+    tile.at(row, column + 1) = __fmul_rn(to_float(value[i][1]), scale[i]);
+  }
 }
 
 template <typename T>
 __device__ __forceinline__ void load_tile(const QuantizeTransposeParams& p, TransposeTile& tile,
                                           int first_row, int first_column) {
-  const int column = threadIdx.x % kWarp * 2;
-  const int left = p.cols - (first_column + column);
 #pragma unroll
-  for (int i = 0; i < kTransposeRows / kTransposeWarps; ++i) {
-    const int row = i * kTransposeWarps + threadIdx.x / kWarp;
-    const bool inside = first_row + row < p.rows && left > 0;
-    const T* x = static_cast<const T*>(p.x) + (first_row + row) * p.ld_x + first_column + column;
-    float value[2];
-    load_run(x, inside ? left : 0, value);
-    const float scale = inside ? input_scale<T>(p, first_row + row, first_column + column) : 0.f;
-    tile.at(row, column) = __fmul_rn(value[0], scale);
-    tile.at(row, column + 1) = __fmul_rn(value[1], scale);
+  for (int first = 0; first < kTransposeRows / kTransposeWarps; first += kTransposeInFlight) {
+    load_rows<T>(p, tile, first_row, first_column, first);
   }
 }
 

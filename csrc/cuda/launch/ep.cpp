@@ -59,7 +59,7 @@ void ep_low_receive(const LaunchOn& on, const EpLowReceiveParams& p) {
   const int64_t experts = p.group.experts.count(p.group.rank);
   if (experts == 0) return;
   check_rows(p.row.row_bytes, p.x, "x");
-  // At least one CTA for each expert; they do not wait for each other.
+  // The same number of CTAs for each expert; they do not wait for each other.
   const int sms = on.num_sms > 0 ? on.num_sms : on.context.device().num_sms();
   const int64_t ctas = std::max<int64_t>(experts, sms / experts * experts);
   LaunchOn wide = on;

@@ -1,5 +1,7 @@
 #include "cuda/launch/gemm.hpp"
 
+#include <optional>
+
 #include "cuda/gemm_shape.hpp"
 #include "cuda/launch/gemm_tensors.hpp"
 
@@ -60,6 +62,7 @@ GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmC
                   gemm_panel_columns(config.block_n));
   params.extent.group_rows = args.group_rows;
   params.extent.runs = args.runs;
+  params.extent.arrived = args.arrived;
   params.extent.m = args.m;
   params.extent.n = args.n;
   params.extent.k = args.k;
@@ -117,10 +120,20 @@ void gemm_fp8(Context& context, const GemmFp8Args& args, cu::Stream stream) {
   if (problem.num_sms <= 0) problem.num_sms = context.device().num_sms();
   const GemmChoice choice = choose_gemm(problem, args.force);
 
-  OperandLoans operands(context, args);
-  ResultLoan result(context, args.d, args.c, args.bias, size_t(args.m) * planes_of_d(args),
-                    columns_of_d(args), args.num_groups,
-                    planes_of_a(args) * ((columns_of_d(args) + 127) / 128));
+  // A tile is loaded whole: its last rows must not be the next group's, which are being written.
+  if (args.arrived && args.m % choice.config.block_m != 0) {
+    throw device::DeviceError("a: expected groups of a multiple of " +
+                              std::to_string(choice.config.block_m) + " rows, the tiles of " +
+                              choice.config.kernel + ", got " + std::to_string(args.m));
+  }
+  std::optional<OperandLoans> operands;
+  std::optional<ResultLoan> result;
+  if (!args.arrived) {
+    operands.emplace(context, args);
+    result.emplace(context, args.d, args.c, args.bias, size_t(args.m) * planes_of_d(args),
+                   columns_of_d(args), args.num_groups,
+                   planes_of_a(args) * ((columns_of_d(args) + 127) / 128));
+  }
   GemmFp8Params params = make_params(context, args, choice);
   device::LaunchShape shape;
   shape.grid.x = unsigned(choice.num_ctas);
@@ -129,7 +142,7 @@ void gemm_fp8(Context& context, const GemmFp8Args& args, cu::Stream stream) {
   shape.shared_bytes = unsigned(choice.config.shared_bytes);
   void* arguments[] = {&params};
   context.device().launch(context.kernel(choice.config.kernel), shape, arguments, stream);
-  if (context.emulated()) context.device().synchronize(stream);
+  if (context.emulated() && !args.arrived) context.device().synchronize(stream);
 }
 
 }  // namespace dsk::launch

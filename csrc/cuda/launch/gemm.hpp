@@ -32,8 +32,11 @@ struct GemmFp8Args {
   // groups, what gemm_runs found.
   const int32_t* group_rows = nullptr;  // [groups]
   const int32_t* runs = nullptr;        // [1 + 3 m]
-  int m = 0, n = 0, k = 0;              // masked: m is the rows allotted to each group
-  int expected_m = 0;                   // masked: rows expected in each group, for the choice only
+  // Masked, instead of group_rows: [groups] 1 + rows of a group, stored by another kernel when the
+  // rows are there. The call only queues, on the emulator too, to which all memory must be lent.
+  int32_t* arrived = nullptr;
+  int m = 0, n = 0, k = 0;  // masked: m is the rows allotted to each group
+  int expected_m = 0;       // masked: rows expected in each group, for the choice only
   int num_groups = 1;
   int64_t lda = 0, ldb = 0, ld_sfa = 0, ld_sfb = 0;  // ld_sfb: along k
   int num_sms = 0;                                   // 0: all

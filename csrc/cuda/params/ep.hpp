@@ -86,6 +86,8 @@ struct EpLowReceiveParams {
   int64_t* source;        // out [local experts, ranks * max_tokens], -1 behind count
   int64_t* layout_range;  // out [local experts, ranks]
   uint64_t* words;        // out [local experts, ranks * max_tokens]: token << 32 | slot
+  int32_t* arrived;  // out [local experts], zero: 1 + rows of an expert once all are there, for a
+                     // grouped GEMM that runs at the same time (tile/arrival.cuh); or null
 };
 
 struct EpLowReturnParams {

@@ -29,6 +29,7 @@ enum class ClusterUse : int32_t {
 struct GemmExtent {
   const int32_t* group_rows;  // [G] rows (or share of k) of each group, on the device; null: dense
   const int32_t* runs;        // groups given row by row: see GemmRunsParams; else null
+  int32_t* arrived;           // kMasked, instead of group_rows: see tile/arrival.cuh; else null
   int32_t m;                  // rows of A (kMasked: of each group; kAlongK: of D)
   int32_t n;
   int32_t k;

@@ -10,6 +10,7 @@
 
 #include "cuda/params/gemm.hpp"
 #include "cuda/ptx/cluster.cuh"
+#include "cuda/tile/arrival.cuh"
 
 namespace dsk {
 
@@ -67,6 +68,7 @@ class GemmScheduler {
   // Rows of the group, or its share of k.
   __device__ int group_size() const {
     if (extent_.runs) return __ldg(run() + 1) - __ldg(run());
+    if (extent_.arrived) return await_rows(extent_.arrived + group_);
     if (extent_.group_rows) return __ldg(extent_.group_rows + group_);
     return extent_.kind == GroupKind::kAlongK ? extent_.k : extent_.m;
   }

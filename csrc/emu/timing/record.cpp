@@ -85,6 +85,7 @@ class Recorder : public ClusterObserver {
       caches_.emplace_back(left / kLine);
     }
     resumed_.assign(record_.warps.size(), kNone);
+    polls_.resize(record_.warps.size());
     counts_.resize(into_->program->code.size());
   }
 
@@ -117,6 +118,9 @@ class Recorder : public ClusterObserver {
     if (access.space == Space::Shared) {
       shared(w, pc, mask, access, place, rank);
     } else if (access.space == Space::Global) {
+      if (access.semantics != Semantics::Weak && access.kind == AccessKind::Read) {
+        poll(w, pc, place[std::countr_zero(mask)]);
+      }
       global(w, pc, mask, access, place);
     }
   }
@@ -258,6 +262,28 @@ class Recorder : public ClusterObserver {
     warp.actions.push_back({event, kind, a, b});
   }
 
+  // How often a warp looks at a flag before it changes is the emulator's schedule, not the kernel's
+  // doing: of one look after another at the same word, with nothing else done, the last one counts.
+  void poll(const Warp& w, u32 pc, u64 address) {
+    WarpRecord& warp = record_.warps[slot(w)];
+    Poll& last = polls_[slot(w)];
+    const std::size_t event = warp.events.size() - 1;
+    const bool again = last.pc == pc && last.address == address &&
+                       warp.actions.size() == last.actions + 1 &&
+                       warp.actions.back().event == last.event;
+    if (!again) {
+      last = {pc, address, static_cast<u32>(event), warp.actions.size()};
+      return;
+    }
+    for (std::size_t e = last.event; e < event; ++e) {
+      counts_[warp.events[e] & kPcMask].executed -= (warp.events[e] & kResumed) == 0;
+    }
+    --counts_[pc].requests;
+    warp.events[last.event] = warp.events[event];
+    warp.events.resize(last.event + 1);
+    warp.actions.resize(last.actions);
+  }
+
   u32 node(Node::Kind kind, u32 rank, u32 place, u64 phase) {
     const u64 key = u64{rank} << 60 | static_cast<u64>(kind) << 58 | u64{place} << 34 |
                     (phase & 0x3ffffffffull);
@@ -363,12 +389,21 @@ class Recorder : public ClusterObserver {
     return last_ = &t;
   }
 
+  // A warp's last strong load of global memory.
+  struct Poll {
+    u32 pc = kNone;
+    u64 address = 0;
+    u32 event = 0;
+    std::size_t actions = 0;  // of the warp, before the load's
+  };
+
   const Cluster& cluster_;
   std::shared_ptr<Recording> into_;
   ClusterRecord record_;
   std::vector<u32> first_warp_;  // by CTA
   std::vector<FirstLevel> caches_;
   std::vector<u32> resumed_;  // by warp: pc whose second try comes next
+  std::vector<Poll> polls_;   // by warp
   std::vector<PcCount> counts_;
   std::unordered_map<u64, u32> nodes_, operation_of_;
   std::map<u64, Traffic> traffic_;

@@ -105,15 +105,20 @@ class Case:
         self.out = torch.full((rows, self.heads, NOPE), torch.nan, dtype=torch.bfloat16)
         self.lse = torch.full((rows, self.heads), torch.nan)
 
+    @property
+    def tiles(self) -> int:
+        """Neighbouring CTAs that share a request's keys, a tile of queries each."""
+        return -(-max(self.q_len) * self.heads // TILE_Q)
+
     def plan(self) -> tuple[dict[str, torch.Tensor], int]:
-        """The lists of the kernel's scheduler, and how many CTAs they are for (one each a part)."""
+        """The lists of the kernel's scheduler, and how many parts they are for."""
+        assert self.splits == 1 or self.tiles == 1
         work, merge = [], None
         parts_rows = 0
         for r, (rows, keys) in enumerate(zip(self.q_len, self.kv_len, strict=True)):
             start = sum(self.q_len[:r])
             last = r == len(self.q_len) - 1
             parts = self.splits if last else 1
-            assert rows * self.heads <= TILE_Q, "one tile of queries a request"
             step = -(-keys // parts // 64) * 64 if parts > 1 else keys
             for p in range(parts):
                 partial = -1 if parts == 1 else p * TILE_Q
@@ -126,7 +131,8 @@ class Case:
         names = "q_indptr kv_indptr partial_indptr q_len kv_len q_start kv_start kv_end".split()
         lists = {n: [w[i] for w in work] for i, n in enumerate(names)}
         lists["work_indptr"] = list(range(ctas + 1))
-        lists |= {f"merge_{i}": [0] * ctas for i in range(4)} | {"stride": [TILE_Q] * ctas}
+        every = ctas * self.tiles
+        lists |= {f"merge_{i}": [0] * every for i in range(4)} | {"stride": [TILE_Q] * every}
         if merge is not None:
             for i in range(4):
                 lists[f"merge_{i}"][0] = merge[i]
@@ -175,6 +181,6 @@ class Case:
                 sizes,
             )
             used, shared = sizes.tolist()
-            return module.kernel("BatchMLAPageAttentionHopperKernel")[(1, ctas), THREADS](
+            return module.kernel("BatchMLAPageAttentionHopperKernel")[(self.tiles, ctas), THREADS](
                 bytes(params.numpy()[:used]), shared=shared, seed=seed, check=check
             )

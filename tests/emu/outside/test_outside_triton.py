@@ -290,3 +290,41 @@ def test_moe_count_copy_unpermute(compiled, target, seed):
     out = torch.full((t, d), torch.nan, dtype=torch.bfloat16)
     compiled("moe_unpermute", target)((t, 1), y, row_map, weights, out, k, d, seed=seed)
     assert_bitwise_equal(out, ref_moe.moe_unpermute(y, row_map, weights))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_moe_place(compiled, target, seed):
+    """Three programs, the last one partly filled. All four warps store what they all hold."""
+    t, k, e = 70, 4, 33
+    topk_idx = torch.randint(-1, e, (t, k), generator=torch.Generator().manual_seed(seed))
+    _, sizes, want = ref_moe.moe_permute(torch.zeros(t, 1), topk_idx, e)
+    place = compiled("moe_place", target)
+    chunks = torch.split(topk_idx.reshape(-1), place.constants["CHUNK"])
+    counts = torch.stack([torch.bincount(c[c >= 0], minlength=e) for c in chunks])
+    first_row = counts.cumsum(0) - counts + sizes.cumsum(0) - sizes
+    row_map = torch.full((t * k,), -7)
+    place(len(chunks), topk_idx, first_row, row_map, t * k, e, seed=seed)
+    assert_bitwise_equal(row_map, want.reshape(-1))
+
+
+@SLOW
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_moe_gate(compiled, target, seed):
+    """V3's gate for 19 tokens: the last program is partly filled."""
+    tokens, d, e, topk = 19, 64, 256, 8
+    x, weight = normal(tokens, d, seed=seed), normal(e, d, seed=seed + 1).float() / 8
+    bias = torch.rand(e, generator=torch.Generator().manual_seed(seed)) / 4
+    limits = {"n_group": 8, "topk_group": 4, "topk": topk, "scale": 2.5}
+    want = ref_moe.moe_gate(x, weight, bias, **limits)
+    idx = torch.full((tokens, topk), -7)
+    weights, scores = torch.full((tokens, topk), torch.nan), torch.full((tokens, e), torch.nan)
+    gate = compiled("moe_gate", target)
+    gate(
+        -(-tokens // gate.constants["TOKENS"]), x, weight, bias, idx, weights, scores,
+        tokens, d, e, d, 8, 4, topk, 2.5, seed=seed,
+    )  # fmt: skip
+    assert_bitwise_equal(idx, want[0])
+    torch.testing.assert_close(weights, want[1], rtol=2**-18, atol=2**-20)
+    torch.testing.assert_close(scores, want[2], rtol=2**-18, atol=2**-20)

@@ -1,0 +1,175 @@
+"""A mixture-of-experts layer in launches, bytes and modelled time: python -m bench.moe
+
+V3's dimensions (d 7168, expert width 2048, FP8 weights), the experts of one rank, in the emulator,
+whose timing model prices each launch; nothing here was measured on a GPU. Beside our layer stand
+the same steps unfused, on our kernels, and with the two products taken from DeepGEMM (PyPI's
+sgl-deep-gemm, where it is installed). Fills and transposed copies by torch are in none of the sums.
+
+    python -m bench.moe [--tokens 128] [--experts 8] [--topk 1] [--no-outside] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from dskernels import emu
+from dskernels.emu import gemm, moe, rowwise
+from dskernels.types import ScaledTensor
+
+OUTSIDE = Path(__file__).resolve().parent.parent / "tests" / "emu" / "outside"
+PART = "h800"
+ALIGNED = 128  # rows that DeepGEMM's contiguous groups are multiples of
+
+
+def weights(experts: int, d: int, i: int) -> tuple[ScaledTensor, ScaledTensor]:
+    """Zeros with scales of one: the time of a product does not depend on its values here."""
+
+    def zeros(*shape: int) -> ScaledTensor:
+        data = torch.zeros(shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        scale = torch.ones(*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
+        return ScaledTensor(data, scale, (128, 128))
+
+    return zeros(experts, 2 * i, d), zeros(experts, d, i)
+
+
+class Layer:
+    """One rank's share of a layer: every token has topk choices among its experts."""
+
+    def __init__(self, tokens: int, experts: int, topk: int, d: int, i: int) -> None:
+        self.x = torch.randn(tokens, d).bfloat16()
+        self.grad = torch.randn(tokens, d).bfloat16()
+        self.w13, self.w2 = weights(experts, d, i)
+        self.topk_idx = torch.stack([torch.randperm(experts)[:topk] for _ in range(tokens)])
+        self.topk_weights = torch.rand(tokens, topk)
+        self.routing = self.topk_idx, self.topk_weights
+
+    def fused(self) -> None:
+        moe.moe_experts(self.x, self.w13, self.w2, *self.routing)
+
+    def unfused(self, products=None) -> None:
+        """Copy, quantise, product, SwiGLU, quantise, product, weighted sum, each by itself."""
+        alignment = ALIGNED if products else 1
+        rows, sizes, row_map = moe.moe_permute(
+            self.x, self.topk_idx, self.w13.shape[0], alignment=alignment
+        )
+        multiply = products or (lambda a, b: gemm.grouped_gemm(a, b, group_sizes=sizes))
+        h = multiply(rowwise.quantize(rows), self.w13)
+        y = multiply(rowwise.quantize(rowwise.swiglu(h)), self.w2)
+        moe.moe_unpermute(y, row_map, self.topk_weights)
+
+    def outside(self) -> None:
+        counts = torch.bincount(self.topk_idx.flatten(), minlength=self.w13.shape[0])
+        self.unfused(deepgemm((counts + ALIGNED - 1) // ALIGNED * ALIGNED))
+
+    def fused_backward(self) -> None:
+        moe.moe_experts_backward(self.grad, self.x, self.w13, self.w2, *self.routing)
+
+    def unfused_backward(self) -> None:
+        """The same products on bf16 copies of the tokens, the hidden layer in bf16, and a launch
+        for each step; the routing weight and its gradient, torch's, are left out."""
+        args = self.topk_idx, self.w13.shape[0]
+        rows, sizes, row_map = moe.moe_permute(self.x, *args, alignment=128)
+        grads, _, _ = moe.moe_permute(self.grad, *args, alignment=128)
+        x8, g8 = rowwise.quantize(rows), rowwise.quantize(grads, scale_format="pow2")
+        h = gemm.grouped_gemm(x8, self.w13, group_sizes=sizes)
+        back = gemm.grouped_gemm(g8, turned(self.w2), group_sizes=sizes)
+        act = rowwise.swiglu(h)
+        dh = rowwise.swiglu_backward(back, h)
+        dx = gemm.grouped_gemm(rowwise.quantize(dh), turned(self.w13), group_sizes=sizes)
+        dh, x8, g8, act = (rowwise.quantize(v, transpose=True) for v in (dh, x8, g8, act))
+        gemm.grouped_gemm_k(dh, x8, sizes)
+        gemm.grouped_gemm_k(g8, act, sizes)
+        moe.moe_unpermute(dx, row_map, None)
+
+
+def turned(w: ScaledTensor) -> ScaledTensor:
+    """The transpose, for the gradients of a product's left side."""
+    data = w.data.view(torch.uint8).transpose(1, 2).contiguous().view(w.data.dtype)
+    return ScaledTensor(data, w.scale.transpose(1, 2).contiguous(), w.block)
+
+
+def deepgemm(sizes: torch.Tensor):
+    """DeepGEMM's contiguous product of rows grouped by `sizes`, at the tile of its own rule."""
+    sys.path.insert(0, str(OUTSIDE))
+    import deepgemm_support as dg
+
+    if dg.FOLDER is None:
+        raise SystemExit("needs PyPI's sgl-deep-gemm: pip install --no-deps sgl-deep-gemm==0.2.5")
+    groups = sizes.numel()
+    layout = torch.arange(groups, dtype=torch.int32).repeat_interleave(sizes)
+
+    def multiply(a: ScaledTensor, b: ScaledTensor) -> torch.Tensor:
+        n, k = b.shape[1:]
+        instance = dg.Instance(
+            "1d2d", 128, 128, dg.CONTIGUOUS, groups=groups, stages=5, multicast=2,
+            on_a=False, sms=132, shape=(0, n, k),
+        )  # fmt: skip
+        d, _ = dg.run_1d2d(dg.build((instance,)), instance, a, b, layout, check=False)
+        return d.nan_to_num()
+
+    return multiply
+
+
+def priced(run) -> list[dict]:
+    """Every launch of run(): kernel, modelled microseconds with their bracket, HBM megabytes."""
+    with emu.profiling(PART, sample_ctas=2) as profile:
+        run()
+    return [
+        {
+            "kernel": "deep_gemm 1d2d" if "deep_gemm" in launch.kernel else launch.kernel,
+            "us": launch.timing.modelled_us,
+            "bracket_us": [launch.timing.low_us, launch.timing.high_us],
+            "hbm_mb": launch.timing.hbm_bytes / 1e6,
+            "bound_by": launch.timing.bottleneck,
+        }
+        for launch in profile.launches
+    ]
+
+
+def print_launches(name: str, launches: list[dict]) -> None:
+    print(f"\n{name}")
+    for launch in launches:
+        low, high = launch["bracket_us"]
+        print(
+            f"  {launch['kernel']:32} {launch['us']:8.1f} us [{low:.1f}, {high:.1f}]"
+            f" {launch['hbm_mb']:9.1f} MB  {launch['bound_by']}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.moe", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--experts", type=int, default=8, help="of this rank")
+    parser.add_argument("--topk", type=int, default=1, help="choices of a token on this rank")
+    parser.add_argument("--no-outside", action="store_true", help="leave DeepGEMM's products out")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    layer = Layer(options.tokens, options.experts, options.topk, d=7168, i=2048)
+    runs = {"forward, ours": layer.fused, "forward, unfused": layer.unfused}
+    if not options.no_outside:
+        runs["forward, DeepGEMM's products, unfused"] = layer.outside
+    runs |= {"backward, ours": layer.fused_backward, "backward, unfused": layer.unfused_backward}
+    results = {name: priced(run) for name, run in runs.items()}
+    if options.json:
+        print(json.dumps(results))
+        return
+    for name, launches in results.items():
+        print_launches(name, launches)
+    print(
+        f"\n{options.tokens} tokens, {options.topk} choices each among {options.experts} experts,"
+        f" d 7168, i 2048; modelled on {PART}"
+    )
+    print(f"{'':40} {'launches':>8} {'HBM MB':>9} {'us':>9}")
+    for name, launches in results.items():
+        total = [sum(launch[key] for launch in launches) for key in ("hbm_mb", "us")]
+        print(f"{name:40} {len(launches):8} {total[0]:9.1f} {total[1]:9.1f}")
+
+
+if __name__ == "__main__":
+    main()
