@@ -166,9 +166,10 @@ def test_the_shipped_tiles_lose_little_against_all_tiles():
     def mean(values):
         return sum(values) / len(values)
 
-    # The goal is 3 %. It is met up to 256 rows; above, widths of 112 to 176 columns are missing.
-    assert mean([loss for (m, _, _), loss in losses.items() if m <= 256]) < 0.03
-    assert mean(list(losses.values())) < 0.045
+    # The goal is 3 %. What is lost is lost above 256 rows, where widths of 144 and 176 are missing.
+    assert mean([loss for (m, _, _), loss in losses.items() if m <= 256]) < 0.015
+    assert mean(list(losses.values())) < 0.02
+    assert max(losses.values()) < 0.11
 
 
 @pytest.mark.parametrize("n,k", DEEPGEMM_NK)

@@ -5,6 +5,9 @@ namespace dsk {
 
 constexpr int gemm_round_up(int bytes, int unit) { return (bytes + unit - 1) / unit * unit; }
 
+// bf16 columns of D that one TMA store of a tile this wide takes; its rows are swizzled whole.
+constexpr int gemm_panel_columns(int block_n) { return block_n % 64 == 0 ? 64 : 32; }
+
 // Barriers of the ring, and the queue of tiles: 4 of 32 bytes with their barriers.
 constexpr int gemm_barrier_bytes(int num_stages) { return num_stages * 2 * 8 + 4 * (32 + 2 * 8); }
 

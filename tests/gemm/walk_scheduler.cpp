@@ -133,6 +133,7 @@ extern "C" const char* walk_scheduler(int block_m, int block_n, int kind, int us
   if (block_m == 64 && block_n == 256) answer = walk<64, 256>(extent, num_ctas, cluster);
   if (block_m == 128 && block_n == 64) answer = walk<128, 64>(extent, num_ctas, cluster);
   if (block_m == 128 && block_n == 128) answer = walk<128, 128>(extent, num_ctas, cluster);
+  if (block_m == 128 && block_n == 160) answer = walk<128, 160>(extent, num_ctas, cluster);
   if (block_m == 128 && block_n == 192) answer = walk<128, 192>(extent, num_ctas, cluster);
   return answer.c_str();
 }

@@ -34,7 +34,7 @@ struct GemmBf16Shape {
   static constexpr int kNumStages = kNumStages_;
   static constexpr int kMathWarpgroups = kBlockM / kMmaM;
   static constexpr int kStageBytes = (kBlockM + kBlockN) * kSwizzleBytes;
-  static_assert(kBlockM % kMmaM == 0 && kBlockN % kPanelColumns == 0);
+  static_assert(kBlockM % kMmaM == 0 && kBlockN % gemm_panel_columns(kBlockN) == 0);
   static_assert(kNumStages >= 2, "a stage is freed while the next one is read");
 };
 

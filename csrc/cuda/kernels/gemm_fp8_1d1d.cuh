@@ -34,7 +34,7 @@ struct GemmFp8ColumnShape {
   static constexpr int kNumStages = kNumStages_;
   static constexpr int kMathWarpgroups = kBlockM / kMmaM;
   static constexpr int kStageBytes = (kBlockM + kBlockN) * (kFp8BlockK + int(sizeof(float)));
-  static_assert(kBlockM % kMmaM == 0 && kBlockN % kPanelColumns == 0);
+  static_assert(kBlockM % kMmaM == 0 && kBlockN % gemm_panel_columns(kBlockN) == 0);
   static_assert(kBlockN <= 128, "sums, partial sums and column scales must fit the registers");
 };
 

@@ -37,7 +37,7 @@ struct GemmFp8Shape {
   using ScalesOfB = StageScales<kRowsOfScales>;
   static constexpr int kStageBytes =
       (kBlockM + kBlockN) * kFp8BlockK + kBlockM * int(sizeof(float)) + ScalesOfB::kBytes;
-  static_assert(kBlockM % kMmaM == 0 && kBlockN % kPanelColumns == 0);
+  static_assert(kBlockM % kMmaM == 0 && kBlockN % gemm_panel_columns(kBlockN) == 0);
   static_assert(kBlockN <= 192, "accumulators and running sums must fit the register file");
 };
 
@@ -83,8 +83,9 @@ class RowAndBlockScales {
                                           const float (&partial)[Shape::kBlockN / 2]) const {
 #pragma unroll
     for (int column = 0; column < Shape::kBlockN; column += 8) {
-      // Tiles start at multiples of 64 columns, so the scale changes between panels, if at all.
-      const bool second = kRows > 1 && column / kPanelColumns * kPanelColumns >= boundary_;
+      // Tiles start at multiples of a panel, so the scale changes between panels, if at all.
+      constexpr int kPanel = gemm_panel_columns(Shape::kBlockN);
+      const bool second = kRows > 1 && column / kPanel * kPanel >= boundary_;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // rows r and r + 8 of the fragment
         const float scale = second ? scale_[kRows - 1][half] : scale_[0][half];

@@ -2,6 +2,7 @@
 
 #include <optional>
 
+#include "cuda/gemm_shape.hpp"
 #include "cuda/launch/gemm_tensors.hpp"
 
 namespace dsk::launch {
@@ -57,7 +58,8 @@ GemmFp8Params make_params(Context& context, const GemmFp8Args& args, const GemmC
   }
   params.result =
       make_result(context, args.d, args.c, args.bias, args.m * planes_of_d(args),
-                  columns_of_d(args), config.family == GemmFamily::kSwapped ? config.block_m : 64);
+                  columns_of_d(args), config.family == GemmFamily::kSwapped ? config.block_m : 64,
+                  gemm_panel_columns(config.block_n));
   params.extent.group_rows = args.group_rows;
   params.extent.runs = args.runs;
   params.extent.arrived = args.arrived;

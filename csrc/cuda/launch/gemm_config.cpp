@@ -40,6 +40,7 @@ constexpr GemmConfig kConfigs[] = {
     make("gemm_fp8_64x128", kPlain, 64, 128, 8),
     make("gemm_fp8_128x64", kPlain, 128, 64, 8),
     make("gemm_fp8_128x128", kPlain, 128, 128, 5),
+    make("gemm_fp8_128x160", kPlain, 128, 160, 5),
     make("gemm_fp8_128x192", kPlain, 128, 192, 4),
     make("gemm_fp8_along_k_128x128", kColumns, 128, 128, 5),
     make("gemm_fp8_swiglu", kSwiglu, 64, 256, 5),
@@ -60,6 +61,7 @@ constexpr double kIssueOfTwo = 270;     // the same where two warps share a sche
 constexpr double kStart = 3300;         // launch, first bytes from memory
 constexpr double kStoreBytes = 32;      // per cycle, of one CTA's epilogue
 constexpr double kExposed = 0.3;        // of the last k block and store, behind the last bytes
+constexpr double kPair = 300;           // what waiting for each other costs two CTAs
 constexpr double kReduction = 900;      // two cluster barriers and what lies between
 constexpr double kReductionBytes = 32;  // per cycle, of partial sums
 
@@ -159,10 +161,19 @@ bool fits(const GemmProblem& problem, const GemmConfig& config, const GemmCluste
          ceil_div(problem.k, 128) >= k_blocks_each * cluster.split;
 }
 
+// Whether the second tile of a pair is there more often than not.
+bool pairs_up(const GemmProblem& problem, const GemmConfig& config, const GemmCluster& cluster) {
+  const bool shared_rows = problem.kind == GemmKind::kContiguous;
+  const long long rows = shared_rows ? ceil_div(problem.m, problem.num_groups) : problem.m;
+  return (cluster.pair_m == 1 || ceil_div(rows, config.block_m) > 1) &&
+         (cluster.pair_n == 1 || ceil_div(problem.n, config.block_n) > 1);
+}
+
 bool is_candidate(const GemmProblem& problem, const GemmConfig& config, const GemmCluster& cluster,
                   const GemmForce& force) {
   if (!runs(problem, config.family)) return false;
-  if (force.kernel.empty()) return fits(problem, config, cluster, 2);
+  if (force.kernel.empty())
+    return pairs_up(problem, config, cluster) && fits(problem, config, cluster, 2);
   return config.kernel == force.kernel && cluster.pair_m == force.cluster.pair_m &&
          cluster.pair_n == force.cluster.pair_n && cluster.split == force.cluster.split &&
          fits(problem, config, cluster, 1);
@@ -202,7 +213,8 @@ double gemm_cycles(const GemmProblem& problem, const GemmConfig& config,
       std::max(math_cycles(config), operand_cycles(config, cluster, std::max(1.0, active)));
   const double tiles = double(waves) * (k_blocks * block + store_cycles(config));
   const double memory = memory_cycles(problem) + kExposed * (block + store_cycles(config));
-  return kStart + std::max(tiles, memory) + reduction_cycles(config, cluster.split);
+  const double pair = cluster.pair_m * cluster.pair_n > 1 ? kPair : 0;
+  return kStart + std::max(tiles, memory) + pair + reduction_cycles(config, cluster.split);
 }
 
 GemmChoice choose_gemm(const GemmProblem& problem, const GemmForce& force) {

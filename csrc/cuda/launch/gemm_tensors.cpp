@@ -65,11 +65,12 @@ ResultLoan::ResultLoan(Context& context, const GemmTensor& d, const GemmTensor& 
 }
 
 GemmResult make_result(Context& context, const GemmTensor& d, const GemmTensor& c,
-                       const GemmTensor& bias, uint64_t rows, uint64_t n, uint32_t box_rows) {
+                       const GemmTensor& bias, uint64_t rows, uint64_t n, uint32_t box_rows,
+                       uint32_t box_columns) {
   GemmResult result{};
   if (d.type == ElementType::kBfloat16) {
-    result.map = encode_matrix(context, cu::kBfloat16, d.address, n, rows, n * 2, 64, box_rows,
-                               cu::kSwizzle128B);
+    result.map = encode_matrix(context, cu::kBfloat16, d.address, n, rows, n * 2, box_columns,
+                               box_rows, box_columns == 64 ? cu::kSwizzle128B : cu::kSwizzle64B);
   } else if (d.type == ElementType::kE4m3) {
     result.map =
         encode_matrix(context, cu::kUint8, d.address, n, rows, n, 128, box_rows, cu::kSwizzle128B);

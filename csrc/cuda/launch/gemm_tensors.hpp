@@ -29,6 +29,7 @@ class ResultLoan {
 
 // A box of D is 128 bytes of `box_rows` rows.
 GemmResult make_result(Context& context, const GemmTensor& d, const GemmTensor& c,
-                       const GemmTensor& bias, uint64_t rows, uint64_t n, uint32_t box_rows);
+                       const GemmTensor& bias, uint64_t rows, uint64_t n, uint32_t box_rows,
+                       uint32_t box_columns = 64);
 
 }  // namespace dsk::launch

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "cuda/gemm_shape.hpp"
 #include "cuda/params/gemm.hpp"
 #include "cuda/ptx/control.cuh"
 #include "cuda/ptx/matrix.cuh"
@@ -16,7 +17,7 @@
 
 namespace dsk {
 
-constexpr int kPanelColumns = 64;  // bf16 columns of one swizzled row of 128 bytes: one TMA store
+constexpr int kPanelColumns = 64;  // bf16 columns of a TMA store, but for odd widths of tiles
 
 // Named barriers; 0 is __syncthreads.
 enum GemmBarrier : uint32_t {
@@ -24,12 +25,20 @@ enum GemmBarrier : uint32_t {
   kEpilogueBarrier = 2,  // one for each math warpgroup from here on
 };
 
-// One warpgroup's 64 x kN result on its way to D: panels of 64 rows x 128 swizzled bytes.
+// One warpgroup's 64 x kN result on its way to D: panels of 64 swizzled rows, a TMA store each.
 template <int kN>
 struct ResultPanels {
-  static_assert(kN % kPanelColumns == 0);
-  uint8_t panel[kN / kPanelColumns][kMmaM * kSwizzleBytes];
+  static constexpr int kColumns = gemm_panel_columns(kN);
+  static_assert(kN % kColumns == 0);
+  uint8_t panel[kN / kColumns][kMmaM * kColumns * 2];
 };
+
+// Byte offset of 16-byte chunk `chunk` of a panel's row.
+template <int kPanel>
+__device__ __forceinline__ uint32_t panel_offset(uint32_t row, uint32_t chunk) {
+  static_assert(kPanel == 64 || kPanel == 32);
+  return kPanel == 64 ? swizzle128(row, chunk) : swizzle64(row, chunk);
+}
 
 // Where one warpgroup's 64 x kN sums lie in D.
 struct ResultPlace {
@@ -115,18 +124,21 @@ __device__ __forceinline__ void store_f32(const GemmResult& to, int n, const Res
   });
 }
 
-// bf16 panels -> the rows of D that exist, 16 bytes at a time. panel(i) is the i-th 64 columns.
+// bf16 panels -> the rows of D that exist, 16 bytes at a time. panel(i) is the i-th of them.
 template <int kColumns, class Panel>
 __device__ __forceinline__ void copy_panel_rows(const GemmResult& to, int n, const ResultPlace& at,
                                                 Panel panel) {
   constexpr int kChunks = kColumns / 8;  // 16-byte chunks of a row
+  constexpr int kPanel = gemm_panel_columns(kColumns);
+  constexpr int kPanelChunks = kPanel / 8;
   auto* d = static_cast<__nv_bfloat16*>(to.d);
   for (int i = threadIdx.x % kWarpgroup; i < at.rows_left * kChunks; i += kWarpgroup) {
     const int row = i / kChunks;
     const int chunk = i % kChunks;
     const int column = at.column + chunk * 8;
     if (column >= n) continue;
-    const uint8_t* from = panel(chunk / 8) + swizzle128(row, chunk % 8);
+    const uint8_t* from =
+        panel(chunk / kPanelChunks) + panel_offset<kPanel>(row, chunk % kPanelChunks);
     *reinterpret_cast<uint4*>(d + (at.row + row) * n + column) =
         *reinterpret_cast<const uint4*>(from);
   }
@@ -134,6 +146,7 @@ __device__ __forceinline__ void copy_panel_rows(const GemmResult& to, int n, con
 
 template <int kN>
 __device__ __forceinline__ void write_panels(ResultPanels<kN>& to, const float (&sum)[kN / 2]) {
+  constexpr int kPanel = ResultPanels<kN>::kColumns;
   // Matrices 0..3 of one stmatrix: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15.
   const int lane = threadIdx.x % 32;
   const int row = threadIdx.x % kWarpgroup / 32 * 16 + lane % 16;
@@ -146,9 +159,10 @@ __device__ __forceinline__ void write_panels(ResultPanels<kN>& to, const float (
           __floats2bfloat162_rn(sum[column / 2 + 2 * i], sum[column / 2 + 2 * i + 1]);
       packed[i] = *reinterpret_cast<const uint32_t*>(&pair);
     }
-    const uint32_t chunk = column % kPanelColumns / 8 + lane / 16;
-    const uint32_t panel = shared_address(to.panel[column / kPanelColumns]);
-    ptx::stmatrix_x4(panel + swizzle128(row, chunk), packed[0], packed[1], packed[2], packed[3]);
+    const uint32_t chunk = column % kPanel / 8 + lane / 16;
+    const uint32_t panel = shared_address(to.panel[column / kPanel]);
+    ptx::stmatrix_x4(panel + panel_offset<kPanel>(row, chunk), packed[0], packed[1], packed[2],
+                     packed[3]);
   }
 }
 
@@ -170,12 +184,13 @@ __device__ __forceinline__ void store_bf16(const GemmResult& to, int n, const Re
   if (!whole) {
     copy_panel_rows<kN>(to, n, at, [&](int i) { return panels.panel[i]; });
   } else if (issuer) {
+    constexpr int kPanel = ResultPanels<kN>::kColumns;
 #pragma unroll
-    for (int column = 0; column < kN; column += kPanelColumns) {
+    for (int column = 0; column < kN; column += kPanel) {
       const int32_t d_at[2] = {at.column + column, int32_t(at.row)};
       if (d_at[0] < n) {
         cp_async_bulk_tensor(space_global, space_shared, &to.map, d_at,
-                             panels.panel[column / kPanelColumns]);
+                             panels.panel[column / kPanel]);
       }
     }
     cp_async_bulk_commit_group();

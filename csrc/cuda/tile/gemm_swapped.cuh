@@ -100,7 +100,7 @@ __device__ __forceinline__ void finish_swapped(const GemmResult& to, int n, cons
   if (whole) fence_proxy_async(space_shared);
   ptx::named_barrier_sync(barrier, kWarpgroup);
   if (!whole) {
-    copy_panel_rows<kPanelColumns>(to, n, at, [&](int) { return panel.row; });
+    copy_panel_rows<64>(to, n, at, [&](int) { return panel.row; });
   } else if (issuer && at.column < n) {
     const int32_t d_at[2] = {at.column, int32_t(at.row)};
     cp_async_bulk_tensor(space_global, space_shared, &to.map, d_at, panel.row);

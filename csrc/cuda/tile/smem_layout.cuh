@@ -20,6 +20,11 @@ __device__ __forceinline__ uint32_t swizzle128(uint32_t row, uint32_t chunk) {
   return row * kSwizzleBytes + ((chunk ^ (row % kSwizzleRows)) * 16);
 }
 
+// The same for rows of 64 bytes, in the 64B swizzle: two rows share a pattern of 4 chunks.
+__device__ __forceinline__ uint32_t swizzle64(uint32_t row, uint32_t chunk) {
+  return row * 64 + ((chunk ^ (row / 2 % 4)) * 16);
+}
+
 // Descriptor of a K-major operand in 128B-swizzled rows (PTX ISA, "Matrix descriptor format"):
 // bits 0-13 address / 16, 16-29 leading offset (unused for swizzled K-major), 32-45 stride between
 // groups of 8 rows / 16, 62-63 swizzle mode (1 = 128B).
