@@ -197,7 +197,10 @@ void Decoder::note_write(u32 handle) {
   if (handle < kConstantHandle) info_->writes.push_back(handle);
 }
 
-u32 Decoder::dst(std::size_t k, int bytes) { return dst(operand(k), bytes); }
+u32 Decoder::dst(std::size_t k, int bytes) {
+  if (operand(k).kind == ptx::Operand::Kind::Sink) fail("destination is `_`, expected a register");
+  return dst(operand(k), bytes);
+}
 
 u32 Decoder::dst(const ptx::Operand& o, int bytes) {
   if (o.kind == ptx::Operand::Kind::Sink) return kNoReg;

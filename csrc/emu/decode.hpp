@@ -46,7 +46,8 @@ class Decoder {
   // error unless `wider` allows more bytes than the instruction needs.
   u32 dst(std::size_t k, int bytes);
   u32 src(std::size_t k, int bytes);
-  u32 dst(const ptx::Operand& o, int bytes);  // `_` gives kNoReg
+  // The same; but `_` gives kNoReg, for instructions that may throw a result away.
+  u32 dst(const ptx::Operand& o, int bytes);
   u32 src(const ptx::Operand& o, int bytes);
   u32 constant(u64 value, int bytes);
   const ptx::Operand& operand(std::size_t k) const;

@@ -156,7 +156,7 @@ void bind_combination(Decoder& d, Inst& i) {
 void bind_setp(Decoder& d, Inst& i) {
   const int bytes = type_size(d.type());
   bind_combination(d, i);
-  i.d = d.dst(0, 0);
+  i.d = d.dst(d.operand(0), 0);
   i.e = d.second_dst(0, 0);
   i.a = d.src(1, bytes);
   i.b = d.src(2, bytes);

@@ -203,7 +203,7 @@ void bind_setp(Decoder& d, Inst& i) {
   const bool packed = t == Type::F16x2 || t == Type::BF16x2;
   i.imm = d.has("and") ? 1 : d.has("or") ? 2 : d.has("xor") ? 3 : 0;
   d.arity(i.imm != 0 ? 4 : 3);
-  i.d = d.dst(0, 0);
+  i.d = d.dst(d.operand(0), 0);
   i.e = d.second_dst(0, 0);
   i.a = d.src(1, packed ? 4 : 2);
   i.b = d.src(2, packed ? 4 : 2);

@@ -342,7 +342,7 @@ void bind_shf(Decoder& d, Inst& i) {
 void bind_lop3(Decoder& d, Inst& i) {
   const bool with_pred = d.has("or") || d.has("and");
   d.arity(with_pred ? 6 : 5);
-  i.d = d.dst(0, 4);
+  i.d = with_pred ? d.dst(d.operand(0), 4) : d.dst(0, 4);
   i.a = d.src(1, 4);
   i.b = d.src(2, 4);
   i.c = d.src(3, 4);

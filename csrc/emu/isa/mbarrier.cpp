@@ -150,7 +150,7 @@ void bind_arrive(Decoder& d, Inst& i) {
   const bool expect = d.has("expect_tx");
   d.arity(at + 1 + expect, at + 2);
   bind_target(d, i, at);
-  if (has_state) i.d = d.dst(0, 8);
+  if (has_state) i.d = d.dst(d.operand(0), 8);
   if (d.operands() > at + 1) i.b = d.src(at + 1, 4);
   i.op = static_cast<u8>(expect | (d.has("arrive_drop") ? 2 : 0));
   i.fn = arrive;

@@ -56,7 +56,7 @@ void shfl(Warp& w, const Inst& i, u32 mask) {
 }
 void bind_shfl(Decoder& d, Inst& i) {
   d.arity(5);
-  i.d = d.dst(0, 4);
+  i.d = d.dst(d.operand(0), 4);
   i.a = d.src(1, 4);
   i.b = d.src(2, 4);
   i.c = d.src(3, 4);
@@ -171,7 +171,7 @@ void elect(Warp& w, const Inst& i, u32 mask) {
 }
 void bind_elect(Decoder& d, Inst& i) {
   d.arity(2);
-  i.d = d.dst(0, 4);
+  i.d = d.dst(d.operand(0), 4);
   i.b = d.second_dst(0, 0);
   i.e = d.src(1, 4);
   i.flags |= kMemberMask;

@@ -240,6 +240,7 @@ void bind_mma_async(Decoder& d, Inst& i) {
            std::to_string(dest.list.size()));
   }
   for (const auto& o : dest.list) {
+    if (o.kind == ptx::Operand::Kind::Sink) d.fail("an accumulator is `_`, expected a register");
     const u32 r = d.dst(o, 4);
     d.also_reads(r);
     d.matrix_register(r);
