@@ -94,7 +94,8 @@ def turned(w: ScaledTensor) -> ScaledTensor:
 
 
 def deepgemm(sizes: torch.Tensor):
-    """DeepGEMM's contiguous product of rows grouped by `sizes`, at the tile of its own rule."""
+    """DeepGEMM's contiguous product of rows grouped by `sizes`, at one fixed tile (128 x 128, pairs,
+    five stages): not the choice of its own rule, so an indication."""
     sys.path.insert(0, str(OUTSIDE))
     import deepgemm_support as dg
 
