@@ -94,8 +94,10 @@ def turned(w: ScaledTensor) -> ScaledTensor:
 
 
 def deepgemm(sizes: torch.Tensor):
-    """DeepGEMM's contiguous product of rows grouped by `sizes`, at one fixed tile (128 x 128, pairs,
-    five stages): not the choice of its own rule, so an indication."""
+    """DeepGEMM's contiguous product of rows grouped by `sizes`, at one fixed tile: an indication.
+
+    The tile is 128 x 128 in pairs with five stages, not the choice of DeepGEMM's own rule.
+    """
     sys.path.insert(0, str(OUTSIDE))
     import deepgemm_support as dg
 
