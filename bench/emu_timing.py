@@ -3,7 +3,7 @@
 DeepGEMM's own SM90 kernels (PyPI sgl-deep-gemm, compiled by nvcc here) run in the emulator and are
 timed by its model; the figures that its README gives for the H800 are what they should come to. The
 model's four fitted parameters are fitted on the rows marked "fit"; the others are held out, and the
-error over them is what the model is worth. Then our GEMM and theirs, both modelled, shape by shape.
+error over them is what the model is worth. Our GEMM beside theirs: python -m bench.gemm_modelled.
 
 Tile configurations are those that DeepGEMM's published selection rule (fewest waves, then the
 fullest last wave) gives for each shape; the rule was applied by hand.
@@ -208,21 +208,6 @@ def print_table(results: list[dict]) -> None:
         print(f"held-out error, {family}: {100 * e:.1f} %{claim}")
 
 
-def print_ours(profiles: dict[Row, emu.LaunchProfile]) -> list[dict]:
-    print(f"\nOur GEMM against DeepGEMM's, both modelled on {PART}")
-    out = []
-    for row, profile in profiles.items():
-        t = ours(row).timing
-        other = profile.modelled_us
-        out.append({"label": row.label, "ours_us": t.modelled_us, "theirs_us": other})
-        tflops = row.tflops * row.published_us / t.modelled_us
-        print(
-            f"{row.label:38} ours {t.modelled_us:8.1f} us ({tflops:.0f} TFLOPS, {t.bottleneck}), "
-            f"theirs {other:8.1f} us, ratio {t.modelled_us / other:.2f}"
-        )
-    return out
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.emu_timing", description=__doc__)
     parser.add_argument("--fit", action="store_true", help="fit the parameters and print them")
@@ -236,9 +221,8 @@ def main() -> None:
             profile.overrides.update(best)
     results = compare(profiles)
     print_table(results)
-    against = print_ours(profiles)
     if options.json:
-        print(json.dumps({"published": results, "held_out": verdicts(results), "ours": against}))
+        print(json.dumps({"published": results, "held_out": verdicts(results)}))
 
 
 if __name__ == "__main__":

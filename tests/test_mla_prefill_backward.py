@@ -39,7 +39,7 @@ def poisoned(function, *args, **kwargs):
 
 
 def gradients(backend, given, grad, grad_lse=None, **modes):
-    """dq, dk, dv by autograd of the op; skips where a backend has only the forward."""
+    """dq, dk, dv by autograd of the op; skips triton, which has only the forward."""
     q, k, v, *ends = (on_device(x, backend) for x in given)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     outputs = dsk.mla_prefill(*leaves, *ends, **modes, backend=backend)
@@ -48,7 +48,7 @@ def gradients(backend, given, grad, grad_lse=None, **modes):
     try:
         got = poisoned(torch.autograd.grad, outputs, leaves, grads)
     except dsk.BackendError as refusal:
-        if backend in PINNED:
+        if backend != "triton":
             raise
         pytest.skip(str(refusal))
     assert all((x.dtype, x.shape) == (y.dtype, y.shape) for x, y in zip(got, leaves))
