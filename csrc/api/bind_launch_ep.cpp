@@ -57,8 +57,8 @@ EpGroup group(int rank, const std::tuple<int64_t, int64_t, int64_t, int, int>& s
 void dispatch(const On& on, const EpGroup& g, const Row& row, int tokens, Address x, int64_t ld_x,
               Address scale, int64_t scale_row, int64_t scale_column, Address topk_idx,
               Address topk_weights, uint64_t region, int ranks_per_node, uint64_t forward,
-              Address forward_of, Address row_of, Address rows_to, Address mentions,
-              Address received) {
+              Address forward_of, Address forwarded, Address num_forwarded, Address row_of,
+              Address rows_to, Address mentions, Address received) {
   const EpDispatchParams p{g,
                            row_shape(row),
                            tokens,
@@ -73,6 +73,8 @@ void dispatch(const On& on, const EpGroup& g, const Row& row, int tokens, Addres
                            ranks_per_node,
                            forward,
                            pointer<int32_t>(forward_of),
+                           pointer<int32_t>(forwarded),
+                           pointer<int32_t>(num_forwarded),
                            pointer<int32_t>(row_of),
                            pointer<uint32_t>(rows_to),
                            pointer<uint32_t>(mentions),
@@ -81,8 +83,9 @@ void dispatch(const On& on, const EpGroup& g, const Row& row, int tokens, Addres
 }
 
 void combine(const On& on, const EpGroup& g, int tokens, int topk, int elements, uint64_t results,
-             uint64_t weights, bool with_weights, Address row_of, Address bias, Address out,
-             Address out_weights) {
+             uint64_t weights, bool with_weights, Address row_of, int ranks_per_node,
+             uint64_t partial, Address forward_of, Address forwarded, Address num_forwarded,
+             Address bias, Address out, Address out_weights) {
   const EpCombineParams p{g,
                           tokens,
                           topk,
@@ -91,6 +94,11 @@ void combine(const On& on, const EpGroup& g, int tokens, int topk, int elements,
                           results,
                           weights,
                           pointer<int32_t>(row_of),
+                          ranks_per_node,
+                          partial,
+                          pointer<int32_t>(forward_of),
+                          pointer<int32_t>(forwarded),
+                          pointer<int32_t>(num_forwarded),
                           pointer<uint8_t>(bias),
                           pointer<uint8_t>(out),
                           pointer<float>(out_weights)};
@@ -156,10 +164,11 @@ void bind_launch_ep(py::module_& launch) {
   });
   launch.def("ep_dispatch", &dispatch, "on"_a, "group"_a, "row"_a, "tokens"_a, "x"_a, "ld_x"_a,
              "scale"_a, "scale_row"_a, "scale_column"_a, "topk_idx"_a, "topk_weights"_a, "region"_a,
-             "ranks_per_node"_a, "forward"_a, "forward_of"_a, "row_of"_a, "rows_to"_a, "mentions"_a,
-             "received"_a);
+             "ranks_per_node"_a, "forward"_a, "forward_of"_a, "forwarded"_a, "num_forwarded"_a,
+             "row_of"_a, "rows_to"_a, "mentions"_a, "received"_a);
   launch.def("ep_combine", &combine, "on"_a, "group"_a, "tokens"_a, "topk"_a, "elements"_a,
-             "results"_a, "weights"_a, "with_weights"_a, "row_of"_a, "bias"_a, "out"_a,
+             "results"_a, "weights"_a, "with_weights"_a, "row_of"_a, "ranks_per_node"_a,
+             "partial"_a, "forward_of"_a, "forwarded"_a, "num_forwarded"_a, "bias"_a, "out"_a,
              "out_weights"_a);
   launch.def("ep_low_send", &low_send, "on"_a, "group"_a, "row"_a, "tokens"_a, "elements"_a,
              "ue8m0"_a, "x"_a, "topk_idx"_a);

@@ -29,6 +29,9 @@ class Received(NamedTuple):
     tokens_per_expert: list[int]
     source: torch.Tensor
     row_of: torch.Tensor  # int32 [t, r] of this rank's own tokens: their rows at each rank, -1
+    forward_of: torch.Tensor  # int32 [t, nodes]: their places among those sent to a node, -1
+    forwarded: torch.Tensor  # int32 [nodes, max_tokens, ranks_per_node]: rows of what was passed on
+    num_forwarded: torch.Tensor  # int32 [nodes]
 
 
 class LowLatencyReceived(NamedTuple):
@@ -60,7 +63,9 @@ class PeerGroup:
     num_sms    SMs a kernel may take; 0: all
     max_polls  how often a wait looks before it gives up and the call raises PeerSilent
     ranks_per_node  0: one node. Otherwise dispatch sends a token once to each other node, where
-               it is passed on; combine and the low-latency mode reach every rank directly
+               it is passed on, and combine brings one sum back from each (the order of its sums is
+               that of dskernels.ref.ep with ranks_per_node); the low-latency mode reaches every
+               rank directly
     The other options are those of dskernels.ep.Group. hidden rows must be multiples of 16 bytes.
     """
 
@@ -140,7 +145,7 @@ class PeerGroup:
     ) -> list[Received]:
         """As dskernels.ref.ep.dispatch; a dead rank's entry is empty."""
         self.epoch += 1
-        row_ofs, counts, scratch, forwards = [], [], [], []
+        row_ofs, counts, scratch, rails = [], [], [], []
         nodes = self.num_ranks // self.ranks_per_node if self.ranks_per_node else 0
         first = next(r for r in range(self.num_ranks) if self.alive[r])
         row = self._row(xs[first], topk_idxs[first].shape[1], topk_weights is not None)
@@ -149,7 +154,11 @@ class PeerGroup:
             row_ofs.append(torch.full((len(topk_idxs[r]), self.num_ranks), -1, **at))
             counts.append(torch.zeros(1 + self.experts_of_rank[r], **at))
             scratch.append(torch.zeros(self.num_ranks + sum(self.experts_of_rank), **at))
-            forwards.append(torch.zeros(len(topk_idxs[r]), nodes, **at))
+            rails.append((
+                torch.full((len(topk_idxs[r]), nodes), -1, **at),
+                torch.full((nodes, self.max_tokens, self.ranks_per_node), -1, **at),
+                torch.zeros(nodes, **at),
+            ))  # fmt: skip
 
         def launch(r: int, on: tuple, group: Any) -> list[torch.Tensor]:
             data, scale = _parts(xs[r])
@@ -162,20 +171,21 @@ class PeerGroup:
                 scale_column=0 if scale is None else scale.stride(1), topk_idx=idx.data_ptr(),
                 topk_weights=_address(weights), region=self._region(r, RECEIVE),
                 ranks_per_node=self.ranks_per_node, forward=self._region(r, FORWARD),
-                forward_of=forwards[r].data_ptr(),
-                row_of=row_ofs[r].data_ptr(), rows_to=scratch[r].data_ptr(),
+                forward_of=rails[r][0].data_ptr(), forwarded=rails[r][1].data_ptr(),
+                num_forwarded=rails[r][2].data_ptr(), row_of=row_ofs[r].data_ptr(),
+                rows_to=scratch[r].data_ptr(), received=counts[r].data_ptr(),
                 mentions=scratch[r].data_ptr() + 4 * self.num_ranks,
-                received=counts[r].data_ptr(),
             )  # fmt: skip
             return [data, scale, idx, weights]
 
-        self._run(launch, [*row_ofs, *counts, *scratch, *forwards])
+        self._run(launch, [*row_ofs, *counts, *scratch, *(x for rail in rails for x in rail)])
         return [
-            self._received(r, xs[r], row, counts[r].tolist(), row_ofs[r], expert_alignment)
+            self._received(r, xs[r], row, counts[r].tolist(), (row_ofs[r], *rails[r]),
+                           expert_alignment)
             for r in range(self.num_ranks)
-        ]
+        ]  # fmt: skip
 
-    def _received(self, r, x, row, counts, row_of, alignment) -> Received:
+    def _received(self, r, x, row, counts, places, alignment) -> Received:
         data_at, records_at, record, scale_at, idx_at, weights_at, source_at = (
             self._native.ep_region_fields(row, self.num_ranks * self.max_tokens)
         )
@@ -200,7 +210,7 @@ class PeerGroup:
         per_expert = [-(-n // alignment) * alignment for n in counts[1:]]
         idx = field(idx_at, row[2], torch.int64).contiguous()
         source = field(source_at, 2, torch.int64)
-        return Received(tokens, idx, weights, per_expert, source, row_of)
+        return Received(tokens, idx, weights, per_expert, source, *places)
 
     def combine(
         self,
@@ -228,13 +238,16 @@ class PeerGroup:
                 w = topk_weights[r]
                 window[behind : behind + 4 * w.numel()].view(torch.float32).view(w.shape).copy_(w)
             extra = None if bias is None else bias[r].contiguous()
+            got = received[r]
             self._native.ep_combine(
                 on, group, tokens=len(outs[r]), topk=topk, elements=h, results=base,
                 weights=behind, with_weights=topk_weights is not None,
-                row_of=received[r].row_of.data_ptr(), bias=_address(extra),
-                out=outs[r].data_ptr(), out_weights=out_weights[r].data_ptr(),
+                row_of=got.row_of.data_ptr(), ranks_per_node=self.ranks_per_node,
+                partial=self._region(r, FORWARD), forward_of=got.forward_of.data_ptr(),
+                forwarded=got.forwarded.data_ptr(), num_forwarded=got.num_forwarded.data_ptr(),
+                bias=_address(extra), out=outs[r].data_ptr(), out_weights=out_weights[r].data_ptr(),
             )  # fmt: skip
-            return [extra, received[r].row_of]
+            return [extra, got.row_of, got.forward_of, got.forwarded, got.num_forwarded]
 
         self._run(launch, [*outs, *out_weights])
         return outs, None if topk_weights is None else out_weights

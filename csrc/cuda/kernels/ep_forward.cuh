@@ -146,12 +146,6 @@ __device__ __forceinline__ void send_forwards(const EpDispatchParams& p, const E
   }
 }
 
-__device__ __forceinline__ void raise_at(const EpGroup& g, int peer, proto::Counter kind,
-                                         int source) {
-  cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
-  SystemWord(*signal_of(g, peer, kind, source)).store(g.epoch, cuda::memory_order_release);
-}
-
 // My rows are where they belong, or at the rank that passes them on.
 __device__ __forceinline__ void say_sent(const EpDispatchParams& p) {
   const EpGroup& g = p.group;
@@ -167,10 +161,8 @@ __device__ __forceinline__ void say_sent(const EpDispatchParams& p) {
 
 // Whether this rank passes on what `source` sends to this node.
 __device__ __forceinline__ bool forwards_for(const EpDispatchParams& p, int source) {
-  const EpGroup& g = p.group;
-  const int node = proto::node_of(g.rank, p.ranks_per_node);
-  return proto::is_alive(g.alive, source) && proto::node_of(source, p.ranks_per_node) != node &&
-         proto::rail_of(source, node, p.ranks_per_node) == g.rank;
+  return proto::is_alive(p.group.alive, source) &&
+         proto::share_rail(source, p.group.rank, p.ranks_per_node);
 }
 
 __device__ __forceinline__ void forward_row(const EpDispatchParams& p, int64_t slot,
@@ -184,6 +176,12 @@ __device__ __forceinline__ void forward_row(const EpDispatchParams& p, int64_t s
   uint8_t* record = region + waiting.records + slot * int64_t(waiting.record_bytes);
   const int32_t* rows = rows_behind(record, waiting, p.row.topk);
   const auto* source = reinterpret_cast<const int64_t*>(record + waiting.source);
+  // Kept for combine, when others' rows stand here.
+  const int node = proto::node_of(int(source[0]), p.ranks_per_node);
+  const int64_t place = node * g.shape.max_tokens + slot % g.shape.max_tokens;
+  for (int j = lane; j < p.ranks_per_node; j += kEpWarp) {
+    p.forwarded[place * p.ranks_per_node + j] = rows[j];
+  }
   const EpToken from{region + waiting.x + slot * p.row.row_bytes,
                      reinterpret_cast<const float*>(record + waiting.scale),
                      1,
@@ -214,6 +212,10 @@ __device__ __forceinline__ bool forward_rows(const EpDispatchParams& p, const Ep
   }
   if (!__syncthreads_and(reached)) return false;
   const proto::RegionLayout waiting = forward_fields(p);
+  if (blockIdx.x == 0 && mine < g.shape.ranks && forwards_for(p, mine)) {
+    const auto* notice = reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, mine));
+    p.num_forwarded[proto::node_of(mine, p.ranks_per_node)] = int32_t(notice->forwards);
+  }
   const int warps = blockDim.x / kEpWarp;
   for (int source = 0; source < g.shape.ranks; ++source) {
     if (!forwards_for(p, source)) continue;

@@ -45,11 +45,15 @@ struct EpDispatchParams {
   uint64_t region;            // offset of our receive region in our window
   int32_t ranks_per_node;     // 0: one node
   uint64_t forward;           // several nodes: offset of the region to forward from, in all windows
-  int32_t* forward_of;  // several nodes: scratch [tokens, nodes], place among those sent there
-  int32_t* row_of;      // out [tokens, ranks]: the token's row at each rank, -1: none
-  uint32_t* rows_to;    // scratch [ranks]
-  uint32_t* mentions;   // scratch [experts]
-  int32_t* received;    // out [1 + local experts]: rows, then mentions of each expert
+  int32_t*
+      forward_of;  // several nodes: out [tokens, nodes], place among those sent there, -1: none
+  int32_t*
+      forwarded;  // several nodes: out [nodes, max_tokens, ranks_per_node], see EpCombineParams
+  int32_t* num_forwarded;  // several nodes: out [nodes]
+  int32_t* row_of;         // out [tokens, ranks]: the token's row at each rank, -1: none
+  uint32_t* rows_to;       // scratch [ranks]
+  uint32_t* mentions;      // scratch [experts]
+  int32_t* received;       // out [1 + local experts]: rows, then mentions of each expert
 };
 
 struct EpCombineParams {
@@ -58,12 +62,18 @@ struct EpCombineParams {
   int32_t topk;
   int32_t elements;  // of a row; bf16, a multiple of 8
   int32_t with_weights;
-  uint64_t results;       // offset of our results [rows, elements] bf16 in our window
-  uint64_t weights;       // offset of fp32 [rows, topk] in our window
-  const int32_t* row_of;  // [tokens, ranks], of the dispatch
-  const uint8_t* bias;    // [tokens, elements] bf16 or null
-  uint8_t* out;           // [tokens, elements] bf16
-  float* out_weights;     // [tokens, topk]
+  uint64_t results;        // offset of our results [rows, elements] bf16 in our window
+  uint64_t weights;        // offset of fp32 [rows, topk] in our window
+  const int32_t* row_of;   // [tokens, ranks], of the dispatch
+  int32_t ranks_per_node;  // 0: one node
+  uint64_t partial;  // several nodes: offset of the region for sums of other nodes, everywhere
+  const int32_t* forward_of;  // several nodes: [tokens, nodes], of the dispatch
+  const int32_t* forwarded;   // several nodes: [nodes, max_tokens, ranks_per_node], the tokens that
+                              // this rank passed on for each node: their rows here, -1: none
+  const int32_t* num_forwarded;  // several nodes: [nodes]
+  const uint8_t* bias;           // [tokens, elements] bf16 or null
+  uint8_t* out;                  // [tokens, elements] bf16
+  float* out_weights;            // [tokens, topk]
 };
 
 struct EpLowSendParams {

@@ -17,6 +17,14 @@ __device__ __forceinline__ uint64_t* signal_of(const EpGroup& g, int owner, prot
   return g.signals[owner] + proto::counter_index(kind, source);
 }
 
+// Called by one thread; what its CTA, and those before it, stored must have been brought together
+// by a barrier or last_to_arrive.
+__device__ __forceinline__ void raise_at(const EpGroup& g, int peer, proto::Counter kind,
+                                         int source) {
+  cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
+  SystemWord(*signal_of(g, peer, kind, source)).store(g.epoch, cuda::memory_order_release);
+}
+
 // Every alive peer learns that this rank has reached `value`. Called by one whole CTA whose earlier
 // stores must be visible first; thread r serves peer r.
 __device__ __forceinline__ void raise_everywhere(const EpGroup& g, proto::Counter kind,
