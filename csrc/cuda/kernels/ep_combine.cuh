@@ -52,13 +52,13 @@ __device__ __forceinline__ proto::ReturnNotice* return_notice(const EpGroup& g, 
                                                 source * proto::kLine);
 }
 
-__device__ __forceinline__ void offer_results(const EpCombineParams& p) {
+__device__ __forceinline__ void offer_results(const EpCombineParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
   const int peer = threadIdx.x;
-  if (peer < g.shape.ranks && proto::is_alive(g.alive, peer)) {
-    *return_notice(g, peer, g.rank) = {g.epoch, p.results, p.weights, int64_t(p.elements) * 2};
+  if (peer < g.shape.ranks && proto::is_alive(now.alive, peer)) {
+    *return_notice(g, peer, g.rank) = {now.epoch, p.results, p.weights, int64_t(p.elements) * 2};
   }
-  raise_everywhere(g, proto::kReady, g.epoch);
+  raise_everywhere(g, now, proto::kReady);
 }
 
 // Where the results of every rank lie.
@@ -78,21 +78,21 @@ __device__ __forceinline__ EpNodes nodes_of(const EpCombineParams& p) {
 }
 
 // Adds 16 bytes of a token's rows at the ranks of one node; row_of[j] is its row at the j-th.
-__device__ __forceinline__ void add_node(const EpCombineParams& p, const EpResults& results,
-                                         const int32_t* row_of, int first, int ranks, int64_t at,
-                                         float (&total)[kEpValues]) {
+__device__ __forceinline__ void add_node(const EpCombineParams& p, const EpNow& now,
+                                         const EpResults& results, const int32_t* row_of, int first,
+                                         int ranks, int64_t at, float (&total)[kEpValues]) {
   for (int j = 0; j < ranks; ++j) {
-    if (row_of[j] < 0 || !proto::is_alive(p.group.alive, first + j)) continue;
+    if (row_of[j] < 0 || !proto::is_alive(now.alive, first + j)) continue;
     add_piece(total, *reinterpret_cast<const uint4*>(results.rows[first + j] +
                                                      row_of[j] * int64_t(p.elements) * 2 + at));
   }
 }
-__device__ __forceinline__ float node_weight(const EpCombineParams& p, const EpResults& results,
-                                             const int32_t* row_of, int first, int ranks,
-                                             int slot) {
+__device__ __forceinline__ float node_weight(const EpCombineParams& p, const EpNow& now,
+                                             const EpResults& results, const int32_t* row_of,
+                                             int first, int ranks, int slot) {
   float total = 0.f;
   for (int j = 0; j < ranks; ++j) {
-    if (row_of[j] < 0 || !proto::is_alive(p.group.alive, first + j)) continue;
+    if (row_of[j] < 0 || !proto::is_alive(now.alive, first + j)) continue;
     total = __fadd_rn(total, results.weights[first + j][int64_t(row_of[j]) * p.topk + slot]);
   }
   return total;
@@ -119,8 +119,8 @@ __device__ __forceinline__ float* partial_weights(const EpCombineParams& p,
                                   slot * int64_t(fields.record_bytes) + fields.topk_weights);
 }
 
-__device__ __forceinline__ void send_sum(const EpCombineParams& p, const EpResults& results,
-                                         int owner, int place) {
+__device__ __forceinline__ void send_sum(const EpCombineParams& p, const EpNow& now,
+                                         const EpResults& results, int owner, int place) {
   const EpGroup& g = p.group;
   const EpNodes nodes = nodes_of(p);
   const int lane = threadIdx.x % kEpWarp, first = nodes.own * nodes.ranks;
@@ -130,52 +130,52 @@ __device__ __forceinline__ void send_sum(const EpCombineParams& p, const EpResul
   uint8_t* to = partial_row(p, fields, owner, g.rank, place);
   for (int64_t at = lane * 16; at < int64_t(p.elements) * 2; at += kEpWarp * 16) {
     float total[kEpValues] = {};
-    add_node(p, results, row_of, first, nodes.ranks, at, total);
+    add_node(p, now, results, row_of, first, nodes.ranks, at, total);
     *reinterpret_cast<uint4*>(to + at) = round_piece(total);
   }
   if (p.with_weights && lane < p.topk) {
     partial_weights(p, fields, owner, g.rank, place)[lane] =
-        node_weight(p, results, row_of, first, nodes.ranks, lane);
+        node_weight(p, now, results, row_of, first, nodes.ranks, lane);
   }
 }
 
 // Whether this rank and `peer`, of another node, sum for each other.
-__device__ __forceinline__ bool sums_for(const EpCombineParams& p, int peer) {
-  return peer < p.group.shape.ranks && proto::is_alive(p.group.alive, peer) &&
+__device__ __forceinline__ bool sums_for(const EpCombineParams& p, const EpNow& now, int peer) {
+  return peer < p.group.shape.ranks && proto::is_alive(now.alive, peer) &&
          proto::share_rail(peer, p.group.rank, p.ranks_per_node);
 }
 
 // This node's sums to the ranks of other nodes, then wait for theirs. False: somebody is silent.
-__device__ __forceinline__ bool exchange_sums(const EpCombineParams& p, const EpResults& results) {
+__device__ __forceinline__ bool exchange_sums(const EpCombineParams& p, const EpNow& now,
+                                              const EpResults& results) {
   const EpGroup& g = p.group;
   const int warps = blockDim.x / kEpWarp;
   for (int owner = 0; owner < g.shape.ranks; ++owner) {
-    if (!sums_for(p, owner)) continue;
+    if (!sums_for(p, now, owner)) continue;
     const int count = p.num_forwarded[owner / p.ranks_per_node];
     for (int i = blockIdx.x * warps + threadIdx.x / kEpWarp; i < count; i += gridDim.x * warps) {
-      send_sum(p, results, owner, i);
+      send_sum(p, now, results, owner, i);
     }
   }
   const int peer = threadIdx.x;
-  if (last_to_arrive(g, 1) && sums_for(p, peer)) {
-    raise_at(g, peer, proto::kPartial, g.rank);
+  if (last_to_arrive(g, now, 1) && sums_for(p, now, peer)) {
+    raise_at(g, now, peer, proto::kPartial, g.rank);
   }
-  const bool reached = !sums_for(p, peer) || poll_signal(g, proto::kPartial, peer, g.epoch);
+  const bool reached = !sums_for(p, now, peer) || poll_signal(g, now, proto::kPartial, peer);
   return __syncthreads_and(reached);
 }
 
 // ---- this rank's tokens ----
 
 // Where a token's sum over `node` lies in this rank's window; -1: nobody sent one.
-__device__ __forceinline__ int sent_sum(const EpCombineParams& p, const EpNodes& nodes, int token,
-                                        int node) {
+__device__ __forceinline__ int sent_sum(const EpCombineParams& p, const EpNow& now,
+                                        const EpNodes& nodes, int token, int node) {
   if (node == nodes.own) return -1;
   const int rail = proto::rail_of(p.group.rank, node, nodes.ranks);
-  return proto::is_alive(p.group.alive, rail) ? p.forward_of[int64_t(token) * nodes.count + node]
-                                              : -1;
+  return proto::is_alive(now.alive, rail) ? p.forward_of[int64_t(token) * nodes.count + node] : -1;
 }
 
-__device__ __forceinline__ void sum_token(const EpCombineParams& p, int token,
+__device__ __forceinline__ void sum_token(const EpCombineParams& p, const EpNow& now, int token,
                                           const EpResults& results) {
   const EpGroup& g = p.group;
   const EpNodes nodes = nodes_of(p);
@@ -186,7 +186,7 @@ __device__ __forceinline__ void sum_token(const EpCombineParams& p, int token,
   for (int64_t at = lane * 16; at < row_bytes; at += kEpWarp * 16) {
     float total[kEpValues] = {};
     for (int node = 0; node < nodes.count; ++node) {
-      const int place = sent_sum(p, nodes, token, node), first = node * nodes.ranks;
+      const int place = sent_sum(p, now, nodes, token, node), first = node * nodes.ranks;
       if (place >= 0) {
         const int rail = proto::rail_of(g.rank, node, nodes.ranks);
         add_piece(total, *reinterpret_cast<const uint4*>(
@@ -194,7 +194,7 @@ __device__ __forceinline__ void sum_token(const EpCombineParams& p, int token,
         continue;
       }
       float sum[kEpValues] = {};
-      add_node(p, results, row_of + first, first, nodes.ranks, at, sum);
+      add_node(p, now, results, row_of + first, first, nodes.ranks, at, sum);
       if (node != nodes.own) {
         add_piece(total, round_piece(sum));
         continue;
@@ -210,36 +210,42 @@ __device__ __forceinline__ void sum_token(const EpCombineParams& p, int token,
   if (p.with_weights && lane < p.topk) {
     float total = 0.f;
     for (int node = 0; node < nodes.count; ++node) {
-      const int place = sent_sum(p, nodes, token, node), first = node * nodes.ranks;
+      const int place = sent_sum(p, now, nodes, token, node), first = node * nodes.ranks;
       const int rail = proto::rail_of(g.rank, node, nodes.ranks);
-      total = __fadd_rn(
-          total, place >= 0 ? partial_weights(p, fields, g.rank, rail, place)[lane]
-                            : node_weight(p, results, row_of + first, first, nodes.ranks, lane));
+      total = __fadd_rn(total, place >= 0 ? partial_weights(p, fields, g.rank, rail, place)[lane]
+                                          : node_weight(p, now, results, row_of + first, first,
+                                                        nodes.ranks, lane));
     }
     p.out_weights[int64_t(token) * p.topk + lane] = total;
   }
 }
 
-__device__ __forceinline__ void combine_results(const EpCombineParams& p) {
+__device__ __forceinline__ void combine_call(const EpCombineParams& p, const EpNow& now) {
   __shared__ EpResults results;
   const EpGroup& g = p.group;
-  if (blockIdx.x == 0) offer_results(p);
-  if (!await_everyone(g, proto::kReady, g.epoch)) return;
+  if (blockIdx.x == 0) offer_results(p, now);
+  if (!await_everyone(g, now, proto::kReady)) return;
   for (int peer = threadIdx.x; peer < g.shape.ranks; peer += blockDim.x) {
-    if (!proto::is_alive(g.alive, peer)) continue;
+    if (!proto::is_alive(now.alive, peer)) continue;
     const proto::ReturnNotice& notice = *return_notice(g, g.rank, peer);
     results.rows[peer] = g.windows[peer] + notice.region;
     results.weights[peer] = reinterpret_cast<const float*>(g.windows[peer] + notice.weights);
   }
   __syncthreads();
-  if (p.ranks_per_node != 0 && !exchange_sums(p, results)) return;
+  if (p.ranks_per_node != 0 && !exchange_sums(p, now, results)) return;
   for (int token = blockIdx.x * kEpCombineWarps + threadIdx.x / kEpWarp; token < p.tokens;
        token += gridDim.x * kEpCombineWarps) {
-    sum_token(p, token, results);
+    sum_token(p, now, token, results);
   }
-  if (!last_to_arrive(g)) return;
-  raise_everywhere(g, proto::kRead, g.epoch);
-  await_everyone(g, proto::kRead, g.epoch);
+  if (!last_to_arrive(g, now, 0)) return;
+  raise_everywhere(g, now, proto::kRead);
+  await_everyone(g, now, proto::kRead);
+}
+
+__device__ __forceinline__ void combine_results(const EpCombineParams& p) {
+  const EpNow now = begin_call(p.group, kEpNormal);
+  combine_call(p, now);
+  end_call(p.group, now);
 }
 
 }  // namespace dsk

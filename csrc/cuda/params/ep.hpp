@@ -17,18 +17,36 @@ struct EpStatus {
   uint32_t call;     // the value awaited, low word
 };
 
+// What is counted apart: normal calls (dispatch and combine in one row), and each of the launches
+// of the low-latency mode.
+enum EpKind : int32_t {
+  kEpNormal,
+  kEpLowSend,
+  kEpLowReceive,
+  kEpLowReturn,
+  kEpLowReduce,
+  kEpKinds
+};
+constexpr int kEpPhases = 3;  // where the CTAs of a launch meet, leaving it among them
+
+// A rank's own memory of its calls. Launches count them, so a launch's parameters do not say which
+// call it is, nor who is alive: the very same launch can be replayed, by a CUDA graph for one.
+struct EpControl {
+  uint64_t alive;  // ranks that take part; the host changes it while no launch is under way
+  uint64_t calls[kEpKinds];                // made so far
+  uint32_t arrivals[kEpKinds][kEpPhases];  // of CTAs; zero between launches
+};
+
 struct EpGroup {
   proto::GroupShape shape;
   proto::Experts experts;
   int32_t rank;
   uint32_t max_polls;  // of one wait, about 100 ns each
-  uint64_t alive;
-  uint64_t epoch;  // of this call
   // Peer memory: windows[r] and signals[r] (kCounterSlots words) of every rank, ours among them.
   uint8_t* windows[proto::kMaxRanks];
   uint64_t* signals[proto::kMaxRanks];
   EpStatus* status;
-  uint32_t* arrivals;  // 2 words, zero: count the CTAs of a launch; left zero
+  EpControl* control;
 };
 
 struct EpDispatchParams {
@@ -43,6 +61,7 @@ struct EpDispatchParams {
   const int64_t* topk_idx;    // [tokens, topk]
   const float* topk_weights;  // [tokens, topk] or null
   uint64_t region;            // offset of our receive region in our window
+  int32_t whole_region;       // rows behind the last name no expert (-1)
   int32_t ranks_per_node;     // 0: one node
   uint64_t forward;           // several nodes: offset of the region to forward from, in all windows
   int32_t*
