@@ -97,11 +97,31 @@ __device__ __forceinline__ void end_call(const EpGroup& g, const EpNow& now) {
   g.control->calls[now.kind] = now.epoch;
 }
 
-// One warp copies `bytes`, a multiple of 16.
-__device__ __forceinline__ void copy_row(uint8_t* to, const uint8_t* from, int64_t bytes) {
-  for (int64_t at = threadIdx.x % kEpWarp * 16; at < bytes; at += kEpWarp * 16) {
-    *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(from + at);
+constexpr int kEpChunk = kEpWarp * 16;  // bytes that a warp moves by one instruction
+constexpr int kEpInFlight = 4;          // how many of them are on their way at a time
+
+// One warp reads `bytes`, a multiple of 16, and calls use(at, 16 bytes): loads first, several of
+// them, since what `use` stores might be what the next one reads, for all the compiler knows.
+template <class Use>
+__device__ __forceinline__ void each_piece(const uint8_t* from, int64_t bytes, Use use) {
+  for (int64_t first = threadIdx.x % kEpWarp * 16; first < bytes; first += kEpInFlight * kEpChunk) {
+    uint4 piece[kEpInFlight] = {};
+#pragma unroll
+    for (int i = 0; i < kEpInFlight; ++i) {
+      const int64_t at = first + i * kEpChunk;
+      if (at < bytes) piece[i] = *reinterpret_cast<const uint4*>(from + at);
+    }
+#pragma unroll
+    for (int i = 0; i < kEpInFlight; ++i) {
+      const int64_t at = first + i * kEpChunk;
+      if (at < bytes) use(at, piece[i]);
+    }
   }
+}
+
+__device__ __forceinline__ void copy_row(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  each_piece(from, bytes,
+             [&](int64_t at, const uint4& piece) { *reinterpret_cast<uint4*>(to + at) = piece; });
 }
 
 }  // namespace dsk
