@@ -29,10 +29,9 @@ __device__ __forceinline__ EpNow begin_call(const EpGroup& g, EpKind kind) {
 }
 
 // Called by one thread; what its CTA, and those before it, stored must have been brought together
-// by a barrier or last_to_arrive.
+// by a barrier or last_to_arrive: the release takes all of it along.
 __device__ __forceinline__ void raise_at(const EpGroup& g, const EpNow& now, int peer,
                                          proto::Counter kind, int source) {
-  cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
   SystemWord(*signal_of(g, peer, kind, source)).store(now.epoch, cuda::memory_order_release);
 }
 
@@ -82,9 +81,9 @@ __device__ __forceinline__ bool last_to_arrive(const EpGroup& g, const EpNow& no
   uint32_t* arrivals = g.control->arrivals[now.kind] + phase;
   __syncthreads();
   if (threadIdx.x == 0) {
-    cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
+    cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_device);
     last = atomicAdd(arrivals, 1u) + 1 == gridDim.x;
-    cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
+    cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_device);
   }
   __syncthreads();
   return last;
