@@ -281,11 +281,10 @@ def test_every_kernel_dense(kernel, n, k):
 
 
 @SLOW
-@pytest.mark.parametrize("n,k", [(4096, 7168), (7168, 2048)])
 @pytest.mark.parametrize("kernel", TILES)
-def test_every_kernel_grouped(kernel, n, k):
+def test_every_kernel_grouped(kernel):
     """Groups that end within a tile, and one that is empty."""
-    rows = TILES[kernel]
+    rows, n, k = TILES[kernel], 7168, 2048
     with forced_kernel(kernel):
         if "tokens" not in kernel:
             run_contiguous([rows // 2, 0, rows // 2 + 3], n, k)
