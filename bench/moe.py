@@ -3,7 +3,8 @@
 V3's dimensions (d 7168, expert width 2048, FP8 weights), the experts of one rank, in the emulator,
 whose timing model prices each launch; nothing here was measured on a GPU. Beside our layer stand
 the same steps unfused, on our kernels, and with the two products taken from DeepGEMM (PyPI's
-sgl-deep-gemm, where it is installed). Fills and transposed copies by torch are in none of the sums.
+sgl-deep-gemm, where it is installed); and DeepGEMM's mega-MoE, the layer in one kernel, one rank.
+Fills and transposed copies by torch are in none of the sums.
 
     python -m bench.moe [--tokens 128] [--experts 8] [--topk 1] [--no-outside] [--json]
 """
@@ -11,8 +12,10 @@ sgl-deep-gemm, where it is installed). Fills and transposed copies by torch are 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,6 +30,7 @@ OUTSIDE = Path(__file__).resolve().parent.parent / "tests" / "emu" / "outside"
 PART = "h800"
 ALIGNED = 128  # rows that DeepGEMM's contiguous groups are multiples of
 SMS, SHARED_BYTES = 132, 227 * 1024
+OUTSIDE_NAME = re.compile(r"_ZN9deep_gemm\d+(\w+?)I[A-Z].*")  # mangled, with its arguments
 MASKED_ROWS = 64  # of an expert, on average: above them the masked layout is not tried
 
 
@@ -80,6 +84,10 @@ class Layer:
             deepgemm(torch.bincount(self.topk_idx.flatten(), minlength=len(self.w13.data)))
         )
 
+    def mega(self) -> None:
+        """DeepGEMM's mega-MoE for SM90, the whole layer in two launches, at one rank."""
+        outside("megamoe_support").run(self.x, self.w13, self.w2, *self.routing)
+
     def fused_backward(self) -> None:
         moe.moe_experts_backward(self.grad, self.x, self.w13, self.w2, *self.routing)
 
@@ -111,6 +119,16 @@ def turned(w: ScaledTensor) -> ScaledTensor:
     return ScaledTensor(data, w.scale.transpose(1, 2).contiguous(), w.block)
 
 
+def outside(module: str):
+    """A module of tests/emu/outside, where DeepGEMM is installed."""
+    sys.path.insert(0, str(OUTSIDE))
+    import deepgemm_support
+
+    if deepgemm_support.FOLDER is None:
+        raise SystemExit("needs PyPI's sgl-deep-gemm: pip install --no-deps sgl-deep-gemm==0.2.5")
+    return importlib.import_module(module)
+
+
 def their_tile(dg, kind: int, block_m: int, m_blocks: int, groups: int, n: int, k: int):
     """DeepGEMM's instance for m_blocks of block_m rows by its published rule: fewest waves, then
     the fullest last wave, of the widths that its kernel takes; as many stages as fit."""
@@ -135,11 +153,7 @@ def their_tile(dg, kind: int, block_m: int, m_blocks: int, groups: int, n: int, 
 def deepgemm(counts: torch.Tensor):
     """DeepGEMM's product of rows grouped by `counts`, each group at multiples of 128 rows: masked
     with tiles of 64 rows where every group has one block of those 128, else contiguous."""
-    sys.path.insert(0, str(OUTSIDE))
-    import deepgemm_support as dg
-
-    if dg.FOLDER is None:
-        raise SystemExit("needs PyPI's sgl-deep-gemm: pip install --no-deps sgl-deep-gemm==0.2.5")
+    dg = outside("deepgemm_support")
     groups, blocks = counts.numel(), (counts + ALIGNED - 1) // ALIGNED
     masked = bool((blocks == 1).all()) and int(counts.max()) <= 64
     layout = counts.int()
@@ -161,12 +175,15 @@ def deepgemm(counts: torch.Tensor):
 
 
 def priced(run) -> list[dict]:
-    """Every launch of run(): kernel, modelled microseconds with their bracket, HBM megabytes."""
-    with emu.profiling(PART, sample_ctas=2) as profile:
+    """Every launch of run(): kernel, modelled microseconds with their bracket, HBM megabytes.
+
+    Two CTAs of each are sampled, but all of a kernel whose CTAs wait for each other."""
+    everyone = getattr(run, "__name__", "") == "mega"
+    with emu.profiling(PART, sample_ctas=None if everyone else 2) as profile:
         run()
     return [
         {
-            "kernel": "deep_gemm 1d2d" if "deep_gemm" in launch.kernel else launch.kernel,
+            "kernel": OUTSIDE_NAME.sub(r"\1", launch.kernel),
             "us": launch.timing.modelled_us,
             "bracket_us": [launch.timing.low_us, launch.timing.high_us],
             "hbm_mb": launch.timing.hbm_bytes / 1e6,
@@ -204,6 +221,7 @@ def main() -> None:
     runs["with a shared expert, by itself"] = partial(layer.shared, True)
     if not options.no_outside:
         runs["forward, DeepGEMM's products, unfused"] = layer.outside
+        runs["forward, DeepGEMM's mega-MoE"] = layer.mega
     runs |= {"backward, ours": layer.fused_backward, "backward, unfused": layer.unfused_backward}
     results = {name: priced(run) for name, run in runs.items()}
     if options.json:

@@ -162,6 +162,8 @@ def expert_slots(
     every token the last s = num_shared of num_experts experts with the weight 1."""
     if expert_map is not None:
         topk_idx = choose_replicas(topk_idx, expert_map)
+    if num_shared == 0:
+        return topk_idx, topk_weights
     tokens = topk_idx.shape[0]
     shared = torch.arange(num_experts - num_shared, num_experts, device=topk_idx.device)
     topk_idx = torch.cat([topk_idx.to(torch.int64), shared.expand(tokens, -1)], dim=1)
