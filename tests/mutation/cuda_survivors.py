@@ -24,6 +24,12 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "2^-14 itself has the same code on both branches: 64 units of 2^-20 are the smallest normal.",
     (
         "cuda/tile/quantize.cuh",
+        "const uint32_t code = magnitude < 6.103515625e-05f ? subnormal : normal;",
+        "const uint32_t code = magnitude < (6.103515625e-05f * 1.0625f) ? subnormal : normal;",
+    ): "Up to 2^-13 normal values are units of 2^-20 apart as subnormal ones are: both branches give "
+    "the same code.",
+    (
+        "cuda/tile/quantize.cuh",
         "return left >= kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
         "return left > kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
     ): "The row's last whole run then goes element by element: slower, the same values.",
