@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ALIGNED_SIZES = ("k", "n", "d", "ld_a", "ld_b", "ld_x", "ld_sfa", "ld_scale", "ld_row", "page")
+ALIGNED_SIZES = ("k", "n", "d", "ld_a", "ld_b", "ld_x", "ld_sfa", "ld_sfb", "ld_scale", "ld_row")
+ALIGNED_SIZES += ("page",)
 TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
 
 
@@ -26,17 +27,21 @@ class Variant(NamedTuple):
     options: dict[str, Any] | None = None  # of the compiler, where the launch sets them
 
 
-def gemm_variant(kind: int, native_fp8: bool, block_m: int) -> Variant:
-    """The GEMM kernel with bf16 output. kind: 0 dense, 1 contiguous, 2 masked."""
+def gemm_variant(kind: int, native_fp8: bool, block_m: int, gather: bool = False) -> Variant:
+    """The GEMM kernel. kind: 0 dense, 1 contiguous, 2 masked, bf16 out; 3 along k: both scales by
+    row, fp32 out, C added. gather: contiguous groups whose rows are named one by one."""
     from . import gemm
 
+    by_row = kind == gemm.ALONG_K
     pointers = {"a_ptr": "*u8", "sfa_ptr": "*fp32", "b_ptr": "*u8", "sfb_ptr": "*fp32"}
-    pointers |= {"d_ptr": "*bf16", "group_rows_ptr": "*i32", "c_ptr": "*bf16", "bias_ptr": "*bf16"}
-    sizes = dict.fromkeys(("m", "n", "k", "num_groups", "ld_a", "ld_b", "ld_sfa"), "i32")
-    constants = {"KIND": kind, "NATIVE_FP8": native_fp8, "BLOCK_M": block_m}
-    constants |= {"HAS_C": False, "HAS_BIAS": False}
+    pointers |= {"d_ptr": "*fp32" if by_row else "*bf16"}
+    pointers |= {"counts_ptr": "*i32", "rows_ptr": "*i32"}
+    pointers |= {"c_ptr": "*fp32" if by_row else "*bf16", "bias_ptr": "*bf16"}
+    sizes = _integers("m", "n", "k", "num_groups", "ld_a", "ld_b", "ld_sfa", "ld_sfb", "plane_sfa")
+    constants = {"KIND": kind, "BY_ROW": by_row, "GATHER": gather, "NATIVE_FP8": native_fp8}
+    constants |= {"HAS_C": by_row, "HAS_BIAS": False, "BLOCK_M": block_m}
     constants |= {"BLOCK_N": gemm.BLOCK_N, "BLOCK_K": gemm.BLOCK_K}
-    return Variant(gemm.gemm_kernel, pointers | sizes | {"plane_sfa": "i32"}, constants)
+    return Variant(gemm.gemm_kernel, pointers | sizes, constants)
 
 
 def _integers(*names: str) -> dict[str, str]:
@@ -55,7 +60,8 @@ def moe_variants() -> dict[str, Variant]:
     gate_constants |= {"TOKENS": moe.GATE_TOKENS, "EXPERTS": 256, "GROUPS": 8, "TOPK": 8}
     gate_constants |= {"SLAB": moe.GATE_SLAB}
     slots = {"topk_idx_ptr": "*i64"}
-    counts = {"counts_ptr": "*i32"} | _integers("slots", "experts")
+    counts = {"expert_map_ptr": "*i64", "chosen_ptr": "*i64", "counts_ptr": "*i32"}
+    counts |= _integers("slots", "topk", "shared", "replicas", "experts")
     places = {"first_row_ptr": "*i64", "row_map_ptr": "*i64"} | _integers("slots", "experts")
     copy = {"x_ptr": "*u8", "row_map_ptr": "*i64", "out_ptr": "*u8"}
     copy |= _integers("topk", "columns", "x_row", "x_column", "out_row", "out_column")
@@ -65,12 +71,13 @@ def moe_variants() -> dict[str, Variant]:
             kernels.gate_kernel, gate | {"scale": "fp32"}, gate_constants, moe.GATE_OPTIONS
         ),
         "moe_count": Variant(
-            kernels.count_kernel, slots | counts, {"CHUNK": moe.CHUNK, "BLOCK": moe.EXPERTS_BLOCK}
+            kernels.count_kernel, slots | counts,
+            {"MAPPED": True, "CHUNK": moe.CHUNK, "BLOCK": moe.EXPERTS_BLOCK},
         ),
         "moe_place": Variant(kernels.place_kernel, slots | places, {"CHUNK": moe.CHUNK}),
         "moe_copy_rows": Variant(kernels.copy_rows_kernel, copy, {"BLOCK": moe.RUN}),
         "moe_unpermute": Variant(
-            kernels.unpermute_kernel, rows | _integers("topk", "depth"),
+            kernels.unpermute_kernel, rows | _integers("topk", "shared", "depth"),
             {"WEIGHTED": True, "BLOCK": moe.RUN}, moe.EXACT,
         ),
     }  # fmt: skip
@@ -190,8 +197,9 @@ def variants(target: str) -> dict[str, Variant]:
         ),
     }
     found |= mla_variants() | moe_variants()
-    for kind, name in enumerate(("dense", "contiguous", "masked")):
-        found[f"gemm_{name}"] = gemm_variant(kind, native, 128 if kind < 2 else 64)
+    for kind, name in enumerate(("dense", "contiguous", "masked", "along_k")):
+        found[f"gemm_{name}"] = gemm_variant(kind, native, 64 if name == "masked" else 128)
+    found["gemm_rows"] = gemm_variant(1, native, 128, gather=True)
     return found
 
 
