@@ -131,6 +131,30 @@ def test_several_nodes(ranks, per_node, seed):
     compare_normal(group, case, 256, alive=alive)
 
 
+def test_several_nodes_of_ragged_width(seed):
+    """272 values: 544 bytes, more than a warp moves at a time, and the rest of two lanes."""
+    group = make(4, 272, ranks_per_node=2)
+    for n in (0, 1):
+        seed(n)
+        compare_normal(group, routing("even", 4, 16, K, T, 272, n), 272, fp8=n == 1)
+
+
+@pytest.mark.parametrize("token", [0, 1])
+def test_a_single_token_crosses(token, seed):
+    group = make(4, ranks_per_node=2)
+    xs, idxs, weights = routing("even", 4, 16, K, T, 256, 1)
+    for r, idx in enumerate(idxs):  # everybody stays in its node, but for one token of rank 0
+        idx.copy_(idx % 8 + r // 2 * 8)
+    idxs[0][token, 0] = 9
+    compare_normal(group, (xs, idxs, weights), 256)
+
+
+def test_two_experts_a_rank(seed):
+    """A notice then fills its cache lines to the last byte."""
+    group = make(3, experts=6)
+    compare_normal(group, routing("even", 3, 6, K, T, 256, 0), 256)
+
+
 @pytest.mark.parametrize("ranks, per_node", [(3, 0), (4, 2), (6, 2)])
 def test_a_rank_masked_between_dispatch_and_combine(ranks, per_node, seed):
     """Its results are left out; whom it would have summed for reads its node's rows itself."""
