@@ -149,10 +149,18 @@ def test_a_single_token_crosses(token, seed):
     compare_normal(group, (xs, idxs, weights), 256)
 
 
-def test_two_experts_a_rank(seed):
-    """A notice then fills its cache lines to the last byte."""
-    group = make(3, experts=6)
-    compare_normal(group, routing("even", 3, 6, K, T, 256, 0), 256)
+@pytest.mark.slow
+def test_as_many_ranks_as_there_can_be(seed):
+    """64: the masks are full, and so are the rows of a notice."""
+    group = PeerGroup("emu", 64, num_experts=64, max_tokens=2, hidden=16, topk=2, num_sms=1)
+    xs, idxs, weights = routing("even", 64, 64, 2, 2, 16, 0)
+    compare_normal(group, (xs, idxs, weights), 16)
+    want = ref.low_latency_dispatch(xs, idxs, max_tokens=2, num_experts=64, use_fp8=False)
+    got, hook = group.low_latency_dispatch(xs, idxs, use_fp8=False)
+    hook()
+    for g, w in zip(got, want):
+        same(g.source, w.source, "source")
+        same(g.x[0, : int(g.count)], w.x[0, : int(w.count)], "x")
 
 
 @pytest.mark.parametrize("ranks, per_node", [(3, 0), (4, 2), (6, 2)])

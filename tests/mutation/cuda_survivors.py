@@ -3,6 +3,8 @@
 Keyed by (file, source line, mutated line); an entry that no longer applies is reported as stale.
 """
 
+from cuda_survivors_ep import REASONS as OF_EP
+
 EXPLAINED: dict[tuple[str, str, str], str] = {
     (
         "cuda/kernels/rowwise_quantize_transpose.cuh",
@@ -308,3 +310,4 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "Only how many products are under way at once: each k block's sums, and their order, are the "
     "same.",
 }
+EXPLAINED.update({mutant: why for why, mutants in OF_EP.items() for mutant in mutants})
