@@ -114,8 +114,8 @@ DSK_API int dsk_mla_prefill(const DLTensor* q, const DLTensor* k, const DLTensor
                             const DLTensor* lse, int num_threads);
 
 /* The gradients of q, k and v, contiguous and of their type, from grad [t, h, dv] of that type and
- * grad_lse fp32 [h, t] (NULL: zeros). out and lse are what dsk_mla_prefill left; queries that attend
- * nothing get 0. Rows behind the last request are left as they are. Does not depend on
+ * grad_lse fp32 [h, t] (NULL: zeros). out and lse are what dsk_mla_prefill left; queries that
+ * attend nothing get 0. Rows behind the last request are left as they are. Does not depend on
  * num_threads. */
 DSK_API int dsk_mla_prefill_backward(const DLTensor* grad, const DLTensor* grad_lse,
                                      const DLTensor* q, const DLTensor* k, const DLTensor* v,
@@ -125,9 +125,9 @@ DSK_API int dsk_mla_prefill_backward(const DLTensor* grad, const DLTensor* grad_
                                      const DLTensor* dk, const DLTensor* dv, int num_threads);
 
 /* latent [t, dl], k_rope [t, r] (bf16 | fp16 | fp32) into cache [pages, page, row] at slots int64
- * [t] = page index * page + offset (-1: none), in place: rows of dl + r bf16 | fp16 | fp32 values, or
- * uint8 rows of FP8 (see dsk_mla_decode), the latent quantised. Of tokens that share a slot the last
- * one stays. */
+ * [t] = page index * page + offset (-1: none), in place: rows of dl + r bf16 | fp16 | fp32 values,
+ * or uint8 rows of FP8 (see dsk_mla_decode), the latent quantised. Of tokens that share a slot the
+ * last one stays. */
 DSK_API int dsk_mla_cache_append(const DLTensor* cache, const DLTensor* latent,
                                  const DLTensor* k_rope, const DLTensor* slots, int num_threads);
 

@@ -7,13 +7,17 @@
 namespace dsk::cpu::DSK_CPU_NS {
 namespace {
 
+// To any address: behind an odd number of bytes in an FP8 row.
 template <Type kTo>
 DSK_INLINE void copy_as(const Matrix& from, int64_t row, int64_t n, char* to) {
-  auto* out = reinterpret_cast<StorageOf<kTo>*>(to);
   with_type(from.type, [&]<Type kFrom>() {
     const auto* x = row_of<kFrom>(from, row);
     for (int64_t i = 0; i < n; i += kLanes) {
-      store_upto<kTo>(out + i, load_upto<kFrom>(x + i, n - i), n - i);
+      StorageOf<kTo> values[kLanes];
+      Element<kTo>::store(values, load_upto<kFrom>(x + i, n - i));
+      const int64_t count = min_of<int64_t>(kLanes, n - i);
+      std::memcpy(to + i * static_cast<int64_t>(sizeof(values[0])), values,
+                  static_cast<size_t>(count) * sizeof(values[0]));
     }
   });
 }
