@@ -217,6 +217,35 @@ def test_gate_gradients(backend, gate, dtype, t, d):
         assert calc_diff(on_cpu(g), e) ** 0.5 <= 2 * bound
 
 
+@pytest.mark.parametrize(
+    "t,experts,topk", [(9, 512, 512), (130, 8, 2)], ids=["everybody", "two tokens a warp"]
+)
+def test_gate_gradients_at_the_ends_of_shared_memory(backend, t, experts, topk):
+    """As many choices as there is room for, side by side with other warps'; and, on one SM, warps
+    that take one token after the other."""
+    if backend not in ("emu", "cuda"):
+        pytest.skip(f"{backend}: has no shared memory")
+    need("moe_gate", backend, e=experts)
+    from dskernels.cuda.moe import Moe
+
+    class OneSm(Moe):
+        def _on(self, x):
+            return *super()._on(x)[:3], 1
+
+    x, weight = torch.randn(t, 8), torch.randn(experts, 8)
+    topk_idx = torch.stack([torch.randperm(experts)[:topk] for _ in range(t)])
+    scores = torch.rand(t, experts)
+    args = torch.randn(t, topk), torch.randn(t, experts), x, weight, topk_idx, scores
+    got = OneSm(backend).moe_gate_backward(
+        *(on_device(v, backend) for v in args), 2.5, "sigmoid", True
+    )
+    exact = moe_gate_backward(
+        *(v.double() if v.is_floating_point() else v for v in args), 2.5, "sigmoid", True
+    )
+    for g, e in zip(got, exact):
+        assert calc_diff(on_cpu(g), e) < 1e-10
+
+
 # ---- permute, unpermute --------------------------------------------------------------------------
 
 

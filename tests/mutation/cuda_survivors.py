@@ -69,6 +69,26 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "for (int i = threadIdx.x; i <= kGateTokens * kGateExperts; i += kGateThreads) {",
     ): "Thread 0's element more lies where is_last is kept, which it writes itself afterwards.",
     (
+        "cuda/kernels/moe_gate_backward.cuh",
+        "if (p.k > 0) slab.load(p, row, column, 0);",
+        "if (p.k >= 0) slab.load(p, row, column, 0);",
+    ): "Without depth the load finds nothing inside, and what it makes of that is not used.",
+    (
+        "cuda/kernels/moe_gate_backward.cuh",
+        "if (k + kProductSlab < p.k) slab.load(p, row, column, k + kProductSlab);",
+        "if (k + kProductSlab <= p.k) slab.load(p, row, column, k + kProductSlab);",
+    ): "A slab behind the depth is loaded into registers, zeros without reading, and never used.",
+    (
+        "cuda/kernels/moe_layout.cuh",
+        "for (int e = threadIdx.x; e < p.experts; e += kMoeChunk) smem.total[e] = 0;",
+        "for (int e = threadIdx.x; e <= p.experts; e += kMoeChunk) smem.total[e] = 0;",
+    ): "The element more is an unused total, or is_last, which is written behind two barriers.",
+    (
+        "cuda/kernels/moe_permute.cuh",
+        "for (int i = threadIdx.x; i < kPermuteWarps * p.experts; i += kMoeChunk) {",
+        "for (int i = threadIdx.x; i <= kPermuteWarps * p.experts; i += kMoeChunk) {",
+    ): "The element more lies in the first row's place, which is written behind two barriers.",
+    (
         "cuda/tile/gate_choice.cuh",
         "for (int e = lane; e < p.experts; e += kWarp) value[e] = sigmoid(value[e]);",
         "for (int e = lane; e <= p.experts; e += kWarp) value[e] = sigmoid(value[e]);",
