@@ -83,10 +83,11 @@ def judge(row: Row, result: dict, ceilings: roofline.Ceilings) -> dict:
 
 
 def error_ratio(result: dict) -> float | None:
-    """Our relative error against fp64 over the least of the peers', all on BF16 activations; None
-    where no error was measured or no peer ran."""
+    """Our relative error against fp64 over the least of the peers', all on BF16 activations and
+    with BF16 results; None where no error was measured or no peer ran."""
     errors = {r["candidate"]: r["error"] for r in result["rows"]}
-    theirs = [e for name, e in errors.items() if not name.startswith("dskernels") and e]
+    others = [name for name in errors if not name.startswith("dskernels") and "fp32" not in name]
+    theirs = [errors[name] for name in others if errors[name]]
     ours = errors.get("dskernels w8a16", errors.get("dskernels"))
     return ours / min(theirs) if ours is not None and theirs else None
 

@@ -45,6 +45,7 @@ def test_errors_are_compared_on_the_same_activations():
     rows = result()["rows"]
     for row, error in zip(rows, (3e-2, 2.5e-3, 2e-3, 4e-3)):
         row["error"] = error
+    rows.append({"candidate": "torch fp32", "error": 1e-7})
     assert report.error_ratio({"rows": rows}) == pytest.approx(1.25)
     assert 'class="short">1.25x' in report.accuracy(1.25)
     rows[1]["error"] = None
