@@ -70,7 +70,7 @@ def test_one_sm_takes_every_tile(bf16, kernel):
 
 
 def test_more_rows_than_one_band_of_tiles(bf16, kernel):
-    """The schedule walks 8 blocks of rows for every column of tiles: here one band and a short one."""
+    """The schedule walks 8 blocks of rows for each column of tiles: one band and a short one."""
     a, b = draw(8 * 64 + 70, 16), draw(136, 16)
     got = dsk.gemm(on_device(a, bf16), on_device(b, bf16), backend=bf16)
     check(bf16, got, ref.gemm, a, b)
