@@ -321,6 +321,7 @@ class WarpRunner {
         fail(w_, m, "wgmma-result-before-wait",
              "reads an accumulator of a wgmma that no wgmma.wait_group has completed");
       }
+      if (!g.suspects.empty() && g.suspect[r]) throw HazardError(g.suspects);
     }
     for (u32 r : info.writes) {
       if (g.pending[r] != 0 || g.reading[r] != 0) {
@@ -330,6 +331,7 @@ class WarpRunner {
       }
       g.dirty[r] = 1;
     }
+    g.trust(info.writes);
   }
 
   // True: go on with the next instruction. False: the split waits.

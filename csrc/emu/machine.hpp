@@ -88,7 +88,19 @@ struct WgmmaState {
   std::vector<u8> dirty;     // per virtual register: written since the last wgmma.fence
   std::vector<u16> pending;  // per virtual register: wgmmas in flight that write it
   std::vector<u16> reading;  // per virtual register: wgmmas in flight that read it (A fragments)
-  bool idle() const { return open.empty() && groups.empty(); }
+  // Races that matter once a result is used: the hazards, and the registers that hold such results.
+  std::vector<Hazard> suspects;
+  std::vector<u8> suspect;  // per virtual register
+  void distrust(const std::vector<u32>& registers, const Hazard& hazard) {
+    suspect.resize(dirty.size(), 0);
+    for (const u32 r : registers) suspect[r] = 1;
+    if (suspects.size() < 4) suspects.push_back(hazard);
+  }
+  void trust(const std::vector<u32>& registers) {
+    if (suspects.empty()) return;
+    for (const u32 r : registers) suspect[r] = 0;
+  }
+  bool idle() const { return open.empty() && groups.empty() && suspects.empty(); }
 };
 
 struct Warp {

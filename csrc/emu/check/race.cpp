@@ -187,6 +187,7 @@ class RaceChecker : public ClusterObserver {
       if (part.space != Space::Shared || part.rank >= shadows_.size()) continue;
       Touch touch{when, info.pc, 0, async, info.kind == AsyncKind::StAsync};
       touch.matrix = info.kind == AsyncKind::Wgmma;
+      touch.rows = part.quarter > 1;  // a tile may have fewer rows than the instruction
       const std::size_t before = findings_.size();
       note_shared(*info.warp, part.kind, info.pc, part.rank, static_cast<u32>(part.address),
                   static_cast<u32>(part.bytes));
@@ -513,6 +514,19 @@ class RaceChecker : public ClusterObserver {
     if (!errors.empty()) throw HazardError(std::move(errors));
   }
 
+  // A race of rows of A that the results of one warp alone come from: an error once it uses them.
+  // A tile shorter than the instruction's 64 rows reads what lies behind it and drops the results.
+  void suspect(const Warp& w, u32 pc, const Finding& finding, Hazard hazard) {
+    const Warp& user =
+        finding.earlier_wrote ? w : *slots_[finding.earlier.when.agent - first_slot_].warp;
+    const u32 at = finding.earlier_wrote ? pc : finding.earlier.pc;
+    cluster_.ctas[user.cta->rank]->warps[user.index]->wgmma.distrust(
+        cluster_.grid->program->code[at].ext->matrix_writes, hazard);
+    if (!formal_.insert({pc, finding.earlier.pc}).second) return;
+    hazard.message += " (rows whose results are not used)";
+    add_formal(std::move(hazard));
+  }
+
   // The findings in words; formal ones go to the launch's statistics.
   std::vector<Hazard> errors_of(const Warp& w, u32 pc, u32 lanes, AccessKind kind,
                                 const std::string& what) {
@@ -529,6 +543,8 @@ class RaceChecker : public ClusterObserver {
       Hazard hazard = make_hazard(w, pc, lanes, kind_of(finding.conflict), text);
       if (formal) {
         add_formal(std::move(hazard));
+      } else if (finding.rows) {
+        suspect(w, pc, finding, std::move(hazard));
       } else {
         errors.push_back(std::move(hazard));
       }

@@ -30,7 +30,10 @@ bool conflicts(const Touch& earlier, bool earlier_wrote, AccessKind kind, const 
 
 void report(std::vector<Finding>& findings, const Finding& finding) {
   for (const Finding& known : findings) {
-    if (known.conflict == finding.conflict && known.earlier.pc == finding.earlier.pc) return;
+    if (known.conflict == finding.conflict && known.earlier.pc == finding.earlier.pc &&
+        known.rows == finding.rows) {
+      return;
+    }
   }
   findings.push_back(finding);
 }
@@ -43,6 +46,7 @@ void find_conflicts(const std::vector<Touch>& earlier, bool wrote, AccessKind ki
     if (!conflicts(e, wrote, kind, touch, knowledge, finding.conflict)) continue;
     finding.earlier = e;
     finding.earlier_wrote = wrote;
+    finding.rows = wrote ? touch.rows : e.rows;
     finding.offset = offset;
     report(findings, finding);
   }
@@ -72,7 +76,7 @@ void forget(std::vector<Touch>& touches, u8 bytes) {
 
 u32 form_of(AccessKind kind, const Touch& touch) {
   return static_cast<u32>(kind) | u32{touch.bytes} << 2 | u32{touch.async} << 6 |
-         u32{touch.strong} << 7;
+         u32{touch.strong} << 7 | u32{touch.matrix} << 8 | u32{touch.rows} << 9;
 }
 
 }  // namespace
