@@ -321,7 +321,6 @@ class WarpRunner {
         fail(w_, m, "wgmma-result-before-wait",
              "reads an accumulator of a wgmma that no wgmma.wait_group has completed");
       }
-      if (!g.suspects.empty() && g.suspect[r]) throw HazardError(g.suspects);
     }
     for (u32 r : info.writes) {
       if (g.pending[r] != 0 || g.reading[r] != 0) {
@@ -331,7 +330,9 @@ class WarpRunner {
       }
       g.dirty[r] = 1;
     }
-    g.trust(info.writes);
+    if (!g.use.watches()) return;
+    const u64 next = w_.cta->cluster->next_async_id;
+    if (const Hazard* race = g.use.touch(info.reads, info.writes, next)) throw HazardError({*race});
   }
 
   // True: go on with the next instruction. False: the split waits.

@@ -126,8 +126,9 @@ void add_rows(const Warp& w, u64 bits, num::Major major, std::vector<Footprint>*
   for (const num::ByteRange& r : *read.relative) {
     out->push_back({AccessKind::Read, Space::Shared, cta.rank, read.base + r.begin, r.bytes});
   }
-  for (std::size_t k = before; k < out->size(); ++k)
+  for (std::size_t k = before; k < out->size(); ++k) {
     (*out)[k].quarter = static_cast<u8>(quarter + 1);
+  }
 }
 
 bool same_shape(const WgmmaOp& op, const Inst& i) {
@@ -190,7 +191,6 @@ void mma_async(Warp& w, const Inst& i, u32 mask) {
   op.desc_b = w.reg<u64>(i.b)[lane];
   op.accumulate = ((w.pred(i.c) ^ (x.v[6] ? kFullMask : 0)) >> lane & 1) != 0;
   op.id = w.cta->cluster->next_async_id++;
-  if (!op.accumulate) w.wgmma.trust(x.matrix_writes);
   for (u32 r : x.matrix_writes) ++w.wgmma.pending[r];
   for (u32 r : x.matrix_reads) ++w.wgmma.reading[r];
   if (watched(w)) {
@@ -198,6 +198,9 @@ void mma_async(Warp& w, const Inst& i, u32 mask) {
     fp.clear();
     add_footprint(w, op.desc_b, major_of(x.v[2]), static_cast<int>(x.v[0]), &fp);
     if (x.regs2.empty()) add_rows(w, op.desc_a, major_of(x.v[1]), &fp);
+    if (w.cta->cluster->check && !fp.empty() && fp.back().quarter > 1) {
+      w.wgmma.use.issue(x.matrix_writes, op.id, op.accumulate);
+    }
     const AsyncInfo info{op.id, AsyncKind::Wgmma, &w, 0, op.pc, 0};
     for (auto& o : w.cta->cluster->observers) o->on_async_issue(info, fp);
   }
