@@ -209,7 +209,7 @@ SYNC = "bar.warp.sync 0xffffffff; // FIX\n"
     ],
 )
 def test_one_lane_arrives_for_its_warp(first, then):
-    formal(handed_over(first, SYNC + ARRIVE, then), [], "missing-warp-sync")
+    formal(handed_over(first, SYNC + ARRIVE, then), [], "early-arrival")
 
 
 def test_one_lane_arrives_and_a_copy_overwrites():
@@ -221,7 +221,7 @@ def test_one_lane_arrives_and_a_copy_overwrites():
         kinds = {h.kind for h in launch(body, args, seed).hazards}
         assert kinds == {"formal-proxy-order"}
         found = launch(drop(body, "FIX"), args, seed).hazards
-        assert {h.kind for h in found} == {"formal-proxy-order", "missing-warp-sync"}
+        assert {h.kind for h in found} == {"formal-proxy-order", "early-arrival"}
 
 
 @pytest.mark.parametrize(

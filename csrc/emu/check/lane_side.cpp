@@ -79,7 +79,7 @@ void LaneSide::check_arrivals(const Warp& w, u32 pc, const Agency& who, AccessKi
   const LaneOrder::Finding& access = found->access;
   note_formal(
       *cluster_.grid,
-      make_hazard(*found->warp, found->pc, found->arrived, "missing-warp-sync",
+      make_hazard(*found->warp, found->pc, found->arrived, "early-arrival",
                   "arrives without lanes " + hex(access.lanes) + ", which " +
                       (access.wrote ? "wrote" : "read") + " shared offset " +
                       std::to_string(access.offset - kSharedReserved) +
