@@ -142,4 +142,69 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "A warp overwrites the 16 rows of A that are its own share of the products, and its own wait has "
     "ended them; the emulator takes that for enough. PTX does not promise which warp reads what, so the "
     "barrier stays.",
+    (
+        "cuda/kernels/gemm_bf16.cuh",
+        "ptx::fence_accumulators(sum);",
+        ";",
+    ): "A fence for the compiler, which is no instruction: this compiler keeps the sums where they "
+    "are without it too. Nothing but the fence makes it.",
+    (
+        "cuda/kernels/gemm_bf16.cuh",
+        "min(tile.row_end - row, kMmaM), tile.n_start, tile.group,",
+        "(tile.row_end - row), tile.n_start, tile.group,",
+    ): "The only rows that are counted against it are the 64 of the fragment, and a tile of more "
+    "than 64 rows is whole either way.",
+    (
+        "cuda/kernels/gemm_fp8_1d1d.cuh",
+        "min(tile.row_end - row, kMmaM), tile.n_start, tile.group, false};",
+        "(tile.row_end - row), tile.n_start, tile.group, false};",
+    ): "The only rows that are counted against it are the 64 of the fragment, and a tile of more "
+    "than 64 rows is whole either way.",
+    (
+        "cuda/kernels/gemm_fp8_1d2d.cuh",
+        "place.rows_left = min(place.rows_left - first_row, kMmaM);",
+        "place.rows_left = (place.rows_left - first_row);",
+    ): "The only rows that are counted against it are the 64 of the fragment, and a tile of more "
+    "than 64 rows is whole either way.",
+    (
+        "cuda/kernels/gemm_fp8_swiglu.cuh",
+        "ResultPlace place{tile.a_row, min(tile.row_end - tile.a_row, Shape::kBlockM),",
+        "ResultPlace place{tile.a_row, (tile.row_end - tile.a_row),",
+    ): "The only rows that are counted against it are the 64 of the fragment, and a tile of more "
+    "than 64 rows is whole either way.",
+    (
+        "cuda/kernels/gemm_fp8_swiglu.cuh",
+        "const bool whole = at.rows_left >= Shape::kBlockM || at.clipped;",
+        "const bool whole = at.rows_left > Shape::kBlockM || at.clipped;",
+    ): "A tile of exactly 64 rows then goes out by 16-byte copies instead of TMA: slower, the same "
+    "values.",
+    (
+        "cuda/kernels/gemm_fp8_swiglu.cuh",
+        "int parity = 0;",
+        "int parity = 1;",
+    ): "The two buffers change names.",
+    (
+        "cuda/kernels/gemm_fp8_swiglu.cuh",
+        "parity ^= 1;",
+        ";",
+    ): "The barrier before the panel is stored already lies between a tile's reads of the maxima and "
+    "the next tile's writes; the second buffer is not needed while it does.",
+    (
+        "cuda/kernels/gemm_runs.cuh",
+        "for (int base = 0; base < p.rows; base += kThreads) {",
+        "for (int base = 0; base <= p.rows; base += kThreads) {",
+    ): "One more turn over rows that do not exist, where p.rows is a multiple of kThreads: none "
+    "starts a run or ends one.",
+    (
+        "cuda/tile/gemm_promote.cuh",
+        "constexpr bool kOverlapsItself = kN <= 64 || (kN <= 128 && kMathWarpgroups == 1);",
+        "constexpr bool kOverlapsItself = kN < 64 || (kN <= 128 && kMathWarpgroups == 1);",
+    ): "Only how many products are under way at once: each k block's sums, and their order, are the "
+    "same.",
+    (
+        "cuda/tile/gemm_promote.cuh",
+        "constexpr bool kOverlapsItself = kN <= 64 || (kN <= 128 && kMathWarpgroups == 1);",
+        "constexpr bool kOverlapsItself = kN <= 64 || (kN < 128 && kMathWarpgroups == 1);",
+    ): "Only how many products are under way at once: each k block's sums, and their order, are the "
+    "same.",
 }
