@@ -186,11 +186,22 @@ def test_fifty_random_routings(ranks, seed):
 
 
 def test_ragged_width_and_many_ctas(seed):
-    """656 = 5 groups of 128 and 16 values; more CTAs than tokens."""
-    group = make(2, 656, num_sms=5)
+    """1168 = 9 groups of 128 and 16 values, 2336 bytes: more pieces than a lane loads at a time,
+    the last ones not whole; more CTAs than tokens."""
+    group = make(2, 1168, num_sms=5)
     for n in (1, 5):
         seed(n)
-        run_case(group, 2, n, 656)
+        run_case(group, 2, n, 1168)
+
+
+def test_more_choices_than_loads_at_a_time(seed):
+    group = PeerGroup(
+        "emu", 2, num_experts=24, max_tokens=T, hidden=256, topk=11, num_sms=2
+    )  # fmt: skip
+    for kind in ("even", "holes"):
+        case = routing(kind, 2, 24, 11, T, 256, 3)
+        compare_normal(group, case, 256)
+        compare_low_latency(group, case, use_fp8=True)
 
 
 def test_dead_ranks_are_masked(seed):

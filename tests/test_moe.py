@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from backend_axis import need, on_cpu, on_device
+from moe_support import routing, scaled_experts
 
 import dskernels as dsk
 from dskernels.compat.eplb import rebalance_experts
@@ -216,25 +217,36 @@ def test_gate_gradients(backend, gate, dtype, t, d):
         assert calc_diff(on_cpu(g), e) ** 0.5 <= 2 * bound
 
 
+@pytest.mark.parametrize(
+    "t,experts,topk", [(9, 512, 512), (130, 8, 2)], ids=["everybody", "two tokens a warp"]
+)
+def test_gate_gradients_at_the_ends_of_shared_memory(backend, t, experts, topk):
+    """As many choices as there is room for, side by side with other warps'; and, on one SM, warps
+    that take one token after the other."""
+    if backend not in ("emu", "cuda"):
+        pytest.skip(f"{backend}: has no shared memory")
+    need("moe_gate", backend, e=experts)
+    from dskernels.cuda.moe import Moe
+
+    class OneSm(Moe):
+        def _on(self, x):
+            return *super()._on(x)[:3], 1
+
+    x, weight = torch.randn(t, 8), torch.randn(experts, 8)
+    topk_idx = torch.stack([torch.randperm(experts)[:topk] for _ in range(t)])
+    scores = torch.rand(t, experts)
+    args = torch.randn(t, topk), torch.randn(t, experts), x, weight, topk_idx, scores
+    got = OneSm(backend).moe_gate_backward(
+        *(on_device(v, backend) for v in args), 2.5, "sigmoid", True
+    )
+    exact = moe_gate_backward(
+        *(v.double() if v.is_floating_point() else v for v in args), 2.5, "sigmoid", True
+    )
+    for g, e in zip(got, exact):
+        assert calc_diff(on_cpu(g), e) < 1e-10
+
+
 # ---- permute, unpermute --------------------------------------------------------------------------
-
-
-def routing(kind, t, k, e):
-    """int64 [t, k] with the given skew."""
-    if kind == "one expert":
-        return torch.full((t, k), e - 1)
-    if kind == "nobody":
-        return torch.full((t, k), -1)
-    if kind == "zipf":
-        odds = 1 / torch.arange(1, e + 1).float()
-        return (
-            torch.multinomial(odds.expand(t, e), k, replacement=True)
-            if t
-            else torch.zeros(0, k).long()
-        )
-    balanced = torch.stack([torch.randperm(e)[:k] for _ in range(t)]) if t else torch.zeros(0, k)
-    balanced = balanced.long()
-    return torch.where(torch.rand(t, k) < 0.2, -1, balanced) if kind == "holes" else balanced
 
 
 ROUTINGS = ["balanced", "zipf", "one expert", "nobody", "holes"]
@@ -314,11 +326,6 @@ def test_permute_gradients(backend, alignment):
 
 
 # ---- experts -------------------------------------------------------------------------------------
-
-
-def scaled_experts(e, d, i):
-    w13 = rowwise.quantize(torch.randn(e, 2 * i, d) / d**0.5, (128, 128))
-    return w13, rowwise.quantize(torch.randn(e, d, i) / i**0.5, (128, 128))
 
 
 def check_experts(backend, kind, t, k, e, d, i, dtype=torch.bfloat16):

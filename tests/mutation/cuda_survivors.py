@@ -24,6 +24,12 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "2^-14 itself has the same code on both branches: 64 units of 2^-20 are the smallest normal.",
     (
         "cuda/tile/quantize.cuh",
+        "const uint32_t code = magnitude < 6.103515625e-05f ? subnormal : normal;",
+        "const uint32_t code = magnitude < (6.103515625e-05f * 1.0625f) ? subnormal : normal;",
+    ): "Up to 2^-13 normal values are units of 2^-20 apart as subnormal ones are: both branches give "
+    "the same code.",
+    (
+        "cuda/tile/quantize.cuh",
         "return left >= kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
         "return left > kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
     ): "The row's last whole run then goes element by element: slower, the same values.",
@@ -32,6 +38,56 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "const int begin = min(lane * per_lane, p.experts);",
         "const int begin = (lane * per_lane);",
     ): "A lane that begins behind the last expert ends there: no expert is its own either way.",
+    (
+        "cuda/kernels/moe_experts_backward.cuh",
+        "for (int column = threadIdx.x % kWarp * 4; column < p.width; column += kWarp * 4) {",
+        "for (int column = threadIdx.x % kWarp * 4; column <= p.width; column += kWarp * 4) {",
+    ): "A run with nothing left of the row loads zeros without reading, and stores nothing.",
+    (
+        "cuda/kernels/moe_gate.cuh",
+        "const bool whole = whole_ && k + kGateSlab <= depth;",
+        "const bool whole = whole_ && k + kGateSlab < depth;",
+    ): "The last whole slab then goes element by element: slower, the same values.",
+    (
+        "cuda/kernels/moe_gate.cuh",
+        "const int last = min(first + per_rank, slabs);",
+        "const int last = (first + per_rank);",
+    ): "Slabs behind the depth are loaded as zeros, nothing being read, and add zeros to the sums.",
+    (
+        "cuda/kernels/moe_gate.cuh",
+        "if (first < last) load(first);",
+        "if (first <= last) load(first);",
+    ): "A slab too many is loaded into registers, zeros behind the depth, and never used.",
+    (
+        "cuda/kernels/moe_gate.cuh",
+        "if (i + 1 < last) load(i + 1);",
+        "if (i + 1 <= last) load(i + 1);",
+    ): "A slab too many is loaded into registers, zeros behind the depth, and never used.",
+    (
+        "cuda/kernels/moe_gate.cuh",
+        "for (int i = threadIdx.x; i < kGateTokens * kGateExperts; i += kGateThreads) {",
+        "for (int i = threadIdx.x; i <= kGateTokens * kGateExperts; i += kGateThreads) {",
+    ): "Thread 0's element more lies where is_last is kept, which it writes itself afterwards.",
+    (
+        "cuda/kernels/moe_gate_backward.cuh",
+        "if (p.k > 0) slab.load(p, row, column, 0);",
+        "if (p.k >= 0) slab.load(p, row, column, 0);",
+    ): "Without depth the load finds nothing inside, and what it makes of that is not used.",
+    (
+        "cuda/kernels/moe_gate_backward.cuh",
+        "if (k + kProductSlab < p.k) slab.load(p, row, column, k + kProductSlab);",
+        "if (k + kProductSlab <= p.k) slab.load(p, row, column, k + kProductSlab);",
+    ): "A slab behind the depth is loaded into registers, zeros without reading, and never used.",
+    (
+        "cuda/kernels/moe_layout.cuh",
+        "for (int e = threadIdx.x; e < p.experts; e += kMoeChunk) smem.total[e] = 0;",
+        "for (int e = threadIdx.x; e <= p.experts; e += kMoeChunk) smem.total[e] = 0;",
+    ): "The element more is an unused total, or is_last, which is written behind two barriers.",
+    (
+        "cuda/kernels/moe_permute.cuh",
+        "for (int i = threadIdx.x; i < kPermuteWarps * p.experts; i += kMoeChunk) {",
+        "for (int i = threadIdx.x; i <= kPermuteWarps * p.experts; i += kMoeChunk) {",
+    ): "The element more lies in the first row's place, which is written behind two barriers.",
     (
         "cuda/tile/gate_choice.cuh",
         "for (int e = lane; e < p.experts; e += kWarp) value[e] = sigmoid(value[e]);",

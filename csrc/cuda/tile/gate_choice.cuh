@@ -133,6 +133,7 @@ __device__ __forceinline__ void count_choices(const MoeGateParams& p, const Gate
   }
 }
 
+// Each lane has written the scores e = lane, lane + 32, ... itself.
 __device__ __forceinline__ void choose_experts(const MoeGateParams& p, GateChoiceSmem& s,
                                                int token) {
   const int lane = threadIdx.x % kWarp;
