@@ -135,6 +135,50 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes + 16);",
     ): "The distance between tiles of 64 rows; wgmma's A has 64 rows, one tile.",
     (
+        "cuda/tile/mla_columns.cuh",
+        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes);",
+        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes - 16);",
+    ): "The distance between tiles of 64 rows; wgmma's A has 64 rows, one tile.",
+    (
+        "cuda/tile/mla_columns.cuh",
+        "if (first + kMlaBlock <= seen_by_all) return;",
+        "if (first + kMlaBlock < seen_by_all) return;",
+    ): "The mask is then computed for one block more, and hides nothing there.",
+    (
+        "cuda/tile/mla_softmax.cuh",
+        "if (first + kMlaBlock <= first_end_) return;",
+        "if (first + kMlaBlock < first_end_) return;",
+    ): "The mask is then computed for one block more, and hides nothing there.",
+    (
+        "cuda/tile/mla_softmax.cuh",
+        "*reinterpret_cast<uint4*>(tiles[tile] + swizzle128(row, chunk)) = uint4{0, 0, 0, 0};",
+        "*reinterpret_cast<uint4*>(tiles[tile] + (swizzle128(row, chunk) ^ 16)) = uint4{0, 0, 0, 0};",
+    ): "All chunks of the row are cleared, in another order.",
+    (
+        "cuda/kernels/mla_schedule.cuh",
+        "__syncwarp();",
+        ";",
+    ): "All lanes have met at the shuffles before it, behind their stores; the emulator takes that for "
+    "enough, as hardware does. PTX promises an order of memory for the barrier only, so it stays.",
+    (
+        "cuda/kernels/mla_decode.cuh",
+        "__syncwarp();",
+        ";",
+    ): "Lanes that have parted at a branch meet behind it again, in the emulator always, on hardware "
+    "where ptxas says so. wgmma needs the whole warp and PTX does not promise it, so the barrier stays.",
+    (
+        "cuda/tile/mla_load.cuh",
+        "__syncwarp();",
+        ";",
+    ): "The other lanes must not load before lane 0 has waited for the place to be free. In the emulator "
+    "lanes meet behind a branch; PTX does not promise it, so the barrier stays.",
+    (
+        "cuda/tile/mla_dequantize.cuh",
+        "__syncwarp();",
+        ";",
+    ): "One lane announces what the whole warp has stored. The race checker takes lanes that have not "
+    "parted for one agent, as they are in step on hardware; PTX asks for the barrier.",
+    (
         "cuda/kernels/mla_prefill.cuh",
         "if (first + kPrefillBlock <= job.first_keys()) return;",
         "if (first + kPrefillBlock < job.first_keys()) return;",
