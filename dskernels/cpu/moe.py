@@ -2,10 +2,9 @@
 
 Letters: t tokens, d model width, e experts, k experts of a token, i expert width.
 
-Native in bf16, fp16 and fp32: the router, permutation and its way back with gradients, and FP8
-experts. Plain experts and their gradients are PyTorch's products of the weights as they are, with
-native steps between them. On the reference functions: fp64, the router's gradient (two dense fp32
-products) and the balance losses.
+Native in bf16, fp16 and fp32: the router, permutation and its way back, all with gradients, and
+FP8 experts. Plain experts and their gradients are PyTorch's products of the weights as they are,
+with native steps between them. On the reference functions: fp64 and the balance losses.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ __all__ = [
     "moe_experts",
     "moe_experts_backward",
     "moe_gate",
+    "moe_gate_backward",
     "moe_permute",
     "moe_unpermute",
     "moe_unpermute_backward",
@@ -74,11 +74,42 @@ def moe_gate(
     return topk_idx, weights, scores, *ref.gate_statistics(topk_idx, scores, sequences)
 
 
+def moe_gate_backward(
+    grad_weights: torch.Tensor,
+    grad_scores: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    topk_idx: torch.Tensor,
+    scores: torch.Tensor,
+    scale: float,
+    score: str,
+    renormalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad_weights [t, k], grad_scores [t, e] -> gradients of x [t, d] and weight [e, d]; see
+    `ref.moe_backward.moe_gate_backward`. Products in fp32 whatever the types of x and weight."""
+    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape, dtype=weight.dtype)
+    _C.cpu.moe_gate_backward(
+        *(t.detach().float().contiguous() for t in (grad_weights, grad_scores)),
+        *(_rows("x", x), _rows("weight", weight), topk_idx.to(torch.int64).contiguous()),
+        *(scores.detach().float().contiguous(), scale, score != "sigmoid", renormalize),
+        *(dx, dweight, torch.get_num_threads()),
+    )
+    return dx, dweight
+
+
 def moe_permute(
-    x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int, *, alignment: int = 1
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    num_experts: int,
+    *,
+    alignment: int = 1,
+    expert_map: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Copies of x [t, d] sorted by expert -> x_perm, group_sizes, row_map: `ref.moe_permute`'s."""
     x = _rows("x", x)
+    if expert_map is not None:
+        ref._check_topk_idx(x, topk_idx, expert_map.shape[0])
+        topk_idx = ref.choose_replicas(topk_idx, expert_map)
     ref._check_topk_idx(x, topk_idx, num_experts)
     layout = _layout(topk_idx, num_experts, alignment)
     _, group_sizes, row_map = layout
@@ -145,14 +176,22 @@ def moe_experts(
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
     *,
+    expert_map: torch.Tensor | None = None,
+    num_shared: int = 0,
+    layout: str | None = None,
     quantize_activations: bool = True,
 ) -> torch.Tensor:
     """The routed experts of x [t, d] in one call: see `ref.moe_experts` for the arithmetic.
 
     FP8 weights w13 [e, 2i, d], w2 [e, d, i], packed or not. quantize_activations=False multiplies
     activations of x's dtype with FP8 weights (W8A16); the hidden layer is then rounded to x's
-    dtype, not quantised. Plain weights run the reference function.
+    dtype, not quantised. Plain weights run the reference function. There is one layout of rows.
     """
+    slots = ref.expert_slots(topk_idx, topk_weights, w13.shape[0], expert_map, num_shared)
+    return _experts(x, w13, w2, *slots, quantize_activations)
+
+
+def _experts(x, w13: Weight, w2: Weight, topk_idx, topk_weights, quantize_activations: bool):
     scaled = [isinstance(w, ScaledTensor | PackedWeight) for w in (w13, w2)]
     if not all(scaled) or x.dtype not in _FLOATS:
         w13, w2 = (w.unpack() if isinstance(w, PackedWeight) else w for w in (w13, w2))
@@ -223,6 +262,8 @@ def moe_experts_backward(
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
     *,
+    expert_map: torch.Tensor | None = None,
+    num_shared: int = 0,
     weight_grads: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """grad [t, d] -> gradients of x, w13, w2 and topk_weights; see `ref.moe_experts_backward`.
@@ -239,7 +280,10 @@ def moe_experts_backward(
         run = _plain_experts_backward
     else:
         raise Unsupported(f"expected bfloat16, float32 or scaled weights, got {w13.dtype}")
-    return run(grad.detach(), x.detach(), w13, w2, topk_idx, topk_weights.detach(), weight_grads)
+    topk = topk_weights.shape[1]
+    slots = ref.expert_slots(topk_idx, topk_weights.detach(), w13.shape[0], expert_map, num_shared)
+    *grads, dweights = run(grad.detach(), x.detach(), w13, w2, *slots, weight_grads)
+    return *grads, dweights[:, :topk]
 
 
 def _row_weights(rows: int, layout, topk_weights: torch.Tensor) -> torch.Tensor:
