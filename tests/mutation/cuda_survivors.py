@@ -318,6 +318,22 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     "starts a run or ends one.",
     (
         "cuda/tile/gemm_promote.cuh",
+        "for (uint32_t skipped = (1u << at_.stage) - 1; end > 0; skipped = 0) {",
+        "for (uint32_t skipped = (1u << at_.stage) - 1; end >= 0; skipped = 0) {",
+    ): "One more round in which no stage is the tile's: it leaves the position where it was.",
+    (
+        "cuda/tile/gemm_promote.cuh",
+        "const uint32_t mine = ((1u << min(end, kStages)) - 1) & ~skipped;",
+        "const uint32_t mine = ((1u << (end)) - 1) & ~skipped;",
+    ): "Only bits below kStages are looked at, and PTX's shift by 32 or more gives zero, of which all "
+    "bits below are set after the subtraction. The minimum is for C++, where that is undefined.",
+    (
+        "cuda/tile/gemm_scheduler.cuh",
+        "if (num_m_blocks > 1) {  // else no divisions",
+        "if (num_m_blocks >= 1) {  // else no divisions",
+    ): "With one block of rows the divisions find what was set without them.",
+    (
+        "cuda/tile/gemm_promote.cuh",
         "constexpr bool kOverlapsItself = kN <= 64 || (kN <= 128 && kMathWarpgroups == 1);",
         "constexpr bool kOverlapsItself = kN < 64 || (kN <= 128 && kMathWarpgroups == 1);",
     ): "Only how many products are under way at once: each k block's sums, and their order, are the "
