@@ -89,6 +89,27 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "for (int i = threadIdx.x; i <= kPermuteWarps * p.experts; i += kMoeChunk) {",
     ): "The element more lies in the first row's place, which is written behind two barriers.",
     (
+        "cuda/kernels/moe_unpermute.cuh",
+        "for (int first = 0; first < p.topk; first += kRowsInFlight<T>) {",
+        "for (int first = 0; first <= p.topk; first += kRowsInFlight<T>) {",
+    ): "A run of choices behind the last has no row: it loads nothing and adds nothing.",
+    (
+        "cuda/kernels/moe_unpermute.cuh",
+        "for (int column = threadIdx.x % kWarp * 4; column < p.depth; column += kWarp * 4) {",
+        "for (int column = threadIdx.x % kWarp * 4; column <= p.depth; column += kWarp * 4) {",
+    ): "A run with nothing left of the row loads zeros without reading, and stores nothing.",
+    (
+        "cuda/tile/gate_choice.cuh",
+        "__syncwarp();  // nobody still reads what is overwritten",
+        ";  // nobody still reads what is overwritten",
+    ): "The reductions before it need what every lane has read, so nobody still reads. It stays, "
+    "because PTX orders memory at barriers only.",
+    (
+        "cuda/tile/gate_choice.cuh",
+        "for (int e = lane; e < p.experts; e += kWarp) value[e] = __fdiv_rn(value[e], sum);",
+        "for (int e = lane; e <= p.experts; e += kWarp) value[e] = __fdiv_rn(value[e], sum);",
+    ): "The one element more is behind the scores, or the first key, which is written afterwards.",
+    (
         "cuda/tile/gate_choice.cuh",
         "for (int e = lane; e < p.experts; e += kWarp) value[e] = sigmoid(value[e]);",
         "for (int e = lane; e <= p.experts; e += kWarp) value[e] = sigmoid(value[e]);",
