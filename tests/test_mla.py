@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from backend_axis import need, on_cpu, on_device
-from mla_cases import LATENT, assert_decoded, paged_case
+from mla_cases import LATENT, assert_decoded, paged_case, work_of
 
 import dskernels as dsk
 from dskernels.testing import assert_bitwise_equal
@@ -167,6 +167,17 @@ def test_splits_are_joined_without_the_neighbours(machine, backend, heads):
     out, lse = (on_cpu(x) for x in got)
     assert lse[1].min() > lse[0].max() + 200
     assert_decoded((out[:1], lse[:1]), (case[0][:1], case[1], case[2][:1], case[3][:1]))
+
+
+@pytest.mark.parametrize("heads,kernel", [(3, "mla_decode_bf16_16"), (35, "mla_decode_bf16")])
+def test_a_full_block_is_neither_masked_nor_cleared(heads, kernel):
+    need("mla_decode", "emu")
+    partly, fully = (
+        work_of(lambda n=n: decode(paged_case([n], 1, heads), "emu"))[kernel] for n in (63, 64)
+    )
+    scores = 64 * (64 if heads > 32 else 16)
+    assert partly["logic"] - fully["logic"] >= scores / 32  # a thread selects each of its own
+    assert partly["sync"] - fully["sync"] >= 8  # eight warps meet
 
 
 def test_more_splits_than_a_warp_has_lanes(machine, backend):

@@ -140,16 +140,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes - 16);",
     ): "The distance between tiles of 64 rows; wgmma's A has 64 rows, one tile.",
     (
-        "cuda/tile/mla_columns.cuh",
-        "if (first + kMlaBlock <= seen_by_all) return;",
-        "if (first + kMlaBlock < seen_by_all) return;",
-    ): "The mask is then computed for one block more, and hides nothing there.",
-    (
-        "cuda/tile/mla_softmax.cuh",
-        "if (first + kMlaBlock <= first_end_) return;",
-        "if (first + kMlaBlock < first_end_) return;",
-    ): "The mask is then computed for one block more, and hides nothing there.",
-    (
         "cuda/tile/mla_softmax.cuh",
         "*reinterpret_cast<uint4*>(tiles[tile] + swizzle128(row, chunk)) = uint4{0, 0, 0, 0};",
         "*reinterpret_cast<uint4*>(tiles[tile] + (swizzle128(row, chunk) ^ 16)) = uint4{0, 0, 0, 0};",
@@ -180,16 +170,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     "parted for one agent, as they are in step on hardware; PTX asks for the barrier.",
     (
         "cuda/kernels/mla_prefill.cuh",
-        "if (first + kPrefillBlock <= job.first_keys()) return;",
-        "if (first + kPrefillBlock < job.first_keys()) return;",
-    ): "The mask is then computed for one block more, and hides nothing there.",
-    (
-        "cuda/kernels/mla_prefill.cuh",
-        "if (filled >= kPrefillBlock) return;",
-        "if (filled > kPrefillBlock) return;",
-    ): "A block that is just full then waits for the other warpgroup, and clears no row.",
-    (
-        "cuda/kernels/mla_prefill.cuh",
         "*reinterpret_cast<uint4*>(smem.v[at.stage][tile] + swizzle128(row, chunk)) =",
         "*reinterpret_cast<uint4*>(smem.v[at.stage][tile] + (swizzle128(row, chunk) ^ 16)) =",
     ): "All chunks of the row are cleared, in another order.",
@@ -209,11 +189,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "job.key = request <= p.b ? __ldg(p.cu_seqlens_k + request) : 0;",
     ): "Rows behind the last request attend nothing, wherever their keys would begin.",
     (
-        "cuda/tile/prefill_job.cuh",
-        "job.blocks = (max(0, min(last, job.length)) + kPrefillBlock - 1) / kPrefillBlock;",
-        "job.blocks = (max(0, (job.length)) + kPrefillBlock - 1) / kPrefillBlock;",
-    ): "Blocks behind the diagonal are then multiplied and masked: slower, the same values.",
-    (
         "cuda/kernels/mla_prefill_backward.cuh",
         "if (row < job.kept_length) own[i] = p.statistics[at];",
         "if (row <= job.kept_length) own[i] = p.statistics[at];",
@@ -221,34 +196,14 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     "inside the workspace, whose requests are padded to 64 rows and which has 64 more.",
     (
         "cuda/kernels/mla_prefill_backward.cuh",
-        "if (filled >= kBackwardBlock) return;",
-        "if (filled > kBackwardBlock) return;",
-    ): "A block that is just full then waits for the other warpgroup, and clears no row.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
         "*reinterpret_cast<uint4*>(to + swizzle128(row, i % 8)) = uint4{0, 0, 0, 0};",
         "*reinterpret_cast<uint4*>(to + (swizzle128(row, i % 8) ^ 16)) = uint4{0, 0, 0, 0};",
     ): "All chunks of the row are cleared, in another order.",
     (
         "cuda/kernels/mla_prefill_backward.cuh",
-        "if (!p.causal || half_row + kBackwardBlock <= block * kBackwardBlock + job.shift) return;",
-        "if (!p.causal || half_row + kBackwardBlock < block * kBackwardBlock + job.shift) return;",
-    ): "The mask is then computed for one block more, and hides nothing there.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
-        "if ((block + 1) * kBackwardBlock <= met) return;",
-        "if ((block + 1) * kBackwardBlock < met) return;",
-    ): "The mask is then computed for one block more, and hides nothing there.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
         "smem.kept_ring.init(1);",
         "smem.kept_ring.init(1 + 1);",
     ): "The kept rows are loaded once: nobody waits for their place to be free.",
-    (
-        "cuda/tile/prefill_backward_job.cuh",
-        "job.first = max(0, job.kept - job.shift) / kBackwardBlock;",
-        "job.first = (0) / kBackwardBlock;",
-    ): "Blocks before the diagonal are then multiplied and masked: slower, the same values.",
     (
         "cuda/kernels/mla_prefill.cuh",
         "ptx::named_barrier_sync(kPrefillWarpgroupOnly + half, kPrefillWarpgroup);",
