@@ -76,6 +76,8 @@ struct Ring {
     cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cta,
                                cuda::ptx::space_shared, &full[at.stage]);
   }
+  // The same where so many bytes of the stage come from another CTA of the cluster.
+  __device__ __forceinline__ void fill(const Position& at, uint32_t bytes) { announce(at, bytes); }
 
   // Consumer: wait for the stage's bytes.
   __device__ __forceinline__ void await(const Position& at) { wait(&full[at.stage], at.phase); }
