@@ -3,7 +3,8 @@
 V3's dimensions (d 7168, expert width 2048, FP8 weights), the experts of one rank, in the emulator,
 whose timing model prices each launch; nothing here was measured on a GPU. Beside our layer stand
 the same steps unfused, on our kernels, and with the two products taken from DeepGEMM (PyPI's
-sgl-deep-gemm, where it is installed). Fills and transposed copies by torch are in none of the sums.
+sgl-deep-gemm, where it is installed); and DeepGEMM's mega-MoE, the layer in one kernel, one rank.
+Fills and transposed copies by torch are in none of the sums.
 
     python -m bench.moe [--tokens 128] [--experts 8] [--topk 1] [--no-outside] [--json]
 """
@@ -11,8 +12,12 @@ sgl-deep-gemm, where it is installed). Fills and transposed copies by torch are 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import math
+import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +29,9 @@ from dskernels.types import ScaledTensor
 OUTSIDE = Path(__file__).resolve().parent.parent / "tests" / "emu" / "outside"
 PART = "h800"
 ALIGNED = 128  # rows that DeepGEMM's contiguous groups are multiples of
+SMS, SHARED_BYTES = 132, 227 * 1024
+OUTSIDE_NAME = re.compile(r"_ZN9deep_gemm\d+(\w+?)I[A-Z].*")  # mangled, with its arguments
+MASKED_ROWS = 64  # of an expert, on average: above them the masked layout is not tried
 
 
 def weights(experts: int, d: int, i: int) -> tuple[ScaledTensor, ScaledTensor]:
@@ -48,8 +56,17 @@ class Layer:
         self.topk_weights = torch.rand(tokens, topk)
         self.routing = self.topk_idx, self.topk_weights
 
-    def fused(self) -> None:
-        moe.moe_experts(self.x, self.w13, self.w2, *self.routing)
+    def fused(self, layout: str = "contiguous") -> None:
+        moe.moe_experts(self.x, self.w13, self.w2, *self.routing, layout=layout)
+
+    def shared(self, own_launches: bool) -> None:
+        """The last expert has every token: in the same launches, or by itself behind the others."""
+        if not own_launches:
+            moe.moe_experts(self.x, self.w13, self.w2, *self.routing, num_shared=1)
+            return
+        self.fused()
+        hidden = gemm.gemm(rowwise.quantize(self.x), last(self.w13), epilogue="swiglu_quant")
+        gemm.gemm(hidden, last(self.w2))
 
     def unfused(self, products=None) -> None:
         """Copy, quantise, product, SwiGLU, quantise, product, weighted sum, each by itself."""
@@ -63,8 +80,13 @@ class Layer:
         moe.moe_unpermute(y, row_map, self.topk_weights)
 
     def outside(self) -> None:
-        counts = torch.bincount(self.topk_idx.flatten(), minlength=self.w13.shape[0])
-        self.unfused(deepgemm((counts + ALIGNED - 1) // ALIGNED * ALIGNED))
+        self.unfused(
+            deepgemm(torch.bincount(self.topk_idx.flatten(), minlength=len(self.w13.data)))
+        )
+
+    def mega(self) -> None:
+        """DeepGEMM's mega-MoE for SM90, the whole layer in two launches, at one rank."""
+        outside("megamoe_support").run(self.x, self.w13, self.w2, *self.routing)
 
     def fused_backward(self) -> None:
         moe.moe_experts_backward(self.grad, self.x, self.w13, self.w2, *self.routing)
@@ -87,44 +109,81 @@ class Layer:
         moe.moe_unpermute(dx, row_map, None)
 
 
+def last(w: ScaledTensor) -> ScaledTensor:
+    return ScaledTensor(w.data[-1], w.scale[-1], w.block)
+
+
 def turned(w: ScaledTensor) -> ScaledTensor:
     """The transpose, for the gradients of a product's left side."""
     data = w.data.view(torch.uint8).transpose(1, 2).contiguous().view(w.data.dtype)
     return ScaledTensor(data, w.scale.transpose(1, 2).contiguous(), w.block)
 
 
-def deepgemm(sizes: torch.Tensor):
-    """DeepGEMM's contiguous product of rows grouped by `sizes`, at one fixed tile: an indication.
-
-    The tile is 128 x 128 in pairs with five stages, not the choice of DeepGEMM's own rule.
-    """
+def outside(module: str):
+    """A module of tests/emu/outside, where DeepGEMM is installed."""
     sys.path.insert(0, str(OUTSIDE))
-    import deepgemm_support as dg
+    import deepgemm_support
 
-    if dg.FOLDER is None:
+    if deepgemm_support.FOLDER is None:
         raise SystemExit("needs PyPI's sgl-deep-gemm: pip install --no-deps sgl-deep-gemm==0.2.5")
-    groups = sizes.numel()
-    layout = torch.arange(groups, dtype=torch.int32).repeat_interleave(sizes)
+    return importlib.import_module(module)
+
+
+def their_tile(dg, kind: int, block_m: int, m_blocks: int, groups: int, n: int, k: int):
+    """DeepGEMM's instance for m_blocks of block_m rows by its published rule: fewest waves, then
+    the fullest last wave, of the widths that its kernel takes; as many stages as fit."""
+    widths = [w for w in range(16, 208, 16) if w <= 128 or math.gcd(w, 128) == w - 128]
+
+    def order(width: int) -> tuple[int, int]:
+        tiles = m_blocks * -(-n // width)
+        return -(-tiles // SMS), -((tiles - 1) % SMS)
+
+    pairs = 2 if kind == dg.CONTIGUOUS and m_blocks % 2 == 0 else 1
+    best = None
+    for stages in range(2, 20):
+        instance = dg.Instance(
+            "1d2d", block_m, min(widths, key=order), kind, groups=groups, stages=stages,
+            multicast=pairs, on_a=False, sms=SMS, shape=(0, n, k),
+        )  # fmt: skip
+        if instance.shared_fixed + 2 * 4 * -(-k // 128) + 16 <= SHARED_BYTES:
+            best = instance
+    return best
+
+
+def deepgemm(counts: torch.Tensor):
+    """DeepGEMM's product of rows grouped by `counts`, each group at multiples of 128 rows: masked
+    with tiles of 64 rows where every group has one block of those 128, else contiguous."""
+    dg = outside("deepgemm_support")
+    groups, blocks = counts.numel(), (counts + ALIGNED - 1) // ALIGNED
+    masked = bool((blocks == 1).all()) and int(counts.max()) <= 64
+    layout = counts.int()
+    if not masked:
+        layout = torch.arange(groups, dtype=torch.int32).repeat_interleave(blocks * ALIGNED)
 
     def multiply(a: ScaledTensor, b: ScaledTensor) -> torch.Tensor:
         n, k = b.shape[1:]
-        instance = dg.Instance(
-            "1d2d", 128, 128, dg.CONTIGUOUS, groups=groups, stages=5, multicast=2,
-            on_a=False, sms=132, shape=(0, n, k),
-        )  # fmt: skip
+        if masked:
+            instance = their_tile(dg, dg.MASKED, 64, groups, groups, n, k)
+            planes = a.scale.view(groups, ALIGNED, -1)
+            a = ScaledTensor(a.data.view(groups, ALIGNED, k), planes, a.block)
+        else:
+            instance = their_tile(dg, dg.CONTIGUOUS, ALIGNED, int(blocks.sum()), groups, n, k)
         d, _ = dg.run_1d2d(dg.build((instance,)), instance, a, b, layout, check=False)
-        return d.nan_to_num()
+        return d.view(-1, n).nan_to_num()
 
     return multiply
 
 
 def priced(run) -> list[dict]:
-    """Every launch of run(): kernel, modelled microseconds with their bracket, HBM megabytes."""
-    with emu.profiling(PART, sample_ctas=2) as profile:
+    """Every launch of run(): kernel, modelled microseconds with their bracket, HBM megabytes.
+
+    Two CTAs of each are sampled, but all of a kernel whose CTAs wait for each other."""
+    everyone = getattr(run, "__name__", "") == "mega"
+    with emu.profiling(PART, sample_ctas=None if everyone else 2) as profile:
         run()
     return [
         {
-            "kernel": "deep_gemm 1d2d" if "deep_gemm" in launch.kernel else launch.kernel,
+            "kernel": OUTSIDE_NAME.sub(r"\1", launch.kernel),
             "us": launch.timing.modelled_us,
             "bracket_us": [launch.timing.low_us, launch.timing.high_us],
             "hbm_mb": launch.timing.hbm_bytes / 1e6,
@@ -154,9 +213,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     layer = Layer(options.tokens, options.experts, options.topk, d=7168, i=2048)
-    runs = {"forward, ours": layer.fused, "forward, unfused": layer.unfused}
+    runs = {"forward, ours": layer.fused}
+    if options.tokens * options.topk <= MASKED_ROWS * options.experts:
+        runs["forward, ours, masked"] = partial(layer.fused, "masked")
+    runs["forward, unfused"] = layer.unfused
+    runs["with a shared expert, ours"] = partial(layer.shared, False)
+    runs["with a shared expert, by itself"] = partial(layer.shared, True)
     if not options.no_outside:
         runs["forward, DeepGEMM's products, unfused"] = layer.outside
+        runs["forward, DeepGEMM's mega-MoE"] = layer.mega
     runs |= {"backward, ours": layer.fused_backward, "backward, unfused": layer.unfused_backward}
     results = {name: priced(run) for name, run in runs.items()}
     if options.json:

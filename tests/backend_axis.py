@@ -22,3 +22,10 @@ def on_device(x, backend: str):
 
 def on_cpu(x):
     return x if x is None else x.to("cpu")
+
+
+def interpret_once(backend: str, first: bool) -> None:
+    """Skip all but the first of a test's cases that meet before they reach a kernel, where kernels
+    are interpreted: they would run the same one again, slowly."""
+    if backend == "triton" and not first and not torch.cuda.is_available():
+        pytest.skip("interpreted once: the cases differ before the kernel only")

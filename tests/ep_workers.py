@@ -144,8 +144,9 @@ def compare_normal(group, case, *, fp8=False, dtype=torch.bfloat16, alive=None,
     biases = [torch.full((len(i), H), 0.5, dtype=dtype) for i in idxs]
     tokens = [len(i) for i in idxs]
     back, back_weights = ref.combine(
-        ys, want, tokens, topk_weights=[w.topk_weights for w in want], bias=biases
-    )
+        ys, want, tokens, topk_weights=[w.topk_weights for w in want], bias=biases,
+        ranks_per_node=group.ranks_per_node,
+    )  # fmt: skip
     out, out_weights = dsk.ep.combine(
         group, ys[me], got, topk_weights=got.topk_weights, bias=biases[me]
     )
@@ -158,7 +159,8 @@ def compare_normal(group, case, *, fp8=False, dtype=torch.bfloat16, alive=None,
     y.copy_(ys[me])
     out, none = dsk.ep.combine(group, y, got)
     assert none is None
-    same(out, ref.combine(ys, want, tokens)[0][me], "combined in place")
+    back, _ = ref.combine(ys, want, tokens, ranks_per_node=group.ranks_per_node)
+    same(out, back[me], "combined in place")
 
 
 def compare_low_latency(group, case, *, use_fp8, round_scale=False, alive=None):

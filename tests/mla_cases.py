@@ -8,19 +8,21 @@ from dskernels.testing import UNUSED_PAGE, poisoned_pages
 WIDTH, LATENT = 576, 512
 
 
-def paged_case(lengths, s, h, page=64, *, sharpness=1.0, seed=0, fp8=False):
+def paged_case(lengths, s, h, page=64, *, sharpness=1.0, seed=0, fp8=False, spare=2):
     """q bf16 [b, s, h, 576], cache, block table and lengths: shuffled pages, NaN tails, unused
     table entries that crash whoever follows them. Cached values are spread as FlashMLA's tests
-    spread them; scores have a standard deviation of about sharpness / 10."""
+    spread them; scores have a standard deviation of about sharpness / 10. `spare` pages, and as
+    many columns of the table, belong to nobody."""
     g = torch.Generator().manual_seed(seed)
     lens = torch.tensor(lengths, dtype=torch.int32)
     used = [-(-length // page) for length in lengths]
-    order = torch.randperm(sum(used) + 2, generator=g).int()
-    table = torch.full((len(lengths), max(used, default=0) + 2), UNUSED_PAGE, dtype=torch.int32)
+    order = torch.randperm(sum(used) + spare, generator=g).int()
+    columns = max(used, default=0) + spare
+    table = torch.full((len(lengths), columns), UNUSED_PAGE, dtype=torch.int32)
     for request, count in enumerate(used):
         start = sum(used[:request])
         table[request, :count] = order[start : start + count]
-    cache = (torch.randn(sum(used) + 2, page, WIDTH, generator=g) / 10).bfloat16()
+    cache = (torch.randn(sum(used) + spare, page, WIDTH, generator=g) / 10).bfloat16()
     q = (torch.randn(len(lengths), s, h, WIDTH, generator=g) * sharpness).bfloat16()
     if fp8:
         cache = quantized(cache)

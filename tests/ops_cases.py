@@ -224,6 +224,7 @@ def _moe() -> list[Case]:
         quantize(_randn(4, 6, 10), (128, 128)),
     )
     counts = torch.tensor([3, 1, 2, 2, 0, 9, 2, 2])
+    replicas = torch.tensor([[0, 5], [-1, 8], [2, 1]])
     return [
         Case("gate", "moe_gate", (x, weight, bias), {"topk": 3}, diff=(0, 1)),
         Case("gate-statistics", "moe_gate", (x, weight, bias), {"topk": 3, "sequences": 1},
@@ -236,10 +237,13 @@ def _moe() -> list[Case]:
              {"topk": 2, "score": "softmax", "renormalize": True, "n_group": 2}, diff=(0, 1)),
         Case("permute", "moe_permute", (x, idx, 4), diff=(0,)),
         Case("permute-aligned", "moe_permute", (x, idx, 4), {"alignment": 4}, diff=(0,)),
+        Case("permute-mapped", "moe_permute", (x, idx, 9), {"expert_map": replicas}, diff=(0,)),
         Case("unpermute", "moe_unpermute", (y, row_map, weights), diff=(0, 2)),
         Case("unpermute-plain", "moe_unpermute", (y.bfloat16(), row_map, None), diff=(0,)),
         Case("experts", "moe_experts", (x, w13, w2, idx, weights), diff=(0, 1, 2, 4)),
         Case("experts-w8a8", "moe_experts", (x.bfloat16(), *scaled, idx, weights)),
+        Case("experts-shared", "moe_experts", (x, w13, w2, idx, weights),
+             {"num_shared": 1, "expert_map": replicas.clamp(max=2)}, diff=(0, 1, 2, 4)),
         Case("bias_update", "moe_bias_update", (bias, counts, 0.001)),
     ]  # fmt: skip
 

@@ -30,6 +30,8 @@ __device__ void f(Ring& ring, Position at) {
     wait(&empty[s], at.phase ^ 1);
     const uint32_t to = base + swizzle128(row, chunk);
     const float scale = sfa[row + 8] * sfb[k / 128];
+    constexpr float kLn2 = 0.6931f, kOne = 1.f;
+    mma(d, advance_k_rows(values, 16 * k), 1);
   }
 }
 """
@@ -41,7 +43,7 @@ def test_the_patterns_find_every_kind_and_skip_what_is_no_code(tmp_path):
     kinds = Counter(m.kind for m in found)
     assert kinds == {
         "tail": 1, "wait": 4, "expect_tx": 2, "arrive": 3, "fence": 1, "barrier": 1, "phase": 1,
-        "swizzle": 1, "scale": 3,
+        "swizzle": 1, "scale": 3, "constant": 1, "descriptor": 1,
     }, [m.label for m in found]  # fmt: skip
     assert not {m.line for m in found} & {1, 2, 4, 5}
     assert len({m.text for m in found}) == len(found)

@@ -58,8 +58,9 @@ def compare_normal(group, case, hidden, *, fp8=False, alive=None):
     ys = [(p.float() * (r + 1.25)).bfloat16() for r, p in enumerate(plain)]
     biases = [torch.full((len(i), hidden), 0.5).bfloat16() for i in idxs]
     back, back_weights = ref.combine(
-        ys, want, [len(i) for i in idxs], topk_weights=[w.topk_weights for w in want], bias=biases
-    )
+        ys, want, [len(i) for i in idxs], topk_weights=[w.topk_weights for w in want], bias=biases,
+        ranks_per_node=group.ranks_per_node,
+    )  # fmt: skip
     outs, out_weights = group.combine(
         ys, got, topk_weights=[w.topk_weights for w in want], bias=biases
     )
@@ -118,7 +119,8 @@ def test_equal_to_the_reference(ranks, seed):
 
 @pytest.mark.parametrize("ranks, per_node", [(8, 4), (4, 2), (3, 1), (6, 2)])
 def test_several_nodes(ranks, per_node, seed):
-    """One copy of a token per node, passed on there: the same rows in the same places."""
+    """One copy of a token per node, passed on there: the same rows in the same places. One sum of
+    its results per node, in the order of the reference."""
     group = make(ranks, ranks_per_node=per_node)
     for n in range(6):
         seed(n % 3)
@@ -129,8 +131,43 @@ def test_several_nodes(ranks, per_node, seed):
     compare_normal(group, case, 256, alive=alive)
 
 
+@pytest.mark.parametrize("ranks, per_node", [(3, 0), (4, 2), (6, 2)])
+def test_a_rank_masked_between_dispatch_and_combine(ranks, per_node, seed):
+    """Its results are left out; whom it would have summed for reads its node's rows itself."""
+    group = make(ranks, ranks_per_node=per_node)
+    xs, idxs, weights = routing("even", ranks, 4 * ranks, K, T, 256, 4)
+    want = ref.dispatch(xs, idxs, weights, num_experts=4 * ranks)
+    got = group.dispatch(xs, idxs, weights)
+    ys = [(w.x.float() * (r + 1.25)).bfloat16() for r, w in enumerate(want)]
+    alive = group.alive = [r != 1 for r in range(ranks)]
+    back, _ = ref.combine(
+        ys, want, [len(i) for i in idxs], ranks_per_node=per_node, alive=alive
+    )  # fmt: skip
+    outs, _ = group.combine(ys, got)
+    for r in range(ranks):
+        if alive[r]:
+            same(outs[r], back[r], "combined")
+
+
+def test_sums_cross_once_per_node(seed):
+    """Results of another node's ranks off the rail are read by nobody but their node: with their
+    sums wrong there, every token of the other node is."""
+    group = make(4, ranks_per_node=2)
+    xs, idxs, weights = routing("even", 4, 16, K, T, 256, 0)
+    got = group.dispatch(xs, idxs, weights)
+    ys = [torch.ones(len(g.x), 256).bfloat16() for g in got]
+    # Rank 2 passes on what rank 0 sends to node 1, and returns the sums: forget that it does.
+    places = got[2].forwarded
+    assert (places[0, : int(got[2].num_forwarded[0])] >= 0).any()
+    places[0] = -1
+    outs, _ = group.combine(ys, got)
+    hosts = (idxs[0] // 4).unsqueeze(2) == torch.arange(4)
+    own_node = hosts[:, :, :2].any(1).sum(1)
+    same(outs[0], own_node[:, None].expand(-1, 256).bfloat16(), "own node's sums only")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, per_node", [(8, 4), (6, 3)])
+@pytest.mark.parametrize("ranks, per_node", [(8, 4), (6, 3), (4, 2), (3, 1), (6, 2)])
 def test_fifty_random_routings_over_nodes(ranks, per_node, seed):
     group = make(ranks, ranks_per_node=per_node)
     for n in range(50):

@@ -18,6 +18,7 @@ class FakeGroup(Group):
 
     def __init__(self, network, rank, ranks, shape, timeout):
         self.rank, self.num_ranks, self.timeout = rank, ranks, timeout
+        self.ranks_per_node = 0
         self.max_tokens, self.hidden, self.topk = T, H, K
         self.dtype, self.buffers = torch.float32, shape[-1]
         self.experts_of_rank = [4] * ranks

@@ -21,10 +21,10 @@ import dskernels as dsk
 pytestmark = pytest.mark.timeout(180)
 
 
-def worker_all_cases(store, rank, ranks):
+def worker_all_cases(store, rank, ranks, per_node):
     group = make_group(
         store, rank, ranks, num_experts=4 * ranks, max_tokens=T, hidden=H, topk=K,
-        dtype=torch.float32, timeout=30.0,
+        dtype=torch.float32, ranks_per_node=per_node, timeout=30.0,
     )  # fmt: skip
     for seed, kind in enumerate(KINDS):
         case = problem(kind, ranks, seed)
@@ -38,9 +38,9 @@ def worker_all_cases(store, rank, ranks):
     return True
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_equal_to_the_reference(ranks):
-    assert all(run_ranks(worker_all_cases, ranks))
+@pytest.mark.parametrize("ranks, per_node", [(2, 0), (4, 2), (8, 4)])
+def test_equal_to_the_reference(ranks, per_node):
+    assert all(run_ranks(worker_all_cases, ranks, per_node))
 
 
 def worker_many_routings(store, rank, ranks, seeds):

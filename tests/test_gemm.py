@@ -56,6 +56,17 @@ def check(backend, got, a, b, reference=ref.gemm, **options):
         assert_bitwise_equal(got, reference(a, b, accumulate="hopper", **options))
 
 
+def check_groups(backend, got, reference, a, b, **options):
+    """As check, where the launcher does not split k. No element may be all there is to compare."""
+    got, exact = on_cpu(got), reference(a, b, accumulate="fp64", **options)
+    if exact.any():
+        assert calc_diff(got, exact) < 1e-3
+    else:
+        assert not got.any()
+    if backend == "emu":
+        assert_bitwise_equal(got, reference(a, b, accumulate="hopper", **options))
+
+
 @pytest.mark.parametrize("m,n,k", SHAPES)
 def test_dense(backend, m, n, k):
     need("gemm", backend, m=m, n=n, k=k)
@@ -138,6 +149,56 @@ def test_out_is_written_and_its_surroundings_are_not(backend):
     dsk.gemm(on_device(a, backend), on_device(b, backend), out=out, backend=backend)
     check(backend, out, a, b)
     assert (storage[0] == 7).all() and (storage[71] == 7).all()
+
+
+@pytest.mark.parametrize("m,n,k", [(1, 8, 128), (70, 136, 400)])
+@pytest.mark.parametrize(
+    "options", [{}, {"c": torch.float32, "out_dtype": torch.bfloat16}], ids=str
+)
+def test_scales_of_b_by_row(backend, m, n, k, options):
+    need("gemm", backend, m=m, n=n, k=k)
+    a, b = rowwise.quantize(torch.randn(m, k)), rowwise.quantize(torch.randn(n, k))
+    options = make_addends(options, (m, n), (n,))
+    got = dsk.gemm(
+        on_device(a, backend), on_device(b, backend), backend=backend, **moved(options, backend)
+    )
+    assert got.dtype == options.get("out_dtype", torch.float32)
+    check_groups(backend, got, ref.gemm, a, b, **options)
+
+
+@pytest.mark.parametrize("sizes", [[128, 0, 256, 0], [0, 128]], ids=str)
+@pytest.mark.parametrize("addend", [False, True], ids=["plain", "c"])
+def test_groups_along_k(backend, sizes, addend):
+    m, n, k = 70, 136, sum(sizes)
+    need("grouped_gemm_k", backend, n=n, k=k)
+    a, b = rowwise.quantize(torch.randn(m, k)), rowwise.quantize(torch.randn(n, k))
+    options = {"c": torch.randn(len(sizes), m, n)} if addend else {}
+    got = dsk.grouped_gemm_k(
+        on_device(a, backend), on_device(b, backend), sizes, backend=backend,
+        **moved(options, backend),
+    )  # fmt: skip
+    assert got.dtype == torch.float32
+    check_groups(backend, got, ref.grouped_gemm_k, a, b, group_sizes=sizes, **options)
+
+
+INDICES = [[3, 3, 0, 0, 0, -1, 3, 2, 2, -1, -1, 0], [0] * 40 + [1] * 30 + [-1] * 2, [-1] * 3]
+
+
+@pytest.mark.parametrize("indices", INDICES, ids=["unsorted", "padded", "padding"])
+@pytest.mark.parametrize("addend", [False, True], ids=["plain", "c"])
+def test_row_indices(backend, indices, addend):
+    n, k = 136, 144
+    need("grouped_gemm", backend, n=n, k=k)
+    a, b = scaled_operands(len(indices), n, k, groups=(4,))
+    m_indices = torch.tensor(indices, dtype=torch.int32)
+    a.data.view(torch.uint8)[m_indices < 0] = 0x7F  # NaN: padding is not read
+    options = {"c": torch.randn(len(indices), n)} if addend else {}
+    got = dsk.grouped_gemm(
+        on_device(a, backend), on_device(b, backend), m_indices=on_device(m_indices, backend),
+        backend=backend, **moved(options, backend),
+    )  # fmt: skip
+    assert (on_cpu(got)[m_indices < 0] == 0).all()
+    check_groups(backend, got, ref.grouped_gemm, a, b, m_indices=m_indices, **options)
 
 
 SIZES = [[3, 0, 70, 1], [0, 0, 5, 0], [128, 64, 0, 10]]

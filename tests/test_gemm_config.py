@@ -14,7 +14,7 @@ from dskernels.cuda import launchers
 ROOT = Path(__file__).resolve().parent.parent
 MAX_SHARED = 232448  # bytes a CTA of sm_90 may have
 REGISTERS = 65536  # of an SM; the launch reserves the compiler's figure for every thread
-KINDS = {"dense": 0, "contiguous": 0, "masked": 1, "along_k": 2}  # as GroupKind
+KINDS = {"dense": 0, "contiguous": 1, "masked": 2, "along_k": 3}  # as GroupKind
 
 # (n, k) that DeepGEMM tests, and rows from one token to a large batch.
 DEEPGEMM_NK = [

@@ -1,7 +1,7 @@
 """FP8 GEMM in the emulator over many shapes: DeepGEMM's own tests', and random ones off that
 list. Each result: DeepGEMM's bar against fp64, and bitwise the reference in exact tensor-core
 arithmetic and the kernel's order, over all elements or 32 rows x 32 columns of them; canaries
-whole. A launch with a hazard raises.
+whole. A launch with a hazard raises. The default tier compares all elements of small products.
 """
 
 import math
@@ -13,17 +13,23 @@ from backend_axis import need
 
 import dskernels as dsk
 from dskernels.cuda import launchers
+from dskernels.cuda.gemm import forced_kernel
 from dskernels.ref import gemm as ref
 from dskernels.ref import rowwise
 from dskernels.testing import assert_bitwise_equal, calc_diff, guarded_empty
 
-ALL_ELEMENTS = 2**22  # products up to which every element is compared; the reference is slow
+SLOW = pytest.mark.slow
 SAMPLE = 32
+# Products of a launch up to which every element is compared; the reference makes 6e7 a second.
+FEW_PRODUCTS, MANY_PRODUCTS = 2**22, 2**30
+every_element = FEW_PRODUCTS
 
 
 @pytest.fixture(autouse=True)
-def emulator():
+def emulator(request, monkeypatch):
     need("gemm", "emu")
+    if request.node.get_closest_marker("slow"):
+        monkeypatch.setitem(globals(), "every_element", MANY_PRODUCTS)
 
 
 def sample(size, whole):
@@ -34,12 +40,16 @@ def sample(size, whole):
 
 
 def rows_of(x, rows):
-    """Rows of a ScaledTensor as one in blocks (1, 128): the same values and scales."""
+    """Rows of an operand; of a ScaledTensor as one in blocks (1, 128) of the same values."""
+    if isinstance(x, torch.Tensor):
+        return x[rows]
     data = x.data.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
     return dsk.ScaledTensor(data, x.scale[rows // x.block[0]], (1, 128))
 
 
 def columns_of(x, start, end):
+    if isinstance(x, torch.Tensor):
+        return x[:, start:end]
     return dsk.ScaledTensor(
         x.data[:, start:end], x.scale[:, start // 128 : -(-end // 128)], x.block
     )
@@ -57,12 +67,11 @@ def exact_product(a, b, split, dtype):
     return total.to(dtype)
 
 
-def check(got, a, b, split=1):
-    """got [m, n] against a [m, k] and b [n, k]."""
-    (m, k), n = a.shape, b.shape[0]
+def check(got, a, b, whole, split=1):
+    """got [m, n] against a [m, k] and b [n, k]: every element, or 32 rows x 32 columns."""
+    m, n = a.shape[0], b.shape[0]
     if m == 0:
         return
-    whole = m * n * k <= ALL_ELEMENTS
     rows, columns = sample(m, whole), sample(n, whole)
     got = got[rows][:, columns]
     a, b = rows_of(a, rows), rows_of(b, columns)
@@ -70,29 +79,56 @@ def check(got, a, b, split=1):
     assert_bitwise_equal(got, exact_product(a, b, split, got.dtype))
 
 
-def activations(*shape):
-    return rowwise.quantize(torch.randn(shape))
+def activations(*shape, fp8=True):
+    x = torch.randn(shape)
+    return rowwise.quantize(x) if fp8 else x.bfloat16()
 
 
-def weights(*shape):
-    return rowwise.quantize(torch.randn(shape), (128, 128))
+def weights(*shape, fp8=True):
+    x = torch.randn(shape)
+    return rowwise.quantize(x, (128, 128)) if fp8 else x.bfloat16()
 
 
 def group(b, index):
+    if isinstance(b, torch.Tensor):
+        return b[index]
     return dsk.ScaledTensor(b.data[index], b.scale[index], b.block)
 
 
-def run_dense(m, n, k):
-    a, b = activations(m, k), weights(n, k)
+def run_dense(m, n, k, fp8=True, split=None):
+    """split: of the launch, where the launcher does not choose the kernel."""
+    a, b = activations(m, k, fp8=fp8), weights(n, k, fp8=fp8)
     out, canaries = guarded_empty((m, n), torch.bfloat16)
     dsk.gemm(a, b, out=out, backend="emu")
     canaries()
-    check(out, a, b, launchers().gemm_config("dense", m=m, n=n, k=k)["split"])
+    if split is None:
+        split = launchers().gemm_config("dense", m=m, n=n, k=k)["split"] if fp8 else 1
+    check(out, a, b, m * n * k <= every_element, split)
 
 
-def run_contiguous(sizes, n, k, by_index=False):
+def run_bf16(m, n, k):
+    run_dense(m, n, k, fp8=False)
+
+
+def run_weight_gradient(m, n, k):
+    """Both operands' scales by row, an fp32 result on top of C."""
+    a, b, c = activations(m, k), activations(n, k), torch.randn(m, n)
+    out, canaries = guarded_empty((m, n), torch.float32)
+    dsk.gemm(a, b, c=c, out=out, backend="emu")
+    canaries()
+    if m == 0:
+        return
+    whole = m * n * k <= every_element
+    rows, columns = sample(m, whole), sample(n, whole)
+    a, b, c = rows_of(a, rows), rows_of(b, columns), c[rows][:, columns]
+    got = out[rows][:, columns]
+    assert calc_diff(got, ref.gemm(a, b, c=c, accumulate="fp64")) < 1e-3
+    assert_bitwise_equal(got, ref.gemm(a, b, c=c, accumulate="hopper"))
+
+
+def run_contiguous(sizes, n, k, by_index=False, fp8=True):
     m = sum(sizes)
-    a, b = activations(m, k), weights(len(sizes), n, k)
+    a, b = activations(m, k, fp8=fp8), weights(len(sizes), n, k, fp8=fp8)
     out, canaries = guarded_empty((m, n), torch.bfloat16)
     groups = {"group_sizes": torch.tensor(sizes)}
     if by_index:
@@ -103,45 +139,48 @@ def run_contiguous(sizes, n, k, by_index=False):
     start = 0
     for index, size in enumerate(sizes):
         rows = torch.arange(start, start + size)
-        check(out[rows], rows_of(a, rows), group(b, index))
+        check(out[rows], rows_of(a, rows), group(b, index), m * n * k <= every_element)
         start += size
 
 
-def run_masked(counts, max_m, n, k):
-    a, b = activations(len(counts), max_m, k), weights(len(counts), n, k)
+def run_masked(counts, max_m, n, k, fp8=True):
+    a = activations(len(counts), max_m, k, fp8=fp8)
+    b = weights(len(counts), n, k, fp8=fp8)
     out, canaries = guarded_empty((len(counts), max_m, n), torch.bfloat16)
     expected = sum(counts) // len(counts)
     masked_m = torch.tensor(counts, dtype=torch.int32)
     dsk.grouped_gemm(a, b, masked_m=masked_m, expected_m=expected, out=out, backend="emu")
     canaries()
+    whole = sum(counts) * n * k <= every_element
     for index, count in enumerate(counts):
-        check(out[index, :count], rows_of(group(a, index), torch.arange(count)), group(b, index))
+        rows = rows_of(group(a, index), torch.arange(count))
+        check(out[index, :count], rows, group(b, index), whole)
 
 
-def run_along_k(m, n, sizes):
+def run_along_k(m, n, sizes, fp8=True):
     k = sum(sizes)
-    a, b = activations(m, k), activations(n, k)
+    a, b = activations(m, k, fp8=fp8), activations(n, k, fp8=fp8)
     c = torch.randn(len(sizes), m, n)
     out, canaries = guarded_empty(c.shape, torch.float32)
     out.copy_(c)
     dsk.grouped_gemm_k(a, b, sizes, c=out, out=out, backend="emu")
     canaries()
+    whole = m * n * k <= every_element
+    rows, columns = sample(m, whole), sample(n, whole)
     start = 0
     for index, size in enumerate(sizes):
-        whole = m * n * size <= ALL_ELEMENTS
-        rows, columns = sample(m, whole), sample(n, whole)
         x = columns_of(rows_of(a, rows), start, start + size)
         y = columns_of(rows_of(b, columns), start, start + size)
-        addend = c[index][rows][:, columns]
+        options = {"c": c[index][rows][:, columns], "out_dtype": torch.float32}
         got = out[index][rows][:, columns]
-        exact = ref.gemm(x, y, accumulate="hopper", c=addend) if size else addend
+        assert calc_diff(got, ref.gemm(x, y, accumulate="fp64", **options)) < 1e-3
+        exact = ref.gemm(x, y, accumulate="hopper", **options) if size else options["c"]
         assert_bitwise_equal(got, exact)
         start += size
 
 
 # ---- DeepGEMM's shapes ---------------------------------------------------------------------------
 
-SLOW = pytest.mark.slow
 NK = [(576, 7168), (7168, 2048), (2112, 7168), (24576, 1536), (32768, 512), (4096, 7168)]
 NK += [(7168, 16384)]
 # The emulator does about 5e8 products a second: 4096 rows where that stays under a minute.
@@ -190,7 +229,72 @@ def test_along_k(m, n, sizes):
     run_along_k(m, n, sizes)
 
 
+@SLOW
+@pytest.mark.parametrize("n,k", [(4096, 7168), (7168, 2048)])
+def test_weight_gradient(n, k):
+    run_weight_gradient(128, n, k)
+
+
+@SLOW
+@pytest.mark.parametrize("m", [1, 128])
+@pytest.mark.parametrize("n,k", NK[:3])
+def test_bf16(m, n, k):
+    run_bf16(m, n, k)
+
+
+@SLOW
+@pytest.mark.parametrize("groups,rows", [(4, 128), (8, 64)])
+def test_bf16_groups(groups, rows):
+    n, k = 7168, 2048
+    sizes = [int(rows * random.uniform(0.7, 1.3)) for _ in range(groups)]
+    run_contiguous(sizes, n, k, fp8=False)
+    run_masked(sizes, 192, n, k, fp8=False)
+    run_along_k(256, 7168, [128, 0, 384, 256], fp8=False)
+
+
+# ---- every kernel, whatever the launcher would choose --------------------------------------------
+
+# The rows that fill a tile of each; 7168 x 16384 is the launcher's choice only, above.
+TILES = {
+    "gemm_fp8_tokens_16": 16,
+    "gemm_fp8_tokens_32": 32,
+    "gemm_fp8_64x64": 64,
+    "gemm_fp8_64x128": 64,
+    "gemm_fp8_128x64": 128,
+    "gemm_fp8_128x128": 128,
+    "gemm_fp8_128x160": 128,
+    "gemm_fp8_128x192": 128,
+}
+OTHER = {"gemm_fp8_along_k_128x128", "gemm_fp8_swiglu"}  # a kind each: above; test_gemm_kernels.py
+
+
+def test_every_kernel_has_a_tile_here():
+    assert set(TILES) | OTHER == set(launchers().gemm_kernels())
+
+
+@SLOW
+@pytest.mark.parametrize("n,k", NK[:-1])
+@pytest.mark.parametrize("kernel", TILES)
+def test_every_kernel_dense(kernel, n, k):
+    with forced_kernel(kernel):
+        run_dense(TILES[kernel], n, k, split=1)
+
+
+@SLOW
+@pytest.mark.parametrize("kernel", TILES)
+def test_every_kernel_grouped(kernel):
+    """Groups that end within a tile, and one that is empty."""
+    rows, n, k = TILES[kernel], 7168, 2048
+    with forced_kernel(kernel):
+        if "tokens" not in kernel:
+            run_contiguous([rows // 2, 0, rows // 2 + 3], n, k)
+        run_masked([rows - 1, 0, 1], rows, n, k)
+
+
 # ---- off the list --------------------------------------------------------------------------------
+
+
+FP8_SEEDS = 200  # behind them: bf16, and both scales by row
 
 
 def random_case(seed):
@@ -202,9 +306,12 @@ def random_case(seed):
 
     n, k = size(60) * 8, size(70) * 16
     sizes = [rng.choice([0, size(100), size(300)]) for _ in range(rng.randint(1, 5))]
+    rows = rng.choice([size(300), size(40), 1, 0])
+    if seed >= FP8_SEEDS:
+        return (run_bf16, run_weight_gradient)[seed % 2], (rows, n, k)
     kind = seed % 5
     if kind == 0:
-        return run_dense, (rng.choice([size(300), size(40), 1, 0]), n, k)
+        return run_dense, (rows, n, k)
     if kind == 1:
         return run_contiguous, (sizes, n, k)
     if kind == 2:
@@ -215,7 +322,11 @@ def random_case(seed):
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(s, marks=SLOW if s >= 20 else ()) for s in range(200)]
+    "seed",
+    [
+        pytest.param(s, marks=SLOW if 20 <= s < 200 or s > 203 else ())
+        for s in range(FP8_SEEDS + 40)
+    ],
 )
 def test_random_shapes(seed):
     run, arguments = random_case(seed)

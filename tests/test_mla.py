@@ -81,9 +81,19 @@ def test_flash_mla_grid(backend, b, s, s_k, h):
     check(backend, paged_case(lengths, s, h, seed=s_k), causal=s % 2 == 0)
 
 
-def test_sharp_attention_and_a_scale(backend):
-    """Scores of some hundreds, so that maxima move and old sums vanish."""
-    check(backend, paged_case([300, 65], 1, 20, sharpness=60.0), softmax_scale=0.5)
+@pytest.mark.parametrize("heads", [20, 40])
+@pytest.mark.parametrize("sharpness,scale", [(60.0, 0.5), (300.0, 0.03)])
+def test_sharp_attention_and_a_scale(backend, heads, sharpness, scale):
+    """Scores of some hundreds, so that maxima move and old sums vanish; or of thousands that the
+    scale brings down."""
+    check(backend, paged_case([300, 65], 1, heads, sharpness=sharpness), softmax_scale=scale)
+
+
+@pytest.mark.parametrize("heads,fp8", [(3, False), (20, True), (35, False), (35, True)])
+def test_nothing_is_read_behind_the_cache_or_the_table(backend, heads, fp8):
+    """The last page is full and ends where the cache does; the last request ends in the middle of
+    a block, with the table."""
+    check(backend, paged_case([64, 80], 1, heads, page=16, fp8=fp8, spare=0))
 
 
 def test_no_requests_and_no_pages(backend):
@@ -95,11 +105,13 @@ def test_no_requests_and_no_pages(backend):
     assert not out.any() and (lse == torch.inf).all()
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-def test_the_same_request_gives_the_same_bits_whatever_the_batch(backend, fp8):
+@pytest.mark.parametrize("heads,fp8", [(4, False), (4, True), (18, False)])
+def test_the_same_request_gives_the_same_bits_whatever_the_batch(backend, heads, fp8):
     lengths = [1100, 5, 1030]
-    case = paged_case(lengths, 2, 4, fp8=fp8)
-    need("mla_decode", backend, b=3, s=2, h=4, page=64)
+    case = paged_case(lengths, 2, heads, fp8=fp8)
+    if backend == "triton" and heads > 16:
+        pytest.skip("a quarter of a minute in the interpreter")
+    need("mla_decode", backend, b=3, s=2, h=heads, page=64)
     out, lse = decode(case, backend, deterministic=True)
     assert_decoded((out, lse), case, rounds(backend))
     q, cache, table, lens = case
@@ -129,9 +141,37 @@ def test_two_weights_are_as_exact_as_many(machine, backend, heads, requests):
     assert_decoded(decode(case, backend), case)
 
 
-@pytest.mark.parametrize("heads", [13, 70])
-def test_any_number_of_parts_changes_at_most_one_bit(machine, backend, heads):
-    case = paged_case([700, 64, 0, 65, 130], 1, heads)
+@pytest.mark.parametrize("heads", [3, 35])
+def test_a_token_that_outweighs_all_others_gives_its_value(machine, backend, heads):
+    """In a request of one block, a full one too, its weight is 1: exactly."""
+    q, cache, table, lens = paged_case([64, 1, 63], 1, heads)
+    chosen = [int(lens[request]) * 2 // 3 for request in range(3)]
+    q[..., LATENT:] = 8
+    for request, token in enumerate(chosen):
+        cache[table[request, 0], token, LATENT:] = 4.1
+    out, _ = decode((q, cache, table, lens), backend)
+    for request, token in enumerate(chosen):
+        want = cache[table[request, 0], token, :LATENT]
+        assert_bitwise_equal(out[request, 0], want.expand(heads, -1).contiguous())
+
+
+@pytest.mark.parametrize("heads", [3, 35])
+def test_splits_are_joined_without_the_neighbours(machine, backend, heads):
+    """The next request's weights are 2^300 times this one's."""
+    case = paged_case([150, 150], 1, heads)
+    case[0][1] *= 1500
+    q, cache, table, lens = (on_device(x, backend) for x in case)
+    schedule = machine.mla_schedule(lens, heads, num_sms=40)
+    assert (schedule.num_splits.diff() > 1).all()
+    got = machine.mla_decode(q, cache, table, lens, schedule=schedule)
+    out, lse = (on_cpu(x) for x in got)
+    assert lse[1].min() > lse[0].max() + 200
+    assert_decoded((out[:1], lse[:1]), (case[0][:1], case[1], case[2][:1], case[3][:1]))
+
+
+@pytest.mark.parametrize("heads,fp8", [(13, False), (13, True), (70, False)])
+def test_any_number_of_parts_changes_at_most_one_bit(machine, backend, heads, fp8):
+    case = paged_case([700, 64, 0, 65, 130], 1, heads, fp8=fp8)
     q, cache, table, lens = (on_device(x, backend) for x in case)
     results = []
     ctas = -(-heads // 64)  # that share a part
@@ -197,6 +237,44 @@ def test_schedules_cover_every_block_once(machine, deterministic, num_sms):
                 assert [p[1] for p in mine] == [0, *ends[:-1]] and ends[-1] == -(-length // 64)
                 if deterministic:
                     assert all(end % made.split_blocks == 0 for end in ends[:-1])
+
+
+def greedy(blocks, num_parts, split_blocks, piece_cost=5):
+    """What the schedule has to be: every part takes pieces in order while they fit its share."""
+    pieces = sum(max(1, -(-n // split_blocks)) if split_blocks else 1 for n in blocks)
+    share = -(-(sum(blocks) + piece_cost * pieces) // num_parts) + piece_cost + split_blocks
+    parts, num_splits = [], [0]
+    request = block = split = 0
+    for _ in range(num_parts):
+        begin, left = (request, block, split), share
+        while request < len(blocks) and left >= piece_cost:
+            todo = blocks[request] - block
+            take = min(todo, split_blocks or left - piece_cost)
+            if take > left - piece_cost or (take == 0 and todo > 0):
+                break
+            left -= take + piece_cost
+            block, split = block + take, split + 1
+            if block == blocks[request]:
+                num_splits.append(num_splits[-1] + split)
+                request, block, split = request + 1, 0, 0
+        parts.append([*begin[:2], request, block, begin[2]])
+    return parts, num_splits
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_schedules_are_the_greedy_ones(machine, backend, deterministic):
+    g = torch.Generator().manual_seed(5)
+    for num_parts in range(1, 12):
+        for _ in range(6):
+            lens = torch.randint(0, 400, (40,), generator=g).int()
+            lens *= torch.randint(0, 2, (40,), generator=g).int()  # half of them empty
+            made = machine.mla_schedule(
+                on_device(lens, backend), 64, deterministic=deterministic, num_sms=num_parts
+            )
+            parts, num_splits = greedy([-(-n // 64) for n in lens.tolist()], num_parts,
+                                       made.split_blocks)  # fmt: skip
+            assert on_cpu(made.parts)[:, :5].tolist() == parts
+            assert on_cpu(made.num_splits).tolist() == num_splits
 
 
 @pytest.mark.parametrize("lengths", [[20000] * 8, [64] * 500, [50000, *[100] * 60]], ids=len)

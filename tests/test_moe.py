@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from backend_axis import need, on_cpu, on_device
+from moe_support import routing, scaled_experts
 
 import dskernels as dsk
 from dskernels.compat.eplb import rebalance_experts
@@ -219,24 +220,6 @@ def test_gate_gradients(backend, gate, dtype, t, d):
 # ---- permute, unpermute --------------------------------------------------------------------------
 
 
-def routing(kind, t, k, e):
-    """int64 [t, k] with the given skew."""
-    if kind == "one expert":
-        return torch.full((t, k), e - 1)
-    if kind == "nobody":
-        return torch.full((t, k), -1)
-    if kind == "zipf":
-        odds = 1 / torch.arange(1, e + 1).float()
-        return (
-            torch.multinomial(odds.expand(t, e), k, replacement=True)
-            if t
-            else torch.zeros(0, k).long()
-        )
-    balanced = torch.stack([torch.randperm(e)[:k] for _ in range(t)]) if t else torch.zeros(0, k)
-    balanced = balanced.long()
-    return torch.where(torch.rand(t, k) < 0.2, -1, balanced) if kind == "holes" else balanced
-
-
 ROUTINGS = ["balanced", "zipf", "one expert", "nobody", "holes"]
 
 
@@ -314,11 +297,6 @@ def test_permute_gradients(backend, alignment):
 
 
 # ---- experts -------------------------------------------------------------------------------------
-
-
-def scaled_experts(e, d, i):
-    w13 = rowwise.quantize(torch.randn(e, 2 * i, d) / d**0.5, (128, 128))
-    return w13, rowwise.quantize(torch.randn(e, d, i) / i**0.5, (128, 128))
 
 
 def check_experts(backend, kind, t, k, e, d, i, dtype=torch.bfloat16):

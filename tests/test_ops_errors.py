@@ -113,6 +113,11 @@ def experts(**changed):
     return dsk.moe_experts(**given)
 
 
+def permute(**changed):
+    given = {"x": T(3, 6), "topk_idx": T(3, 2, dtype=i64), "num_experts": 4, **changed}
+    return dsk.moe_permute(**given)
+
+
 def grouped(a=None, b=None, **changed):
     a, b = T(6, 12) if a is None else a, T(3, 8, 12) if b is None else b
     return dsk.grouped_gemm(a, b, **(changed or {"group_sizes": [1, 2, 3]}))
@@ -426,6 +431,16 @@ BAD = [
         "moe_permute: num_experts: expected a size, got -1"),
     Bad(lambda: dsk.moe_permute(T(3, 6), T(3, 2, dtype=i64), 4, alignment=0), ValueError,
         "moe_permute: alignment: expected a positive integer, got 0"),
+    Bad(lambda: permute(expert_map=T(3, 2)), TypeError,
+        "moe_permute: expert_map: expected dtype int64 or int32, got float32"),
+    Bad(lambda: permute(expert_map=T(3, dtype=i64)), ValueError,
+        "moe_permute: expert_map: expected shape [l, r], got [3]"),
+    Bad(lambda: permute(expert_map=T(3, 0, dtype=i64)), ValueError,
+        "moe_permute: expert_map: expected [l, r], not empty, got [3, 0]"),
+    Bad(lambda: permute(expert_map=T(3, 2, dtype=i64) + 4), ValueError,
+        "moe_permute: expert_map: expected indices in [-1, 4), got 4"),
+    Bad(lambda: permute(topk_idx=T(3, 2, dtype=i64) + 3, expert_map=T(3, 2, dtype=i64)), ValueError,
+        "moe_permute: topk_idx: expected indices in [-1, 3), got 3"),
     Bad(lambda: dsk.moe_unpermute(T(4, 6), T(3, 2, dtype=i64) + 4, None), ValueError,
         "moe_unpermute: row_map: expected indices in [-1, 4), got 4"),
     Bad(lambda: dsk.moe_unpermute(T(4, 6), T(3, 2, dtype=i64), T(3, 3)), ValueError,
@@ -443,6 +458,17 @@ BAD = [
         "moe_experts: topk_idx: expected indices in [-1, 4), got -2"),
     Bad(lambda: experts(topk_weights=T(2, 3)), ValueError,
         "moe_experts: topk_weights: expected [t, k] = [3, 2], got [2, 3]"),
+    Bad(lambda: experts(num_shared=5), ValueError,
+        "moe_experts: num_shared: expected 0 .. 4 (e), got 5"),
+    Bad(lambda: experts(num_shared=2, topk_idx=T(3, 2, dtype=i64) + 2), ValueError,
+        "moe_experts: topk_idx: expected indices in [-1, 2), got 2"),
+    Bad(lambda: experts(num_shared=1, expert_map=T(2, 1, dtype=i64) + 3), ValueError,
+        "moe_experts: expert_map: expected indices in [-1, 3), got 3"),
+    Bad(lambda: experts(layout="sparse"), ValueError,
+        "moe_experts: layout: expected one of [None, 'contiguous', 'masked'], got 'sparse'"),
+    Bad(lambda: experts(layout="masked"), ValueError,
+        "moe_experts: topk_idx: expected no index twice in a row, with the masked layout, "
+        "got 0 twice in row 0"),
     Bad(lambda: dsk.moe_bias_update(T(4), T(4), 0.1), TypeError,
         "moe_bias_update: counts: expected dtype int64 or int32, got float32"),
     Bad(lambda: dsk.moe_bias_update(T(4), T(5, dtype=i64), 0.1), ValueError,

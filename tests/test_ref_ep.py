@@ -98,6 +98,34 @@ def test_combine_sums_ranks_in_order_in_fp32():
         ep.combine([rows[0][:0], *rows[1:]], one, [1, 1, 1])
 
 
+def test_combine_over_nodes_sums_each_node_first():
+    idx = [torch.tensor([[0, 1, 2, 3]])] + [torch.full((1, 4), -1)] * 3
+
+    def total(values, token_rank=0, **options):
+        idxs = idx[-token_rank:] + idx[:-token_rank] if token_rank else idx
+        xs = [torch.ones(1, 1, dtype=values.dtype)] * 4
+        received = ep.dispatch(xs, idxs, num_experts=4)
+        ys = [value.view(1, 1) for value in values]
+        weights = [value.float().expand(1, 4) for value in ys]
+        out, back = ep.combine(ys, received, [1] * 4, topk_weights=weights, **options)
+        return out[token_rank].item(), back[token_rank][0, 0].item()
+
+    big = 2.0**24
+    values = torch.tensor([big, 1.0, 1.0, -big])
+    assert total(values) == (0.0, 0.0)
+    assert total(values, ranks_per_node=2) == (1.0, 1.0)
+    # 1 + 2^-8 is no bf16: kept in the token's own node, rounded on its way from another.
+    small = 2.0**-8
+    values = torch.tensor([1.0, small, 0.0, small]).bfloat16()
+    assert total(values, ranks_per_node=2) == (1 + 2 * small, 1 + 2 * small)
+    assert total(values, 2, ranks_per_node=2) == (1.0, 1 + 2 * small)
+    assert total(values, 2, ranks_per_node=2, alive=[True, True, True, False])[1] == 1 + small
+    with pytest.raises(ValueError, match="ranks_per_node: expected 0 or a divisor of 4 ranks"):
+        total(values, ranks_per_node=3)
+    with pytest.raises(ValueError, match="alive: expected 4 entries, got 1"):
+        total(values, alive=[True])
+
+
 def test_experts_over_ranks_equal_experts_on_one():
     xs, idxs, weights = problem(dtype=torch.float32)
     w13, w2 = torch.randn(E, 24, H) * 0.1, torch.randn(E, H, 12)

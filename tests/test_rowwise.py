@@ -52,6 +52,7 @@ FORMS = {
     "blocks": ((150, 260), {"block": (128, 128)}),
     "blocks-planes": ((2, 129, 100), {"block": (128, 128), "scale_format": "ue8m0"}),
     "transposed": ((130, 70), {"transpose": True}),
+    "transposed-odd": ((3, 65), {"transpose": True}),
     "transposed-one": ((1, 130), {"transpose": True, "scale_format": "ue8m0"}),
     "transposed-aligned": ((256, 128), {"transpose": True}),
 }

@@ -236,7 +236,7 @@ class PyExchange {
   }
 
   void combine(const Handle& handle, py::handle y, py::handle weights, py::handle bias,
-               py::handle out, py::handle out_weights, double seconds) {
+               py::handle out, py::handle out_weights, int ranks_per_node, double seconds) {
     const TensorArg y_("y", y), weights_("topk_weights", weights), bias_("bias", bias);
     const TensorArg out_("out", out, true), out_weights_("out_weights", out_weights, true);
     const Arg arg("y", y_.get());
@@ -245,6 +245,7 @@ class PyExchange {
     CombineInput in{};
     in.type = element_of(m.type);
     in.elements = arg.size(1);
+    in.ranks_per_node = ranks_per_node;
     in.y = {m.data, m.stride * element_size(m.type)};
     const Arg to("out", out_.get());
     to.shape({handle.tokens, in.elements}).contiguous().writable().type({m.type});

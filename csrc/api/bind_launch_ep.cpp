@@ -24,7 +24,7 @@ proto::RowShape row_shape(const Row& row) {
 
 EpGroup group(int rank, const std::tuple<int64_t, int64_t, int64_t, int, int>& shape,
               const std::vector<int>& begin, const std::vector<Address>& windows,
-              const std::vector<Address>& signals, Address status, Address arrivals,
+              const std::vector<Address>& signals, Address status, Address control,
               uint32_t max_polls) {
   EpGroup g{};
   const auto& [max_tokens, max_row_bytes, max_scale_bytes, max_topk, buffers] = shape;
@@ -44,21 +44,20 @@ EpGroup group(int rank, const std::tuple<int64_t, int64_t, int64_t, int, int>& s
   std::copy(begin.begin(), begin.end(), g.experts.begin);
   g.rank = rank;
   g.max_polls = max_polls;
-  g.alive = ranks == 64 ? ~uint64_t{0} : (uint64_t{1} << ranks) - 1;
   for (int r = 0; r < ranks; ++r) {
     g.windows[r] = pointer<uint8_t>(windows[r]);
     g.signals[r] = pointer<uint64_t>(signals[r]);
   }
   g.status = pointer<EpStatus>(status);
-  g.arrivals = pointer<uint32_t>(arrivals);
+  g.control = pointer<EpControl>(control);
   return g;
 }
 
 void dispatch(const On& on, const EpGroup& g, const Row& row, int tokens, Address x, int64_t ld_x,
               Address scale, int64_t scale_row, int64_t scale_column, Address topk_idx,
-              Address topk_weights, uint64_t region, int ranks_per_node, uint64_t forward,
-              Address forward_of, Address row_of, Address rows_to, Address mentions,
-              Address received) {
+              Address topk_weights, uint64_t region, bool whole_region, int ranks_per_node,
+              uint64_t forward, Address forward_of, Address forwarded, Address num_forwarded,
+              Address row_of, Address rows_to, Address mentions, Address received) {
   const EpDispatchParams p{g,
                            row_shape(row),
                            tokens,
@@ -70,9 +69,12 @@ void dispatch(const On& on, const EpGroup& g, const Row& row, int tokens, Addres
                            pointer<int64_t>(topk_idx),
                            pointer<float>(topk_weights),
                            region,
+                           whole_region,
                            ranks_per_node,
                            forward,
                            pointer<int32_t>(forward_of),
+                           pointer<int32_t>(forwarded),
+                           pointer<int32_t>(num_forwarded),
                            pointer<int32_t>(row_of),
                            pointer<uint32_t>(rows_to),
                            pointer<uint32_t>(mentions),
@@ -81,8 +83,9 @@ void dispatch(const On& on, const EpGroup& g, const Row& row, int tokens, Addres
 }
 
 void combine(const On& on, const EpGroup& g, int tokens, int topk, int elements, uint64_t results,
-             uint64_t weights, bool with_weights, Address row_of, Address bias, Address out,
-             Address out_weights) {
+             uint64_t weights, bool with_weights, Address row_of, int ranks_per_node,
+             uint64_t partial, Address forward_of, Address forwarded, Address num_forwarded,
+             Address bias, Address out, Address out_weights) {
   const EpCombineParams p{g,
                           tokens,
                           topk,
@@ -91,6 +94,11 @@ void combine(const On& on, const EpGroup& g, int tokens, int topk, int elements,
                           results,
                           weights,
                           pointer<int32_t>(row_of),
+                          ranks_per_node,
+                          partial,
+                          pointer<int32_t>(forward_of),
+                          pointer<int32_t>(forwarded),
+                          pointer<int32_t>(num_forwarded),
                           pointer<uint8_t>(bias),
                           pointer<uint8_t>(out),
                           pointer<float>(out_weights)};
@@ -130,9 +138,7 @@ void bind_launch_ep(py::module_& launch) {
   using namespace py::literals;
   py::class_<EpGroup>(launch, "EpGroup", "A group as one rank's kernels see it.")
       .def(py::init(&group), "rank"_a, "shape"_a, "begin"_a, "windows"_a, "signals"_a, "status"_a,
-           "arrivals"_a, "max_polls"_a)
-      .def_readwrite("alive", &EpGroup::alive)
-      .def_readwrite("epoch", &EpGroup::epoch)
+           "control"_a, "max_polls"_a)
       .def_property_readonly(
           "region_offset",
           [](const EpGroup& g) { return proto::WindowLayout::of(g.shape).regions; })
@@ -143,6 +149,9 @@ void bind_launch_ep(py::module_& launch) {
           "window_bytes", [](const EpGroup& g) { return proto::WindowLayout::of(g.shape).bytes; });
   launch.attr("kEpCounterSlots") = proto::kCounterSlots;
   launch.attr("kEpMaxRanks") = proto::kMaxRanks;
+  static_assert(offsetof(EpControl, alive) == 0 && offsetof(EpControl, calls) == 8);
+  launch.attr("kEpControlWords") = (sizeof(EpControl) + 7) / 8;  // int64: alive, calls, arrivals
+  launch.attr("kEpKinds") = int(kEpKinds);
   launch.def(
       "ep_region_fields",
       [](const Row& row, int64_t capacity) {
@@ -156,10 +165,11 @@ void bind_launch_ep(py::module_& launch) {
   });
   launch.def("ep_dispatch", &dispatch, "on"_a, "group"_a, "row"_a, "tokens"_a, "x"_a, "ld_x"_a,
              "scale"_a, "scale_row"_a, "scale_column"_a, "topk_idx"_a, "topk_weights"_a, "region"_a,
-             "ranks_per_node"_a, "forward"_a, "forward_of"_a, "row_of"_a, "rows_to"_a, "mentions"_a,
-             "received"_a);
+             "whole_region"_a, "ranks_per_node"_a, "forward"_a, "forward_of"_a, "forwarded"_a,
+             "num_forwarded"_a, "row_of"_a, "rows_to"_a, "mentions"_a, "received"_a);
   launch.def("ep_combine", &combine, "on"_a, "group"_a, "tokens"_a, "topk"_a, "elements"_a,
-             "results"_a, "weights"_a, "with_weights"_a, "row_of"_a, "bias"_a, "out"_a,
+             "results"_a, "weights"_a, "with_weights"_a, "row_of"_a, "ranks_per_node"_a,
+             "partial"_a, "forward_of"_a, "forwarded"_a, "num_forwarded"_a, "bias"_a, "out"_a,
              "out_weights"_a);
   launch.def("ep_low_send", &low_send, "on"_a, "group"_a, "row"_a, "tokens"_a, "elements"_a,
              "ue8m0"_a, "x"_a, "topk_idx"_a);

@@ -47,51 +47,73 @@ void gate(const On& on, Address x, bool x_is_bf16, Address weight, bool weight_i
   launch::moe_gate(launch_on(on), p);
 }
 
-void layout(const On& on, Address topk_idx, Address first_row, Address group_sizes,
-            Address group_sizes_i32, Address finished, int slots, int experts, int alignment) {
-  const MoeLayoutParams p{pointer<int64_t>(topk_idx),
-                          pointer<int32_t>(first_row),
-                          pointer<int64_t>(group_sizes),
-                          pointer<int32_t>(group_sizes_i32),
-                          pointer<int32_t>(finished),
-                          slots,
-                          experts,
-                          alignment};
-  launch::moe_layout(launch_on(on), p);
-}
-
-void permute(const On& on, Address topk_idx, Address first_row, Address row_map,
-             Address slot_of_row, Address x, Address x_perm, Address scale, Address scale_perm,
-             int64_t ld_x, int64_t row_bytes, int64_t ld_scale, int64_t ld_scale_perm, int slots,
-             int topk, int experts, int scale_groups, int64_t rows) {
-  MoePermuteParams p{};
+void layout(const On& on, Address topk_idx, Address expert_map, Address chosen, Address first_row,
+            Address group_sizes, Address group_sizes_i32, Address finished, int slots, int topk,
+            int shared, int replicas, int experts, int alignment, int capacity, int64_t mapped) {
+  MoeLayoutParams p{};
   p.topk_idx = pointer<int64_t>(topk_idx);
+  p.expert_map = pointer<int64_t>(expert_map);
+  p.chosen = pointer<int64_t>(chosen);
   p.first_row = pointer<int32_t>(first_row);
-  p.row_map = pointer<int64_t>(row_map);
-  p.slot_of_row = pointer<int32_t>(slot_of_row);
-  p.x = pointer<void>(x);
-  p.x_perm = pointer<void>(x_perm);
-  p.scale = pointer<float>(scale);
-  p.scale_perm = pointer<float>(scale_perm);
-  p.ld_x = ld_x;
-  p.row_bytes = row_bytes;
-  p.ld_scale = ld_scale;
-  p.ld_scale_perm = ld_scale_perm;
+  p.group_sizes = pointer<int64_t>(group_sizes);
+  p.group_sizes_i32 = pointer<int32_t>(group_sizes_i32);
+  p.finished = pointer<int32_t>(finished);
   p.slots = slots;
   p.topk = topk;
+  p.shared = shared;
+  p.replicas = replicas;
   p.experts = experts;
-  p.scale_groups = scale_groups;
+  p.alignment = alignment;
+  p.capacity = capacity;
+  launch::moe_layout(launch_on(on), p, mapped);
+}
+
+// (chosen, first_row, row_map, slot_of_row, slots, topk, experts)
+using Place = std::tuple<Address, Address, Address, Address, int, int, int>;
+
+MoePlaceParams place_params(const Place& place) {
+  const auto& [chosen, first_row, row_map, slot_of_row, slots, topk, experts] = place;
+  return {pointer<int64_t>(chosen),
+          pointer<int32_t>(first_row),
+          pointer<int64_t>(row_map),
+          pointer<int32_t>(slot_of_row),
+          slots,
+          topk,
+          experts};
+}
+
+void permute(const On& on, const Place& place, Address x, Address x_perm, int64_t ld_x,
+             int64_t row_bytes, int64_t rows) {
+  const MoePermuteParams p{place_params(place), pointer<void>(x), pointer<void>(x_perm), ld_x,
+                           row_bytes};
   launch::moe_permute(launch_on(on), p, rows);
 }
 
+void permute_quantize(const On& on, const Place& place, Address x, bool is_bf16, Address data,
+                      Address scale, int64_t ld_x, int64_t ld_scale, int depth, int plane_rows,
+                      bool ue8m0, int64_t rows) {
+  const MoePermuteQuantizeParams p{place_params(place),
+                                   pointer<void>(x),
+                                   pointer<uint8_t>(data),
+                                   pointer<float>(scale),
+                                   ld_x,
+                                   ld_scale,
+                                   depth,
+                                   plane_rows,
+                                   wide(is_bf16),
+                                   ue8m0 ? ScaleFormat::kUe8m0 : ScaleFormat::kFp32};
+  launch::moe_permute_quantize(launch_on(on), p, rows);
+}
+
 void unpermute(const On& on, Address y, bool is_bf16, Address row_map, Address weights, Address out,
-               int tokens, int topk, int depth, int64_t rows) {
+               int tokens, int topk, int shared, int depth, int64_t rows) {
   const MoeUnpermuteParams p{pointer<void>(y),
                              pointer<int64_t>(row_map),
                              pointer<float>(weights),
                              pointer<void>(out),
                              tokens,
                              topk,
+                             shared,
                              depth,
                              wide(is_bf16)};
   launch::moe_unpermute(launch_on(on), p, rows);
@@ -192,15 +214,17 @@ void bind_launch_moe(py::module_& launch) {
              "scale"_a, release);
   launch.attr("kGateCluster") = int(kGateCluster);
   launch.def("moe_gate_groups", &launch::gate_groups, "tokens"_a);
-  launch.def("moe_layout", &layout, "on"_a, py::kw_only(), "topk_idx"_a, "first_row"_a,
-             "group_sizes"_a, "group_sizes_i32"_a, "finished"_a, "slots"_a, "experts"_a,
-             "alignment"_a, release);
-  launch.def("moe_permute", &permute, "on"_a, py::kw_only(), "topk_idx"_a, "first_row"_a,
-             "row_map"_a, "slot_of_row"_a, "x"_a, "x_perm"_a, "scale"_a, "scale_perm"_a, "ld_x"_a,
-             "row_bytes"_a, "ld_scale"_a, "ld_scale_perm"_a, "slots"_a, "topk"_a, "experts"_a,
-             "scale_groups"_a, "rows"_a, release);
+  launch.def("moe_layout", &layout, "on"_a, py::kw_only(), "topk_idx"_a, "expert_map"_a, "chosen"_a,
+             "first_row"_a, "group_sizes"_a, "group_sizes_i32"_a, "finished"_a, "slots"_a, "topk"_a,
+             "shared"_a, "replicas"_a, "experts"_a, "alignment"_a, "capacity"_a, "mapped"_a,
+             release);
+  launch.def("moe_permute", &permute, "on"_a, py::kw_only(), "place"_a, "x"_a, "x_perm"_a, "ld_x"_a,
+             "row_bytes"_a, "rows"_a, release);
+  launch.def("moe_permute_quantize", &permute_quantize, "on"_a, py::kw_only(), "place"_a, "x"_a,
+             "is_bf16"_a, "data"_a, "scale"_a, "ld_x"_a, "ld_scale"_a, "depth"_a, "plane_rows"_a,
+             "ue8m0"_a, "rows"_a, release);
   launch.def("moe_unpermute", &unpermute, "on"_a, py::kw_only(), "y"_a, "is_bf16"_a, "row_map"_a,
-             "weights"_a, "out"_a, "tokens"_a, "topk"_a, "depth"_a, "rows"_a, release);
+             "weights"_a, "out"_a, "tokens"_a, "topk"_a, "shared"_a, "depth"_a, "rows"_a, release);
   launch.def("moe_unpermute_backward", &unpermute_backward, "on"_a, py::kw_only(), "grad"_a, "y"_a,
              "is_bf16"_a, "row_map"_a, "weights"_a, "dy"_a, "dweights"_a, "tokens"_a, "topk"_a,
              "depth"_a, "rows"_a, release);

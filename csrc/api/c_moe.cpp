@@ -99,6 +99,21 @@ const int64_t* indices(const Arg& arg, const char* name, int64_t t, int64_t limi
   return at;
 }
 
+// What both directions of unpermute read; `result` [t, d] is its output or the gradient of that.
+UnpermuteParams unpermute_params(const DLTensor* y, const DLTensor* row_map,
+                                 const DLTensor* topk_weights, const Arg& result, int num_threads) {
+  const Arg input("y", y), map("row_map", row_map);
+  UnpermuteParams p;
+  p.y = input.shape({-1, -1}).matrix(kFloats);
+  p.d = input.size(1);
+  p.t = result.shape({-1, p.d}).size(0);
+  p.row_map = indices(map, "row_map", p.t, input.size(0));
+  p.k = map.size(1);
+  p.weights = floats("topk_weights", topk_weights, {p.t, p.k});
+  p.threads = cpu::resolve_threads(num_threads);
+  return p;
+}
+
 }  // namespace
 
 extern "C" int dsk_moe_gate(const DLTensor* x, const DLTensor* weight, const DLTensor* bias,
@@ -200,16 +215,9 @@ extern "C" int dsk_moe_unpermute(const DLTensor* y, const DLTensor* row_map,
                                  const DLTensor* topk_weights, const DLTensor* out,
                                  int num_threads) {
   return guarded([&] {
-    const Arg input("y", y), map("row_map", row_map), result("out", out);
-    UnpermuteParams p;
-    p.y = input.shape({-1, -1}).matrix(kFloats);
-    p.d = input.size(1);
-    p.out = result.shape({-1, p.d}).output({p.y.type});
-    p.t = result.size(0);
-    p.row_map = indices(map, "row_map", p.t, input.size(0));
-    p.k = map.size(1);
-    p.weights = floats("topk_weights", topk_weights, {p.t, p.k});
-    p.threads = cpu::resolve_threads(num_threads);
+    const Arg result("out", out);
+    UnpermuteParams p = unpermute_params(y, row_map, topk_weights, result, num_threads);
+    p.out = result.output({p.y.type});
     if (p.t > 0 && p.d > 0) cpu::kernels().moe_unpermute(p);
   });
 }
@@ -219,18 +227,11 @@ extern "C" int dsk_moe_unpermute_backward(const DLTensor* grad, const DLTensor* 
                                           const DLTensor* dy, const DLTensor* dweights,
                                           int num_threads) {
   return guarded([&] {
-    const Arg input("y", y), map("row_map", row_map), result("grad", grad);
-    UnpermuteParams p;
-    p.y = input.shape({-1, -1}).matrix(kFloats);
-    p.d = input.size(1);
-    p.grad = result.shape({-1, p.d}).matrix({p.y.type});
-    p.t = result.size(0);
-    p.row_map = indices(map, "row_map", p.t, input.size(0));
-    p.k = map.size(1);
-    p.weights = floats("topk_weights", topk_weights, {p.t, p.k});
-    p.dy = Arg("dy", dy).shape({input.size(0), p.d}).output({p.y.type});
+    const Arg result("grad", grad);
+    UnpermuteParams p = unpermute_params(y, row_map, topk_weights, result, num_threads);
+    p.grad = result.matrix({p.y.type});
+    p.dy = Arg("dy", dy).shape({Arg("y", y).size(0), p.d}).output({p.y.type});
     p.dweights = written<float>("dweights", dweights, {p.t, p.k});
-    p.threads = cpu::resolve_threads(num_threads);
     if (p.t > 0) cpu::kernels().moe_unpermute_backward(p);
   });
 }

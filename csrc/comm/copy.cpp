@@ -71,18 +71,26 @@ struct F16 {
 template <typename Type>
 [[gnu::always_inline]] inline void sum_block(typename Type::Stored* to, const void* const* rows,
                                              const float* weights, int num_rows, const void* bias,
-                                             int64_t at, int count) {
+                                             int64_t at, int count, RowGroups groups) {
   using Stored = typename Type::Stored;
-  alignas(64) float total[kBlock];
+  alignas(64) float total[kBlock], apart[kBlock];
   for (int i = 0; i < count; ++i) total[i] = 0.0f;
+  for (int i = 0; groups.last != 0 && i < count; ++i) apart[i] = 0.0f;
   for (int r = 0; r < num_rows; ++r) {
     const Stored* row = static_cast<const Stored*>(rows[r]) + at;
+    float* sum = groups.last >> r == 0 ? total : apart;
     if (weights == nullptr) {
-      for (int i = 0; i < count; ++i) total[i] = total[i] + Type::widen(row[i]);
+      for (int i = 0; i < count; ++i) sum[i] = sum[i] + Type::widen(row[i]);
     } else {
       const float weight = weights[r];
-      for (int i = 0; i < count; ++i) total[i] = total[i] + weight * Type::widen(row[i]);
+      for (int i = 0; i < count; ++i) sum[i] = sum[i] + weight * Type::widen(row[i]);
     }
+    if ((groups.last >> r & 1) == 0) continue;
+    if (groups.rounded >> r & 1) {
+      for (int i = 0; i < count; ++i) apart[i] = Type::widen(Type::narrow(apart[i]));
+    }
+    for (int i = 0; i < count; ++i) total[i] = total[i] + apart[i];
+    for (int i = 0; i < count; ++i) apart[i] = 0.0f;
   }
   if (bias != nullptr) {
     const Stored* row = static_cast<const Stored*>(bias) + at;
@@ -93,48 +101,51 @@ template <typename Type>
 
 template <typename Type>
 [[gnu::always_inline]] inline void sum_all(void* to, const void* const* rows, const float* weights,
-                                           int num_rows, const void* bias, int64_t elements) {
+                                           int num_rows, const void* bias, int64_t elements,
+                                           RowGroups groups) {
   for (int64_t at = 0; at < elements; at += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, elements - at));
     sum_block<Type>(static_cast<typename Type::Stored*>(to) + at, rows, weights, num_rows, bias, at,
-                    count);
+                    count, groups);
   }
 }
 
 [[gnu::always_inline]] inline void sum_any(Element type, void* to, const void* const* rows,
                                            const float* weights, int num_rows, const void* bias,
-                                           int64_t elements) {
+                                           int64_t elements, RowGroups groups) {
   switch (type) {
     case Element::kF32:
-      return sum_all<F32>(to, rows, weights, num_rows, bias, elements);
+      return sum_all<F32>(to, rows, weights, num_rows, bias, elements, groups);
     case Element::kBF16:
-      return sum_all<BF16>(to, rows, weights, num_rows, bias, elements);
+      return sum_all<BF16>(to, rows, weights, num_rows, bias, elements, groups);
     case Element::kF16:
-      return sum_all<F16>(to, rows, weights, num_rows, bias, elements);
+      return sum_all<F16>(to, rows, weights, num_rows, bias, elements, groups);
   }
 }
 
 void sum_portable(Element type, void* to, const void* const* rows, const float* weights,
-                  int num_rows, const void* bias, int64_t elements) {
-  sum_any(type, to, rows, weights, num_rows, bias, elements);
+                  int num_rows, const void* bias, int64_t elements, RowGroups groups) {
+  sum_any(type, to, rows, weights, num_rows, bias, elements, groups);
 }
 #if defined(__x86_64__)
 __attribute__((target("avx2,f16c"))) void sum_avx2(Element type, void* to, const void* const* rows,
                                                    const float* weights, int num_rows,
-                                                   const void* bias, int64_t elements) {
-  sum_any(type, to, rows, weights, num_rows, bias, elements);
+                                                   const void* bias, int64_t elements,
+                                                   RowGroups groups) {
+  sum_any(type, to, rows, weights, num_rows, bias, elements, groups);
 }
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c,prefer-vector-width=512"))) void
 sum_avx512(Element type, void* to, const void* const* rows, const float* weights, int num_rows,
-           const void* bias, int64_t elements) {
-  sum_any(type, to, rows, weights, num_rows, bias, elements);
+           const void* bias, int64_t elements, RowGroups groups) {
+  sum_any(type, to, rows, weights, num_rows, bias, elements, groups);
 }
 #endif
 
 struct Functions {
   const char* name;
   void (*stream)(char*, const char*, uint64_t);
-  void (*sum)(Element, void*, const void* const*, const float*, int, const void*, int64_t);
+  void (*sum)(Element, void*, const void* const*, const float*, int, const void*, int64_t,
+              RowGroups);
 };
 
 Functions choose() {
@@ -182,8 +193,8 @@ const char* copy_isa() { return functions().name; }
 uint64_t element_bytes(Element type) { return type == Element::kF32 ? 4 : 2; }
 
 void sum_rows(Element type, void* to, const void* const* rows, const float* weights, int num_rows,
-              const void* bias, int64_t elements) {
-  functions().sum(type, to, rows, weights, num_rows, bias, elements);
+              const void* bias, int64_t elements, RowGroups groups) {
+  functions().sum(type, to, rows, weights, num_rows, bias, elements, groups);
 }
 
 }  // namespace dsk::comm

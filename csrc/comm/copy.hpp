@@ -14,10 +14,16 @@ const char* copy_isa();  // "avx512", "avx2" or "portable"
 enum class Element : int { kF32, kBF16, kF16 };
 uint64_t element_bytes(Element type);
 
+// Rows that are summed first, apart from the others: bit r of `last` ends a group at row r (rows
+// behind the last such bit belong to none), and bit r of `rounded` has its sum rounded to the type.
+struct RowGroups {
+  uint64_t last = 0, rounded = 0;
+};
+
 // to[i] = sum over rows of weight * row[i], in order, in fp32: every product and every sum is
 // rounded (no fused multiply-add), the result once to `type`. weights null: plain sums.
-// bias, of the same type, is added last; null: none. The sum starts from +0.
+// bias, of the same type, is added last; null: none. The sum, and that of a group, starts from +0.
 void sum_rows(Element type, void* to, const void* const* rows, const float* weights, int num_rows,
-              const void* bias, int64_t elements);
+              const void* bias, int64_t elements, RowGroups groups = {});
 
 }  // namespace dsk::comm

@@ -327,20 +327,35 @@ void Exchange::combine(const Handle& handle, const CombineInput& in, Deadline de
   direct() ? combine_by_pull(handle, in, deadline) : combine_by_push(handle, in, deadline);
 }
 
+// Which of a token's rows are one node's; those of other nodes than this one are rounded.
+RowGroups Exchange::nodes_of(uint64_t hosts, int32_t ranks_per_node) const {
+  RowGroups groups;
+  if (ranks_per_node == 0) return groups;
+  int row = 0;
+  for (; hosts != 0; hosts &= hosts - 1, ++row) {
+    const int node = proto::node_of(std::countr_zero(hosts), ranks_per_node);
+    const uint64_t rest = hosts & (hosts - 1);
+    if (rest != 0 && proto::node_of(std::countr_zero(rest), ranks_per_node) == node) continue;
+    groups.last |= uint64_t{1} << row;
+    if (node != proto::node_of(me(), ranks_per_node)) groups.rounded |= uint64_t{1} << row;
+  }
+  return groups;
+}
+
 void Exchange::sum_token(const Handle& handle, const CombineInput& in, int64_t token,
                          const void* const* rows, const float* const* weights, int num_rows) {
   const auto row_bytes = in.elements * static_cast<int64_t>(element_bytes(in.type));
   const void* bias = in.bias.data == nullptr
                          ? nullptr
                          : static_cast<const std::byte*>(in.bias.data) + token * in.bias.stride;
+  const RowGroups groups = nodes_of(handle.goes_to[static_cast<size_t>(token)], in.ranks_per_node);
   sum_rows(in.type, static_cast<std::byte*>(in.out) + token * row_bytes, rows, nullptr, num_rows,
-           bias, in.elements);
+           bias, in.elements, groups);
   if (!in.with_weights) return;
-  for (int k = 0; k < handle.shape.topk; ++k) {
-    float total = 0.0f;
-    for (int r = 0; r < num_rows; ++r) total += weights[r][k];
-    in.out_weights[token * handle.shape.topk + k] = total;
-  }
+  const void* weight_rows[proto::kMaxRanks];
+  std::copy(weights, weights + num_rows, weight_rows);
+  sum_rows(Element::kF32, in.out_weights + token * handle.shape.topk, weight_rows, nullptr,
+           num_rows, nullptr, handle.shape.topk, groups);
 }
 
 // Results stay where they are; the tokens' ranks read and sum them. One pass over the data.

@@ -75,6 +75,7 @@ struct CombineInput {
   bool with_weights = false;       // sum weights back, too
   const float* weights = nullptr;  // [rows, topk]
   Rows bias;                       // [tokens], or data null
+  int32_t ranks_per_node = 0;      // orders the sums: a node's rows first; 0: one node
   void* out = nullptr;             // [tokens, elements], contiguous
   float* out_weights = nullptr;    // [tokens, topk]
 };
@@ -194,6 +195,7 @@ class Exchange {
   bool direct() const;  // every peer's window can be read
   void combine_by_pull(const Handle& handle, const CombineInput& in, Deadline deadline);
   void combine_by_push(const Handle& handle, const CombineInput& in, Deadline deadline);
+  RowGroups nodes_of(uint64_t hosts, int32_t ranks_per_node) const;
   void sum_token(const Handle& handle, const CombineInput& in, int64_t token,
                  const void* const* rows, const float* const* weights, int num_rows);
   void pack_expert(LowLatencyHandle& handle, const proto::RowShape& shape,

@@ -40,6 +40,7 @@ enum Counter : uint32_t {
   kLowSent,      // low-latency dispatch: my rows and counts are at the peer
   kLowReturned,  // low-latency combine: my results are at the peer
   kForwarded,    // dispatch over nodes: my rows for the peer's node are at the peer
+  kPartial,      // combine over nodes: my node's sums for the peer's tokens are at the peer
   kNumCounters
 };
 
@@ -50,7 +51,8 @@ constexpr const char* kCounterNames[kNumCounters] = {"notice",
                                                      "reading done",
                                                      "low-latency rows",
                                                      "low-latency results",
-                                                     "rows to forward"};
+                                                     "rows to forward",
+                                                     "sums of a node"};
 
 DSK_HD constexpr uint32_t counter_index(Counter kind, int source) {
   return static_cast<uint32_t>(kind) * kMaxRanks + static_cast<uint32_t>(source);

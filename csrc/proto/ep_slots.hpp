@@ -46,6 +46,11 @@ DSK_HD constexpr int node_of(int rank, int ranks_per_node) {
 DSK_HD constexpr int rail_of(int sender, int node, int ranks_per_node) {
   return node * ranks_per_node + sender % ranks_per_node;
 }
+// Whether two ranks of different nodes pass on each other's tokens.
+DSK_HD constexpr bool share_rail(int a, int b, int ranks_per_node) {
+  return node_of(a, ranks_per_node) != node_of(b, ranks_per_node) &&
+         rail_of(a, node_of(b, ranks_per_node), ranks_per_node) == b;
+}
 DSK_HD constexpr bool goes_direct(int sender, int receiver, int ranks_per_node, uint64_t alive) {
   const int node = node_of(receiver, ranks_per_node);
   return node == node_of(sender, ranks_per_node) ||

@@ -75,10 +75,18 @@ def moe_gate(
 
 
 def moe_permute(
-    x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int, *, alignment: int = 1
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    num_experts: int,
+    *,
+    alignment: int = 1,
+    expert_map: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Copies of x [t, d] sorted by expert -> x_perm, group_sizes, row_map: `ref.moe_permute`'s."""
     x = _rows("x", x)
+    if expert_map is not None:
+        ref._check_topk_idx(x, topk_idx, expert_map.shape[0])
+        topk_idx = ref.choose_replicas(topk_idx, expert_map)
     ref._check_topk_idx(x, topk_idx, num_experts)
     layout = _layout(topk_idx, num_experts, alignment)
     _, group_sizes, row_map = layout
@@ -145,14 +153,22 @@ def moe_experts(
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
     *,
+    expert_map: torch.Tensor | None = None,
+    num_shared: int = 0,
+    layout: str | None = None,
     quantize_activations: bool = True,
 ) -> torch.Tensor:
     """The routed experts of x [t, d] in one call: see `ref.moe_experts` for the arithmetic.
 
     FP8 weights w13 [e, 2i, d], w2 [e, d, i], packed or not. quantize_activations=False multiplies
     activations of x's dtype with FP8 weights (W8A16); the hidden layer is then rounded to x's
-    dtype, not quantised. Plain weights run the reference function.
+    dtype, not quantised. Plain weights run the reference function. There is one layout of rows.
     """
+    slots = ref.expert_slots(topk_idx, topk_weights, w13.shape[0], expert_map, num_shared)
+    return _experts(x, w13, w2, *slots, quantize_activations)
+
+
+def _experts(x, w13: Weight, w2: Weight, topk_idx, topk_weights, quantize_activations: bool):
     scaled = [isinstance(w, ScaledTensor | PackedWeight) for w in (w13, w2)]
     if not all(scaled) or x.dtype not in _FLOATS:
         w13, w2 = (w.unpack() if isinstance(w, PackedWeight) else w for w in (w13, w2))
@@ -223,6 +239,8 @@ def moe_experts_backward(
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
     *,
+    expert_map: torch.Tensor | None = None,
+    num_shared: int = 0,
     weight_grads: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """grad [t, d] -> gradients of x, w13, w2 and topk_weights; see `ref.moe_experts_backward`.
@@ -239,7 +257,10 @@ def moe_experts_backward(
         run = _plain_experts_backward
     else:
         raise Unsupported(f"expected bfloat16, float32 or scaled weights, got {w13.dtype}")
-    return run(grad.detach(), x.detach(), w13, w2, topk_idx, topk_weights.detach(), weight_grads)
+    topk = topk_weights.shape[1]
+    slots = ref.expert_slots(topk_idx, topk_weights.detach(), w13.shape[0], expert_map, num_shared)
+    *grads, dweights = run(grad.detach(), x.detach(), w13, w2, *slots, weight_grads)
+    return *grads, dweights[:, :topk]
 
 
 def _row_weights(rows: int, layout, topk_weights: torch.Tensor) -> torch.Tensor:

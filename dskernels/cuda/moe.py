@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..types import ScaledTensor, Support, Unsupported
 from . import gemm, launchers, rowwise
 from ._gemm_bf16 import K_BLOCK
+from ._operands import address
 from ._tensor import device_of, stream_of
 
 GROUP = 128
@@ -91,10 +93,11 @@ def _mean_affinity(sums: torch.Tensor, length: int) -> torch.Tensor:
 class _Layout(NamedTuple):
     """Where sorted slots go; see csrc/cuda/kernels/moe_layout.cuh."""
 
-    topk_idx: torch.Tensor  # int64 [t, k], contiguous
+    chosen: torch.Tensor  # int64 [t, k + s], contiguous: experts that are sorted by, s shared ones
     first_row: torch.Tensor  # int32 [chunks, e]
     group_sizes: torch.Tensor  # int64 [e]
     group_sizes_i32: torch.Tensor  # the same as int32
+    shape: tuple[int, ...]  # (rows,), or masked (e, capacity)
 
 
 class _Hidden(NamedTuple):
@@ -103,7 +106,7 @@ class _Hidden(NamedTuple):
     dh: ScaledTensor  # [rows, 2i] in 1 x 128
     dh_t: ScaledTensor  # [2i, rows]
     act_t: ScaledTensor  # [i, rows], times the routing weight
-    dweights: torch.Tensor  # fp32 [t, k]
+    dweights: torch.Tensor  # fp32 [t, k + s]
 
 
 class Moe:
@@ -210,10 +213,25 @@ class Moe:
         self._product(dlogits, x, dweight, transpose=True)
         return dx, dweight
 
-    def _layout(self, topk_idx: torch.Tensor, experts: int, alignment: int) -> _Layout:
+    def _layout(
+        self,
+        topk_idx: torch.Tensor,
+        experts: int,
+        alignment: int = 1,
+        *,
+        expert_map: torch.Tensor | None = None,
+        shared: int = 0,
+        capacity: int = 0,
+    ) -> _Layout:
+        """Count and place the slots, on the device; with a capacity in planes of so many rows."""
         _experts(experts, launchers().kMoeMaxGroups)
         topk_idx = topk_idx.to(torch.int64).contiguous()
-        slots = topk_idx.numel()
+        (tokens, topk), chosen = topk_idx.shape, topk_idx
+        if expert_map is not None or shared:
+            chosen = topk_idx.new_empty(tokens, topk + shared)
+        if expert_map is not None:
+            expert_map = expert_map.to(torch.int64).contiguous()
+        slots = chosen.numel()
 
         def zeros(*shape, dtype=torch.int32):
             return torch.zeros(*shape, dtype=dtype, device=topk_idx.device)
@@ -221,45 +239,76 @@ class Moe:
         first_row = zeros(launchers().moe_chunks(slots), experts)
         sizes, sizes_i32 = zeros(experts, dtype=torch.int64), zeros(experts)
         finished = zeros(1)
+        mapped, replicas = (0, 0) if expert_map is None else expert_map.shape
         launchers().moe_layout(
-            self._on(topk_idx), topk_idx=topk_idx.data_ptr(), first_row=first_row.data_ptr(),
+            self._on(topk_idx), topk_idx=topk_idx.data_ptr(), expert_map=address(expert_map),
+            chosen=0 if chosen is topk_idx else chosen.data_ptr(), first_row=first_row.data_ptr(),
             group_sizes=sizes.data_ptr(), group_sizes_i32=sizes_i32.data_ptr(),
-            finished=finished.data_ptr(), slots=slots, experts=experts, alignment=alignment,
+            finished=finished.data_ptr(), slots=slots, topk=topk, shared=shared,
+            replicas=replicas, experts=experts, alignment=alignment, capacity=capacity,
+            mapped=mapped,
         )  # fmt: skip
-        return _Layout(topk_idx, first_row, sizes, sizes_i32)
+        shape = (experts, capacity) if capacity else (_aligned_rows(slots, experts, alignment),)
+        return _Layout(chosen, first_row, sizes, sizes_i32, shape)
 
-    def _copy(
-        self, layout: _Layout, data, x_perm, scale=None, scale_perm=None, slot_of_row=None
-    ) -> torch.Tensor:
-        """Rows of data [t, d] to their places in x_perm, scales along; returns row_map [t, k] and
-        fills its inverse, slot_of_row, where one is given."""
-        topk_idx = layout.topk_idx
-        row_map = torch.full_like(topk_idx, -1)
+    def _place(self, layout: _Layout, slot_of_row: torch.Tensor | None) -> tuple[tuple, Tensor]:
+        """The launchers' `place`, and the row_map [t, k + s] that it will fill."""
+        chosen = layout.chosen
+        row_map = torch.full_like(chosen, -1)
+        tensors = chosen, layout.first_row, row_map, slot_of_row
+        sizes = chosen.numel(), chosen.shape[1], layout.group_sizes.numel()
+        return (*(address(v) for v in tensors), *sizes), row_map
+
+    def _copy(self, layout: _Layout, data: Tensor, x_perm: Tensor) -> Tensor:
+        """Rows of data [t, d] to their places in x_perm; returns row_map [t, k + s]."""
+        place, row_map = self._place(layout, None)
         element = data.element_size()
         launchers().moe_permute(
-            self._on(data), topk_idx=topk_idx.data_ptr(), first_row=layout.first_row.data_ptr(),
-            row_map=row_map.data_ptr(),
-            slot_of_row=0 if slot_of_row is None else slot_of_row.data_ptr(),
-            x=data.data_ptr(), x_perm=x_perm.data_ptr(),
-            scale=0 if scale is None else scale.data_ptr(),
-            scale_perm=0 if scale is None else scale_perm.data_ptr(),
+            self._on(data), place=place, x=data.data_ptr(), x_perm=x_perm.data_ptr(),
             ld_x=data.stride(0) * element, row_bytes=data.shape[1] * element,
-            ld_scale=0 if scale is None else scale.stride(1),
-            ld_scale_perm=0 if scale is None else scale_perm.stride(1),
-            slots=topk_idx.numel(), topk=topk_idx.shape[1],
-            experts=layout.group_sizes.numel(),
-            scale_groups=0 if scale is None else scale.shape[1], rows=x_perm.shape[0],
+            rows=x_perm.shape[:-1].numel(),
         )  # fmt: skip
         return row_map
 
+    def _copy_quantized(
+        self,
+        layout: _Layout,
+        x: Tensor,
+        *,
+        pow2: bool = False,
+        slot_of_row: torch.Tensor | None = None,
+    ) -> tuple[ScaledTensor, Tensor]:
+        """x [t, d] quantised in 1 x 128 on the way to its rows, and row_map. Other rows are 0 with
+        slot_of_row, which takes each row's slot, and hold nothing without."""
+        x, depth = _rows(_float("x", x)), x.shape[1]
+        (*planes, rows), groups = layout.shape, -(-depth // GROUP)
+        new = torch.empty if slot_of_row is None else torch.zeros
+        data = new(*planes, rows, depth, dtype=torch.uint8, device=x.device)
+        scale = new(*planes, groups, -(-rows // 4) * 4, dtype=torch.float32, device=x.device)
+        place, row_map = self._place(layout, slot_of_row)
+        launchers().moe_permute_quantize(
+            self._on(x), place=place, x=x.data_ptr(), is_bf16=x.dtype == torch.bfloat16,
+            data=data.data_ptr(), scale=scale.data_ptr(), ld_x=x.stride(0),
+            ld_scale=scale.shape[-1], depth=depth, plane_rows=rows, ue8m0=pow2,
+            rows=data.shape[:-1].numel(),
+        )  # fmt: skip
+        scale = scale.transpose(-2, -1)[..., :rows, :]
+        return ScaledTensor(data.view(torch.float8_e4m3fn), scale, (1, GROUP), "e4m3"), row_map
+
     def moe_permute(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int, *, alignment: int = 1
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        num_experts: int,
+        *,
+        alignment: int = 1,
+        expert_map: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As dskernels.ref.moe.moe_permute, any element type, at most 1024 experts.
 
         The number of rows is a result, so the call waits for the device.
         """
-        layout = self._layout(topk_idx, num_experts, alignment)
+        layout = self._layout(topk_idx, num_experts, alignment, expert_map=expert_map)
         rows = int(layout.group_sizes.sum())
         x_perm = x.new_zeros(rows, x.shape[1]) if alignment > 1 else x.new_empty(rows, x.shape[1])
         row_map = self._copy(layout, _rows(x), x_perm)
@@ -268,7 +317,8 @@ class Moe:
     def moe_unpermute(
         self, y: torch.Tensor, row_map: torch.Tensor, topk_weights: torch.Tensor | None
     ) -> torch.Tensor:
-        """As dskernels.ref.moe.moe_unpermute for bf16 and fp32, the same bits."""
+        """As dskernels.ref.moe.moe_unpermute for bf16 and fp32, the same bits. The columns of
+        row_map [t, k + s] behind those of topk_weights [t, k] are shared experts' with weight 1."""
         y, row_map = _float("y", y).contiguous(), row_map.to(torch.int64).contiguous()
         (tokens, topk), depth = row_map.shape, y.shape[1]
         if topk_weights is not None:
@@ -279,6 +329,7 @@ class Moe:
             row_map=row_map.data_ptr(),
             weights=0 if topk_weights is None else topk_weights.data_ptr(), out=out.data_ptr(),
             tokens=tokens, topk=topk, depth=depth, rows=y.shape[0],
+            shared=0 if topk_weights is None else topk - topk_weights.shape[1],
         )  # fmt: skip
         return out
 
@@ -311,45 +362,62 @@ class Moe:
         w2: torch.Tensor | ScaledTensor,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
+        *,
+        expert_map: torch.Tensor | None = None,
+        num_shared: int = 0,
+        layout: str | None = None,
     ) -> torch.Tensor:
         """As dskernels.ref.moe.moe_experts with e4m3 weights in blocks of 128 x 128, or bf16.
 
-        Six launches, none of which waits for another one's result on the host: quantise, layout,
-        permute, gate-up product with SwiGLU and quantisation, down product, weighted sum. A token
-        is quantised once, however many experts it goes to. With bf16 weights SwiGLU is a launch
-        of its own.
+        Five launches, none of which waits for another one's result on the host: layout, permute
+        with quantisation, gate-up product with SwiGLU and quantisation, down product, weighted sum.
+        A token is quantised once, however many experts it goes to. With bf16 weights SwiGLU is a
+        launch of its own. The masked layout is for e4m3 weights; with bf16 it is not used.
         """
-        if not isinstance(w13, ScaledTensor):
-            return self._plain_experts(x, w13, w2, topk_idx, topk_weights)
-        if not isinstance(w2, ScaledTensor):
+        experts, slots = w13.shape[0], x.shape[0] * (topk_idx.shape[1] + num_shared)
+        if isinstance(w13, ScaledTensor) and not isinstance(w2, ScaledTensor):
             raise Unsupported("w2: expected a ScaledTensor, as w13, got a plain tensor")
-        if x.shape[0] == 0 or topk_idx.shape[1] == 0:
+        if not isinstance(w13, ScaledTensor):
+            _need_bf16(x, w13, w2)
+        if slots == 0:
             return torch.zeros_like(x)
-        tokens = self.rowwise.quantize(_float("x", x))
-        layout = self._layout(topk_idx, w13.shape[0], 1)
-        sizes = layout.group_sizes_i32
-        tokens, row_map = self._copy_scaled(layout, tokens, topk_idx.numel())
-        hidden = self.grouped_gemm(tokens, w13, group_sizes=sizes, epilogue="swiglu_quant")
-        y = self.grouped_gemm(hidden, w2, group_sizes=sizes, out_dtype=x.dtype)
+        choice = dict(expert_map=expert_map, shared=num_shared)
+        if not isinstance(w13, ScaledTensor):
+            y, row_map = self._plain_products(x, w13, w2, self._layout(topk_idx, experts, **choice))
+        elif layout == "masked":
+            # A token has one row at most in each group.
+            choice["capacity"] = -(-x.shape[0] // 4) * 4
+            y, row_map = self._masked_products(
+                x, w13, w2, self._layout(topk_idx, experts, **choice), -(-slots // experts)
+            )
+        else:
+            places = self._layout(topk_idx, experts, **choice)
+            sizes = places.group_sizes_i32
+            tokens, row_map = self._copy_quantized(places, x)
+            hidden = self.grouped_gemm(tokens, w13, group_sizes=sizes, epilogue="swiglu_quant")
+            y = self.grouped_gemm(hidden, w2, group_sizes=sizes, out_dtype=x.dtype)
         return self.moe_unpermute(y, row_map, topk_weights)
 
-    def _permute_plain(self, layout: _Layout, rows: int, *tensors) -> tuple:
+    def _masked_products(self, x, w13, w2, layout: _Layout, expected: int) -> tuple[Tensor, Tensor]:
+        """y [e * capacity, d] and row_map; rows that no slot has hold nothing."""
+        groups = dict(masked_m=layout.group_sizes_i32, expected_m=expected)
+        tokens, row_map = self._copy_quantized(layout, x)
+        hidden = self.grouped_gemm(tokens, w13, epilogue="swiglu_quant", **groups)
+        y = self.grouped_gemm(hidden, w2, out_dtype=x.dtype, **groups)
+        return y.view(-1, y.shape[-1]), row_map
+
+    def _permute_plain(self, layout: _Layout, *tensors) -> tuple:
         """Each x [t, d] with a row for each copy, [rows, d], and row_map; other rows are 0."""
-        out = [x.new_zeros(rows, x.shape[1]) for x in tensors]
+        out = [x.new_zeros(*layout.shape, x.shape[1]) for x in tensors]
         for x, x_perm in zip(tensors, out):
             row_map = self._copy(layout, x, x_perm)
         return (*out, row_map)
 
-    def _plain_experts(self, x, w13, w2, topk_idx, topk_weights) -> torch.Tensor:
-        _need_bf16(x, w13, w2)
-        if x.shape[0] == 0 or topk_idx.shape[1] == 0:
-            return torch.zeros_like(x)
-        layout = self._layout(topk_idx, w13.shape[0], 1)
+    def _plain_products(self, x, w13, w2, layout: _Layout) -> tuple[Tensor, Tensor]:
         sizes = layout.group_sizes_i32
-        x_perm, row_map = self._permute_plain(layout, topk_idx.numel(), _rows(x))
+        x_perm, row_map = self._permute_plain(layout, _rows(x))
         hidden = self.rowwise.swiglu(self.grouped_gemm(x_perm, w13, group_sizes=sizes))
-        y = self.grouped_gemm(hidden, w2, group_sizes=sizes)
-        return self.moe_unpermute(y, row_map, topk_weights)
+        return self.grouped_gemm(hidden, w2, group_sizes=sizes), row_map
 
     def moe_experts_backward(
         self,
@@ -360,6 +428,8 @@ class Moe:
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
         *,
+        expert_map: torch.Tensor | None = None,
+        num_shared: int = 0,
         weight_grads: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         """As dskernels.ref.moe_backward.moe_experts_backward for bf16, or e4m3 weights in blocks
@@ -368,34 +438,35 @@ class Moe:
         Groups start at multiples of 64 rows (e4m3: 128), which is what the products along them ask
         for. bf16: gradients between products are rounded to bf16.
         """
-        backward = self._plain_backward
-        if isinstance(w13, ScaledTensor):
-            _need_scaled(x, w13, w2)
-            backward = self._scaled_backward
-        else:
-            _need_bf16(x, w13, w2)
-        if x.shape[0] == 0 or topk_idx.shape[1] == 0:
-            wide = x.dtype if backward == self._plain_backward else torch.float32
+        scaled, (tokens, topk) = isinstance(w13, ScaledTensor), topk_weights.shape
+        (_need_scaled if scaled else _need_bf16)(x, w13, w2)
+        if tokens * (topk + num_shared) == 0:
+            wide = torch.float32 if scaled else x.dtype
             d13, d2 = (torch.zeros(w.shape, dtype=wide, device=x.device) for w in (w13, w2))
             return torch.zeros_like(x), d13, d2, torch.zeros_like(topk_weights)
-        return backward(grad, x, w13, w2, topk_idx, topk_weights, weight_grads)
+        layout = self._layout(
+            topk_idx, w13.shape[0], GROUP if scaled else K_BLOCK, expert_map=expert_map,
+            shared=num_shared,
+        )  # fmt: skip
+        weights = topk_weights.float().contiguous()
+        if num_shared:
+            weights = torch.cat([weights, weights.new_ones(tokens, num_shared)], dim=1)
+        run = self._scaled_backward if scaled else self._plain_backward
+        dx, d13, d2, dweights = run(grad.to(x.dtype), x, w13, w2, layout, weights, weight_grads)
+        return dx, d13, d2, dweights[:, :topk].to(topk_weights.dtype)
 
-    def _plain_backward(self, grad, x, w13, w2, topk_idx, topk_weights, weight_grads: bool):
-        slots, width = topk_idx.numel(), w2.shape[2]
-        layout = self._layout(topk_idx, w13.shape[0], K_BLOCK)
-        sizes, rows = layout.group_sizes_i32, _aligned_rows(slots, w13.shape[0], K_BLOCK)
-        x_perm, grad_perm, row_map = self._permute_plain(
-            layout, rows, _rows(x), _rows(grad.to(x.dtype))
-        )
+    def _plain_backward(self, grad, x, w13, w2, layout: _Layout, weights, weight_grads: bool):
+        sizes = layout.group_sizes_i32
+        x_perm, grad_perm, row_map = self._permute_plain(layout, _rows(x), _rows(grad))
         h = self.grouped_gemm(x_perm, w13, group_sizes=sizes)
         back = self.grouped_gemm(grad_perm, _transposed(w2), group_sizes=sizes)
         dh, act = torch.zeros_like(h), torch.zeros_like(back)
-        dweights = torch.zeros(topk_idx.shape, dtype=torch.float32, device=x.device)
-        weights = topk_weights.float().contiguous()
+        dweights = torch.zeros_like(weights)
         launchers().moe_hidden_backward(
             self._on(x), h=h.data_ptr(), back=back.data_ptr(), row_map=row_map.data_ptr(),
             weights=weights.data_ptr(), dh=dh.data_ptr(), act=act.data_ptr(),
-            dweights=dweights.data_ptr(), slots=slots, width=width, rows=rows,
+            dweights=dweights.data_ptr(), slots=weights.numel(), width=w2.shape[2],
+            rows=x_perm.shape[0],
         )  # fmt: skip
         d13 = d2 = None
         if weight_grads:
@@ -404,25 +475,20 @@ class Moe:
                 for a, b in ((dh, x_perm), (grad_perm, act))
             )
         dx_perm = self.grouped_gemm(dh, _transposed(w13), group_sizes=sizes)
-        dx = self.moe_unpermute(dx_perm, row_map, None)
-        return dx, d13, d2, dweights.to(topk_weights.dtype)
+        return self.moe_unpermute(dx_perm, row_map, None), d13, d2, dweights
 
-    def _scaled_backward(self, grad, x, w13, w2, topk_idx, topk_weights, weight_grads: bool):
-        """Fourteen launches: quantise x and grad, layout, copy both, two products, the hidden
-        layer, its product; transpose x and grad, two products along the rows; weighted sum."""
-        x8 = self.rowwise.quantize(x)
-        g8 = self.rowwise.quantize(grad.to(x.dtype), scale_format="pow2")
-        layout = self._layout(topk_idx, w13.shape[0], GROUP)
+    def _scaled_backward(self, grad, x, w13, w2, layout: _Layout, weights, weight_grads: bool):
+        """Twelve launches: layout, quantise and copy x and grad, two products, the hidden layer,
+        its product; transpose x and grad, two products along the rows; weighted sum."""
         sizes = layout.group_sizes_i32
-        rows = _aligned_rows(topk_idx.numel(), w13.shape[0], GROUP)
-        slot_of_row = torch.full((rows,), -1, dtype=torch.int32, device=x.device)
-        x8, row_map = self._copy_scaled(layout, x8, rows, slot_of_row)
-        g8, _ = self._copy_scaled(layout, g8, rows, slot_of_row)
+        slot_of_row = torch.full(layout.shape, -1, dtype=torch.int32, device=x.device)
+        x8, row_map = self._copy_quantized(layout, x, slot_of_row=slot_of_row)
+        g8, _ = self._copy_quantized(layout, grad, pow2=True, slot_of_row=slot_of_row)
         h = self.grouped_gemm(x8, w13, group_sizes=sizes, out_dtype=torch.bfloat16)
         back = self.grouped_gemm(
             g8, _transposed_blocks(w2), group_sizes=sizes, out_dtype=torch.bfloat16
         )
-        hidden = self._hidden_quantized(h, back, slot_of_row, topk_weights, weight_grads)
+        hidden = self._hidden_quantized(h, back, slot_of_row, weights, weight_grads)
         dx_perm = self.grouped_gemm(
             hidden.dh, _transposed_blocks(w13), group_sizes=sizes, out_dtype=x.dtype
         )
@@ -433,20 +499,9 @@ class Moe:
             gt = self.rowwise.quantize(g8, scale_format="pow2", transpose=True)
             d13 = self.grouped_gemm_k(hidden.dh_t, xt, sizes)
             d2 = self.grouped_gemm_k(gt, hidden.act_t, sizes)
-        return dx, d13, d2, hidden.dweights.to(topk_weights.dtype)
+        return dx, d13, d2, hidden.dweights
 
-    def _copy_scaled(
-        self, layout: _Layout, x: ScaledTensor, rows: int, slot_of_row: torch.Tensor | None = None
-    ) -> tuple[ScaledTensor, torch.Tensor]:
-        """x [t, d] in 1 x 128 with a row for each copy, [rows, d], and row_map. Other rows are 0
-        with slot_of_row, which takes each row's slot, and hold nothing without."""
-        new = torch.Tensor.new_empty if slot_of_row is None else torch.Tensor.new_zeros
-        data = new(x.data.view(torch.uint8), (rows, x.shape[1])).view(x.data.dtype)
-        scale = new(x.scale, (x.scale.shape[1], -(-rows // 4) * 4)).transpose(0, 1)[:rows]
-        row_map = self._copy(layout, x.data, data, x.scale, scale, slot_of_row)
-        return ScaledTensor(data, scale, (1, GROUP), "e4m3"), row_map
-
-    def _hidden_quantized(self, h, back, slot_of_row, topk_weights, weight_grads) -> _Hidden:
+    def _hidden_quantized(self, h, back, slot_of_row, weights, weight_grads) -> _Hidden:
         """The hidden layer's gradients, quantised for the products that take them."""
         rows, width = back.shape
         dh = _empty_scaled(rows, 2 * width, h.device)
@@ -456,8 +511,7 @@ class Moe:
         def zeros(*shape, dtype=torch.float32):
             return torch.zeros(*shape, dtype=dtype, device=h.device)
 
-        dweights = zeros(topk_weights.shape)
-        weights = topk_weights.float().contiguous()
+        dweights = zeros(weights.shape)
         dot, finished = zeros(width // GROUP, rows), zeros(rows // GROUP, dtype=torch.int32)
         launchers().moe_hidden_quantize(
             self._on(h), h=h.data_ptr(), back=back.data_ptr(), slot_of_row=slot_of_row.data_ptr(),
@@ -465,7 +519,7 @@ class Moe:
             dh_t=dh_t.data.data_ptr(), dh_t_scale=dh_t.scale.data_ptr(),
             act_t=act_t.data.data_ptr(), act_t_scale=act_t.scale.data_ptr(), dot=dot.data_ptr(),
             dweights=dweights.data_ptr(), finished=finished.data_ptr(),
-            slots=topk_weights.numel(), rows=rows, width=width, transposed=weight_grads,
+            slots=weights.numel(), rows=rows, width=width, transposed=weight_grads,
         )  # fmt: skip
         return _Hidden(dh, dh_t, act_t, dweights)
 

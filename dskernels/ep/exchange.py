@@ -108,10 +108,11 @@ def combine(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Bring the results y [n, h] for the rows `received` back to the tokens' ranks.
 
-    A token's rows are summed in fp32, without weights, in order of the rank they come from; then
-    bias [t, h] is added, and the sum is rounded once to y's dtype. topk_weights fp32 [n, k], if
-    given, are brought back and summed alike. Returns (x [t, h], weights [t, k] or None). A y from
-    `Group.result_buffer` is read in place. Errors as in `dispatch`.
+    A token's rows are summed in fp32, without weights, in order of the rank they come from (node by
+    node in a group with ranks_per_node: see dskernels.ref.ep.combine); then bias [t, h] is added,
+    and the sum is rounded once to y's dtype. topk_weights fp32 [n, k], if given, are brought back
+    and summed alike. Returns (x [t, h], weights [t, k] or None). A y from `Group.result_buffer` is
+    read in place. Errors as in `dispatch`.
     """
     if torch.is_grad_enabled() and y.requires_grad:
         if topk_weights is not None or out is not None:
@@ -129,7 +130,14 @@ def combine(
     if topk_weights is not None:
         weights = torch.empty(handle.tokens, topk_weights.shape[-1])
     group._exchange.combine(
-        handle, y, _plain(topk_weights), _plain(bias), out, weights, group._seconds(timeout)
+        handle,
+        y,
+        _plain(topk_weights),
+        _plain(bias),
+        out,
+        weights,
+        group.ranks_per_node,
+        group._seconds(timeout),
     )
     return out, weights
 

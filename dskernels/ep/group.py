@@ -25,6 +25,8 @@ class Group:
     dtype            the widest type of tokens and results: decides the size of the buffers
     buffers          receive buffers of `dispatch`: as many results can be alive at a time, plus one
                      for `combine`
+    ranks_per_node   0: one node. Otherwise `combine` adds in the order of GPUs over nodes, a node's
+                     rows first, for the same bits as theirs; memory is shared all the same
     timeout          seconds after which a call raises PeerSilent
 
     Memory is reserved for the worst case, all tokens of all ranks to one, and taken page by page as
@@ -44,8 +46,15 @@ class Group:
         topk: int,
         dtype: torch.dtype = torch.bfloat16,
         buffers: int = 3,
+        ranks_per_node: int = 0,
         timeout: float = 30.0,
     ) -> None:
+        if ranks_per_node < 0 or (ranks_per_node and num_ranks % ranks_per_node):
+            raise ValueError(
+                f"ranks_per_node: expected 0 or a divisor of {num_ranks} ranks, got "
+                f"{ranks_per_node}"
+            )
+        self.ranks_per_node = ranks_per_node
         self.max_tokens, self.hidden, self.topk = max_tokens, hidden, topk
         self.dtype, self.buffers, self.timeout = dtype, buffers, timeout
         self._join(rank, num_ranks, gather, num_experts)
@@ -90,12 +99,13 @@ class Group:
         )
         self.window_bytes = comm.window_bytes(*shape)
         transport = comm.Transport.shm(rank, num_ranks, self.window_bytes)
-        mine = (transport.handle(), shape)
+        options = (*shape, self.ranks_per_node)
+        mine = (transport.handle(), options)
         everyone = gather(mine)
         for other, (_, theirs) in enumerate(everyone):
-            if theirs != shape:
+            if theirs != options:
                 raise ValueError(
-                    f"group: expected the same options on every rank, {shape} as on rank {rank}, "
+                    f"group: expected the same options on every rank, {options} as on rank {rank}, "
                     f"got {theirs} on rank {other}"
                 )
         transport.connect([handle for handle, _ in everyone], (1 << num_ranks) - 1)

@@ -42,6 +42,17 @@ def _require_indices(op: str, name: str, tensor: Tensor, low: int, high: int) ->
         bad_value(op, name, f"indices in [{low}, {high})", actual)
 
 
+def distinct(op: str, name: str, indices: Tensor) -> None:
+    """No row of indices [t, k] names anything twice, -1 apart."""
+    if indices.is_cpu and indices.numel():
+        ordered = indices.sort(dim=1).values
+        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).nonzero()
+        if len(twice):
+            row, column = twice[0].tolist()
+            expected = "no index twice in a row, with the masked layout"
+            bad_value(op, name, expected, f"{int(ordered[row, column])} twice in row {row}")
+
+
 def row_groups(op: str, indices: Tensor, groups: int) -> Tensor:
     """m_indices as int32: a group each, or -1."""
     if indices.is_cpu and not (_native and _native.indices_fit(indices, -1, groups)):

@@ -255,21 +255,26 @@ def moe_permute(
     num_experts: int,
     *,
     alignment: int = 1,
+    expert_map: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sort the copies of the tokens x [t, d] by expert: a stable counting sort.
 
-    topk_idx   int64 (or int32) [t, k], -1 for a slot without an expert
-    alignment  each expert's rows are rounded up to a multiple of it with rows of zeros
+    topk_idx    int64 (or int32) [t, k], -1 for a slot without an expert
+    alignment   each expert's rows are rounded up to a multiple of it with rows of zeros
+    expert_map  int64 (or int32) [l, r]: topk_idx names rows of it, the logical experts, and the
+                num_experts sorted by are their replicas (`eplb`'s log2phy of a layer). -1 is no
+                replica; of n others token t gets number floor(n * frac(t * 0.618...)), so that
+                every choice depends on its own token only. An expert without any is dropped
 
     Returns (x_perm [m, d], group_sizes int64 [e] whose sum is m, row_map int64 [t, k]: the row of
     x_perm of each copy, -1 where dropped). m depends on topk_idx's values: under torch.compile it
     is a dynamic size. Differentiable in x.
     """
-    return _permute(x, topk_idx, num_experts, alignment, _chosen(backend))
+    return _permute(x, topk_idx, num_experts, alignment, expert_map, _chosen(backend))
 
 
-def check_permute(x, topk_idx, num_experts, alignment, op="moe_permute"):
+def check_permute(x, topk_idx, num_experts, alignment, expert_map, op="moe_permute"):
     check.rank(op, "x", x, "[t, d]", 2, 2)
     check.dtype(op, "x", x, check.FLOATS)
     check.dtype(op, "topk_idx", topk_idx, check.INDEX)
@@ -280,16 +285,32 @@ def check_permute(x, topk_idx, num_experts, alignment, op="moe_permute"):
     if num_experts < 0:
         check.bad_value(op, "num_experts", "a size", num_experts)
     check.positive(op, "alignment", alignment)
+    if expert_map is not None:
+        check.dtype(op, "expert_map", expert_map, check.INDEX)
+        check.rank(op, "expert_map", expert_map, "[l, r]", 2, 2)
+        if expert_map.numel() == 0:
+            check.bad_value(op, "expert_map", "[l, r], not empty", check.show(expert_map.shape))
+        check.same_device(op, "expert_map", expert_map, "x", x)
 
 
-def _permute_kernel(x, topk_idx, num_experts, alignment, backend):
-    topk_idx = values.index("moe_permute", "topk_idx", topk_idx, -1, num_experts)
-    device = x.device.type
-    results = _run("moe_permute", backend, device, x, topk_idx, num_experts, alignment=alignment)
+def check_routing(op, topk_idx, num_experts, expert_map):
+    """topk_idx and expert_map as int64, their values within what they name."""
+    if expert_map is None:
+        return values.index(op, "topk_idx", topk_idx, -1, num_experts), None
+    expert_map = values.index(op, "expert_map", expert_map, -1, num_experts)
+    return values.index(op, "topk_idx", topk_idx, -1, expert_map.shape[0]), expert_map
+
+
+def _permute_kernel(x, topk_idx, num_experts, alignment, expert_map, backend):
+    op, options = "moe_permute", {"alignment": alignment}
+    topk_idx, expert_map = check_routing(op, topk_idx, num_experts, expert_map)
+    if expert_map is not None:
+        options["expert_map"] = expert_map
+    results = _run(op, backend, x.device.type, x, topk_idx, num_experts, **options)
     return tuple(result.contiguous() for result in results)
 
 
-def _permute_fake(x, topk_idx, num_experts, alignment, backend):
+def _permute_fake(x, topk_idx, num_experts, alignment, expert_map, backend):
     rows = torch.library.get_ctx().new_dynamic_size()
     return (
         x.new_empty((rows, x.shape[1])),
@@ -306,12 +327,12 @@ def _permute_save(ctx, inputs, output):
 
 def _permute_grad(ctx, grad, *_):
     (row_map,) = ctx.saved_tensors
-    return _unpermute(grad, row_map, None, ctx.backend), None, None, None, None
+    return _unpermute(grad, row_map, None, ctx.backend), *(None,) * 5
 
 
 _permute = define(
-    "moe_permute(Tensor x, Tensor topk_idx, SymInt num_experts, SymInt alignment, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "moe_permute(Tensor x, Tensor topk_idx, SymInt num_experts, SymInt alignment,"
+    " Tensor? expert_map, str backend) -> (Tensor, Tensor, Tensor)",
     check_permute,
     _permute_kernel,
     _permute_fake,

@@ -122,6 +122,8 @@ def combine(
     *,
     topk_weights: Sequence[torch.Tensor] | None = None,
     bias: Sequence[torch.Tensor] | None = None,
+    ranks_per_node: int = 0,
+    alive: Sequence[bool] | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
     """Bring each rank's results ys [n, h] for the rows it received back to the tokens' ranks.
 
@@ -129,19 +131,31 @@ def combine(
     bias [t, h] is added, and the sum is rounded once to ys' dtype. Tokens that went nowhere give 0
     (plus bias). num_tokens is t of every rank. topk_weights [n, k], if given, are brought back and
     summed alike. Returns (xs, weights), weights None if not asked for.
+
+    With ranks_per_node (0: all ranks are one node) the rows of each node of that many ranks in a
+    row are summed first, in order of rank; a sum that comes from another node than the token's is
+    rounded to ys' dtype (weights are not); sums are then added in order of node. `alive` leaves
+    out the rows of ranks that died after the dispatch.
     """
     width = [y.shape[0] for y in ys]
     if width != [len(r.source) for r in received]:
         raise ValueError(
             f"ys: expected {[len(r.source) for r in received]} rows, as received, got {width}"
         )
-    xs = _sum_back([y.float() for y in ys], received, num_tokens)
+    _check_nodes(ranks_per_node, len(ys))
+    if alive is not None and len(alive) != len(ys):
+        raise ValueError(f"alive: expected {len(ys)} entries, got {len(alive)}")
+    up = [True] * len(ys) if alive is None else alive
+    rows = [y.float() for y in ys]
+    xs = _sum_back(rows, received, num_tokens, ranks_per_node, up, ys[0].dtype)
     if bias is not None:
         xs = [x + b.float() for x, b in zip(xs, bias)]
     xs = [x.to(ys[0].dtype) for x in xs]
     if topk_weights is None:
         return xs, None
-    return xs, _sum_back(list(topk_weights), received, num_tokens)
+    return xs, _sum_back(
+        list(topk_weights), received, num_tokens, ranks_per_node, up, torch.float32
+    )
 
 
 def low_latency_dispatch(
@@ -234,15 +248,37 @@ def low_latency_combine(
 
 
 def _sum_back(
-    ys: Sequence[torch.Tensor], received: Sequence[Received], num_tokens: Sequence[int]
+    ys: Sequence[torch.Tensor],
+    received: Sequence[Received],
+    num_tokens: Sequence[int],
+    ranks_per_node: int,
+    alive: Sequence[bool],
+    between_nodes: torch.dtype,
 ) -> list[torch.Tensor]:
-    """fp32 sums of the rows of each token, in order of the rank that holds them."""
-    sums = [torch.zeros(t, ys[0].shape[1], device=ys[0].device) for t in num_tokens]
-    for y, rows in zip(ys, received):
-        for rank, total in enumerate(sums):
-            mine = rows.source[:, 0] == rank
-            total.index_add_(0, rows.source[mine, 1], y[mine])
+    """fp32 sums of the rows of each token, in order of the rank that holds them, node by node; a
+    sum of another node is rounded to `between_nodes`."""
+    per_node = ranks_per_node or len(ys)
+    sums = []
+    for rank, tokens in enumerate(num_tokens):
+        total = torch.zeros(tokens, ys[0].shape[1], device=ys[0].device)
+        for first in range(0, len(ys), per_node):
+            part = torch.zeros_like(total)
+            for host in range(first, first + per_node):
+                source = received[host].source
+                mine = source[:, 0] == rank
+                if alive[host]:
+                    part.index_add_(0, source[mine, 1], ys[host][mine])
+            own = first == rank // per_node * per_node
+            total += part if own else part.to(between_nodes).float()
+        sums.append(total)
     return sums
+
+
+def _check_nodes(ranks_per_node: int, num_ranks: int) -> None:
+    if ranks_per_node < 0 or (ranks_per_node and num_ranks % ranks_per_node):
+        raise ValueError(
+            f"ranks_per_node: expected 0 or a divisor of {num_ranks} ranks, got {ranks_per_node}"
+        )
 
 
 def _local_experts(num_experts: int, num_ranks: int) -> int:

@@ -130,12 +130,59 @@ def _top(values: torch.Tensor, count: int) -> torch.Tensor:
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
+GOLDEN_TURN = 2654435769  # the golden ratio's fraction in units of 2^-32
+
+
+def choose_replicas(topk_idx: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
+    """One of the replicas expert_map [l, r] of each chosen expert topk_idx [t, k] -> int64 [t, k].
+
+    Entries of -1 in expert_map are no replicas; an expert with n > 0 others is served at token t by
+    number floor(n * frac(t * 0.618...)) of them, in their order, the fraction being taken in units
+    of 2^-32. So a choice depends on nothing but its own token, and consecutive tokens, or every
+    second one, spread evenly. An expert without replicas, and -1, give -1.
+    """
+    token = torch.arange(topk_idx.shape[0], device=topk_idx.device)
+    turn = (token * GOLDEN_TURN % 2**32)[:, None]
+    replicas = expert_map.to(torch.int64)[topk_idx.clamp(min=0)]  # [t, k, r]
+    there = replicas >= 0
+    number = turn * there.sum(dim=-1) >> 32
+    picked = there & (there.cumsum(dim=-1) - 1 == number.unsqueeze(-1))
+    chosen = torch.where(picked, replicas, 0).sum(dim=-1)
+    return torch.where(picked.any(dim=-1) & (topk_idx >= 0), chosen, -1)
+
+
+def expert_slots(
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    num_experts: int,
+    expert_map: torch.Tensor | None,
+    num_shared: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slots of `moe_experts` and their weights, both [t, k + s]: choices of replicas, then for
+    every token the last s = num_shared of num_experts experts with the weight 1."""
+    if expert_map is not None:
+        topk_idx = choose_replicas(topk_idx, expert_map)
+    if num_shared == 0:
+        return topk_idx, topk_weights
+    tokens = topk_idx.shape[0]
+    shared = torch.arange(num_experts - num_shared, num_experts, device=topk_idx.device)
+    topk_idx = torch.cat([topk_idx.to(torch.int64), shared.expand(tokens, -1)], dim=1)
+    ones = topk_weights.new_ones(tokens, num_shared)
+    return topk_idx, torch.cat([topk_weights, ones], dim=1)
+
+
 def moe_permute(
-    x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int, *, alignment: int = 1
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    num_experts: int,
+    *,
+    alignment: int = 1,
+    expert_map: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort the copies of the tokens x [t, d] by expert: a stable counting sort.
 
-    topk_idx int64 [t, k], -1 for a slot without an expert. Returns
+    topk_idx int64 [t, k], -1 for a slot without an expert. With expert_map [l, r] topk_idx names
+    its rows, and `choose_replicas` the experts. Returns
 
         x_perm       [m, d]: expert after expert; within one, in order of (token, slot)
         group_sizes  int64 [e]: rows of each expert, each rounded up to a multiple of alignment
@@ -146,6 +193,9 @@ def moe_permute(
     """
     if alignment < 1:
         raise ValueError(f"alignment: expected at least 1, got {alignment}")
+    if expert_map is not None:
+        _check_topk_idx(x, topk_idx, expert_map.shape[0])
+        topk_idx = choose_replicas(topk_idx, expert_map)
     _check_topk_idx(x, topk_idx, num_experts)
     flat = topk_idx.flatten()
     order = flat.sort(stable=True).indices[int((flat < 0).sum()) :]
@@ -190,6 +240,10 @@ def moe_experts(
     w2: torch.Tensor | ScaledTensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
+    *,
+    expert_map: torch.Tensor | None = None,
+    num_shared: int = 0,
+    layout: str | None = None,
 ) -> torch.Tensor:
     """The routed experts of x [t, d]: sum over k of weight * w2 swiglu(w13 x) -> [t, d].
 
@@ -197,7 +251,14 @@ def moe_experts(
     each product and the SwiGLU are rounded to x's dtype; differentiable. Scaled (W8A8): x is
     quantised in blocks (1, 128), as is the SwiGLU's unrounded result, and the second product is
     rounded to x's dtype. The weighted sum is `moe_unpermute`'s. Slots of -1 add nothing.
+
+    expert_map as in `moe_permute`. The last num_shared of the e experts are shared: every token
+    goes to them too, with the weight 1, added after its choices; topk_idx does not name them.
+    layout is how a backend lays out rows between the products and changes no result.
     """
+    topk_idx, topk_weights = expert_slots(
+        topk_idx, topk_weights, w13.shape[0], expert_map, num_shared
+    )
     x_perm, group_sizes, row_map = moe_permute(x, topk_idx, w13.shape[0])
     if isinstance(w13, ScaledTensor):
         hidden = grouped_gemm(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..types import ScaledTensor
 from .gemm import grouped_gemm, grouped_gemm_k
-from .moe import WEIGHT_SUM_FLOOR, moe_permute, moe_unpermute
+from .moe import WEIGHT_SUM_FLOOR, expert_slots, moe_permute, moe_unpermute
 from .rowwise import quantize, swiglu
 from .rowwise_backward import swiglu_backward
 
@@ -73,6 +73,8 @@ def moe_experts_backward(
     topk_idx: Tensor,
     topk_weights: Tensor,
     *,
+    expert_map: Tensor | None = None,
+    num_shared: int = 0,
     weight_grads: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad [t, d] -> gradients of x [t, d], w13 [e, 2i, d], w2 [e, d, i], topk_weights [t, k].
@@ -80,11 +82,20 @@ def moe_experts_backward(
     Nothing but the inputs is kept from the forward: the gate and up projections of each expert
     are computed again, as in the V3 report's recomputation of SwiGLU. For scaled weights see
     `_scaled_experts_backward`: the gradients of the weights are then fp32. weight_grads=False says
-    that nobody looks at them; other backends then leave them out.
+    that nobody looks at them; other backends then leave them out. expert_map and num_shared as in
+    `moe_experts`.
     """
     del weight_grads
-    if isinstance(w13, ScaledTensor):
-        return _scaled_experts_backward(grad, x, w13, w2, topk_idx, topk_weights)
+    topk = topk_weights.shape[1]
+    slots = expert_slots(topk_idx, topk_weights, w13.shape[0], expert_map, num_shared)
+    run = _scaled_experts_backward if isinstance(w13, ScaledTensor) else _plain_experts_backward
+    *grads, dweights = run(grad, x, w13, w2, *slots)
+    return *grads, dweights[:, :topk]
+
+
+def _plain_experts_backward(
+    grad: Tensor, x: Tensor, w13: Tensor, w2: Tensor, topk_idx: Tensor, topk_weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_perm, group_sizes, row_map = moe_permute(x, topk_idx, w13.shape[0])
     tokens, slots = (row_map >= 0).nonzero(as_tuple=True)

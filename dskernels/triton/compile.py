@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ALIGNED_SIZES = ("k", "n", "d", "ld_a", "ld_b", "ld_x", "ld_sfa", "ld_scale", "ld_row", "page")
+ALIGNED_SIZES = ("k", "n", "d", "ld_a", "ld_b", "ld_x", "ld_sfa", "ld_sfb", "ld_scale", "ld_row")
+ALIGNED_SIZES += ("page",)
 TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
 
 
@@ -26,17 +27,21 @@ class Variant(NamedTuple):
     options: dict[str, Any] | None = None  # of the compiler, where the launch sets them
 
 
-def gemm_variant(kind: int, native_fp8: bool, block_m: int) -> Variant:
-    """The GEMM kernel with bf16 output. kind: 0 dense, 1 contiguous, 2 masked."""
+def gemm_variant(kind: int, native_fp8: bool, block_m: int, gather: bool = False) -> Variant:
+    """The GEMM kernel. kind: 0 dense, 1 contiguous, 2 masked, bf16 out; 3 along k: both scales by
+    row, fp32 out, C added. gather: contiguous groups whose rows are named one by one."""
     from . import gemm
 
+    by_row = kind == gemm.ALONG_K
     pointers = {"a_ptr": "*u8", "sfa_ptr": "*fp32", "b_ptr": "*u8", "sfb_ptr": "*fp32"}
-    pointers |= {"d_ptr": "*bf16", "group_rows_ptr": "*i32", "c_ptr": "*bf16", "bias_ptr": "*bf16"}
-    sizes = dict.fromkeys(("m", "n", "k", "num_groups", "ld_a", "ld_b", "ld_sfa"), "i32")
-    constants = {"KIND": kind, "NATIVE_FP8": native_fp8, "BLOCK_M": block_m}
-    constants |= {"HAS_C": False, "HAS_BIAS": False}
+    pointers |= {"d_ptr": "*fp32" if by_row else "*bf16"}
+    pointers |= {"counts_ptr": "*i32", "rows_ptr": "*i32"}
+    pointers |= {"c_ptr": "*fp32" if by_row else "*bf16", "bias_ptr": "*bf16"}
+    sizes = _integers("m", "n", "k", "num_groups", "ld_a", "ld_b", "ld_sfa", "ld_sfb", "plane_sfa")
+    constants = {"KIND": kind, "BY_ROW": by_row, "GATHER": gather, "NATIVE_FP8": native_fp8}
+    constants |= {"HAS_C": by_row, "HAS_BIAS": False, "BLOCK_M": block_m}
     constants |= {"BLOCK_N": gemm.BLOCK_N, "BLOCK_K": gemm.BLOCK_K}
-    return Variant(gemm.gemm_kernel, pointers | sizes | {"plane_sfa": "i32"}, constants)
+    return Variant(gemm.gemm_kernel, pointers | sizes, constants)
 
 
 def _integers(*names: str) -> dict[str, str]:
@@ -190,8 +195,9 @@ def variants(target: str) -> dict[str, Variant]:
         ),
     }
     found |= mla_variants() | moe_variants()
-    for kind, name in enumerate(("dense", "contiguous", "masked")):
-        found[f"gemm_{name}"] = gemm_variant(kind, native, 128 if kind < 2 else 64)
+    for kind, name in enumerate(("dense", "contiguous", "masked", "along_k")):
+        found[f"gemm_{name}"] = gemm_variant(kind, native, 64 if name == "masked" else 128)
+    found["gemm_rows"] = gemm_variant(1, native, 128, gather=True)
     return found
 
 

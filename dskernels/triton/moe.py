@@ -89,23 +89,32 @@ def _gate_statistics(topk_idx, scores, sequences: int) -> tuple[torch.Tensor, to
 
 
 def _layout(
-    topk_idx: torch.Tensor, experts: int, alignment: int
+    topk_idx: torch.Tensor,
+    experts: int,
+    alignment: int,
+    expert_map: torch.Tensor | None = None,
+    shared: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """group_sizes int64 [e] and row_map int64 [t, k] of a stable sort by expert, on the device."""
+    """group_sizes int64 [e] and row_map int64 [t, k + s] of a stable sort by expert, on the
+    device."""
     topk_idx = topk_idx.to(torch.int64).contiguous()
-    slots, device = topk_idx.numel(), topk_idx.device
-    row_map = torch.empty_like(topk_idx)
+    (tokens, topk), device = topk_idx.shape, topk_idx.device
+    chosen = topk_idx.new_empty(tokens, topk + shared)
+    row_map, slots = torch.empty_like(chosen), chosen.numel()
     if slots == 0 or experts == 0:
         return torch.zeros(experts, dtype=torch.int64, device=device), row_map.fill_(-1)
     chunks = triton.cdiv(slots, CHUNK)
     counts = torch.empty(chunks, experts, dtype=torch.int32, device=device)
+    mapped = expert_map is not None
+    table = expert_map.to(torch.int64).contiguous() if mapped else topk_idx
     count_kernel[(chunks, triton.cdiv(experts, EXPERTS_BLOCK))](
-        topk_idx, counts, slots, experts, CHUNK=CHUNK, BLOCK=EXPERTS_BLOCK
-    )
+        topk_idx, table, chosen, counts, slots, topk, shared, table.shape[1], experts,
+        MAPPED=mapped, CHUNK=CHUNK, BLOCK=EXPERTS_BLOCK,
+    )  # fmt: skip
     before = counts.cumsum(0)  # of the expert, up to and with the chunk
     group_sizes = (before[-1] + alignment - 1) // alignment * alignment
     first_row = before - counts + (group_sizes.cumsum(0) - group_sizes)
-    place_kernel[(chunks,)](topk_idx, first_row, row_map, slots, experts, CHUNK=CHUNK)
+    place_kernel[(chunks,)](chosen, first_row, row_map, slots, experts, CHUNK=CHUNK)
     return group_sizes, row_map
 
 
@@ -121,12 +130,17 @@ def _copy_rows(x: torch.Tensor, row_map: torch.Tensor, out: torch.Tensor) -> tor
 
 
 def moe_permute(
-    x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int, *, alignment: int = 1
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    num_experts: int,
+    *,
+    alignment: int = 1,
+    expert_map: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As dskernels.ref.moe.moe_permute; the number of rows is a result, so the call waits for the
     device."""
     _need_plain("x", x)
-    group_sizes, row_map = _layout(topk_idx, num_experts, alignment)
+    group_sizes, row_map = _layout(topk_idx, num_experts, alignment, expert_map)
     x_perm = x.new_zeros(int(group_sizes.sum()), x.shape[1])
     return _copy_rows(x, row_map, x_perm), group_sizes, row_map
 
@@ -134,7 +148,8 @@ def moe_permute(
 def moe_unpermute(
     y: torch.Tensor, row_map: torch.Tensor, topk_weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """As dskernels.ref.moe.moe_unpermute, the same bits."""
+    """As dskernels.ref.moe.moe_unpermute, the same bits. The columns of row_map [t, k + s] behind
+    those of topk_weights [t, k] are shared experts' with weight 1."""
     _need_plain("y", y)
     y, row_map = y.contiguous(), row_map.to(torch.int64).contiguous()
     (tokens, topk), depth = row_map.shape, y.shape[1]
@@ -143,7 +158,8 @@ def moe_unpermute(
         weights = y if topk_weights is None else topk_weights.float().contiguous()
         block = min(RUN, triton.next_power_of_2(depth))
         unpermute_kernel[(tokens, triton.cdiv(depth, block))](
-            y, row_map, weights, out, topk, depth,
+            y, row_map, weights, out, topk,
+            0 if topk_weights is None else topk - topk_weights.shape[1], depth,
             WEIGHTED=topk_weights is not None, BLOCK=block, **EXACT,
         )  # fmt: skip
     return out
@@ -178,8 +194,12 @@ def moe_experts(
     w2: torch.Tensor | ScaledTensor,
     topk_idx: torch.Tensor,
     topk_weights: torch.Tensor,
+    *,
+    expert_map: torch.Tensor | None = None,
+    num_shared: int = 0,
+    layout: str | None = None,
 ) -> torch.Tensor:
-    """As dskernels.ref.moe.moe_experts with e4m3 weights in blocks of 128 x 128.
+    """As dskernels.ref.moe.moe_experts with e4m3 weights in blocks of 128 x 128; one layout.
 
     Nothing waits for the device: there is room for every slot, and the products read the groups'
     sizes themselves. A token is quantised once, however many experts it goes to.
@@ -188,9 +208,9 @@ def moe_experts(
     for name, weight in (("w13", w13), ("w2", w2)):
         if not isinstance(weight, ScaledTensor):
             raise Unsupported(f"{name}: expected a ScaledTensor, got a plain tensor")
-    if topk_idx.numel() == 0:
+    if x.shape[0] * (topk_idx.shape[1] + num_shared) == 0:
         return torch.zeros_like(x)
-    group_sizes, row_map = _layout(topk_idx, w13.shape[0], 1)
+    group_sizes, row_map = _layout(topk_idx, w13.shape[0], 1, expert_map, num_shared)
     tokens, rows = rowwise.quantize(x), row_map.numel()
     data = torch.zeros(rows, x.shape[1], dtype=torch.uint8, device=x.device)
     _copy_rows(tokens.data.view(torch.uint8), row_map, data)

@@ -110,13 +110,44 @@ def gate_kernel(
 
 
 @triton.jit
+def replica_of(named, token, expert_map_ptr, replicas):
+    """The replica that stands for an expert at a token: see ref.moe.choose_replicas."""
+    row = expert_map_ptr + named.to(tl.int64) * replicas
+    count = tl.zeros(named.shape, tl.int32)
+    for r in range(0, replicas):
+        count += (tl.load(row + r, mask=named >= 0, other=-1) >= 0).to(tl.int32)
+    turn = token.to(tl.uint32) * 2654435769
+    number = tl.umulhi(turn, count.to(tl.uint32)).to(tl.int32)
+    chosen = tl.full(named.shape, -1, tl.int32)
+    for r in range(0, replicas):
+        replica = tl.load(row + r, mask=named >= 0, other=-1).to(tl.int32)
+        chosen = tl.where((replica >= 0) & (number == 0), replica, chosen)
+        number -= (replica >= 0).to(tl.int32)
+    return chosen
+
+
+@triton.jit
 def count_kernel(
-    topk_idx_ptr, counts_ptr, slots, experts, CHUNK: tl.constexpr, BLOCK: tl.constexpr
-):
-    """counts [chunks, experts] int32: each expert's slots in each chunk of CHUNK slots."""
+    topk_idx_ptr, expert_map_ptr, chosen_ptr, counts_ptr, slots, topk, shared, replicas, experts,
+    MAPPED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """counts [chunks, experts] int32: each expert's slots in each chunk of CHUNK slots.
+
+    A token has `topk` slots of its choice, or of its choice's replicas if MAPPED, and one for each
+    of the last `shared` experts: chosen [slots].
+    """
     slot = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     expert = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    named = tl.load(topk_idx_ptr + slot, mask=slot < slots, other=-1).to(tl.int32)
+    token = slot // (topk + shared)
+    choice = slot % (topk + shared)
+    at = topk_idx_ptr + token.to(tl.int64) * topk + choice
+    named = tl.load(at, mask=(slot < slots) & (choice < topk), other=-1).to(tl.int32)
+    if MAPPED:
+        named = replica_of(named, token, expert_map_ptr, replicas)
+    always = (slot < slots) & (choice >= topk)
+    named = tl.where(always, experts - shared - topk + choice, named)
+    if tl.program_id(1) == 0:
+        tl.store(chosen_ptr + slot, named.to(tl.int64), mask=slot < slots)
     count = tl.sum((named[:, None] == expert[None, :]).to(tl.int32), axis=0)
     tl.store(counts_ptr + tl.program_id(0) * experts + expert, count, mask=expert < experts)
 
@@ -153,10 +184,11 @@ def copy_rows_kernel(
 
 @triton.jit
 def unpermute_kernel(
-    y_ptr, row_map_ptr, weights_ptr, out_ptr, topk, depth,
+    y_ptr, row_map_ptr, weights_ptr, out_ptr, topk, shared, depth,
     WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token's rows, weighted and summed in fp32 in the order of its choices, rounded once.
+    The last `shared` of them have the weight 1.
 
     To be compiled without fusing multiplications and additions: product and sum round apart.
     """
@@ -167,8 +199,9 @@ def unpermute_kernel(
         row = tl.load(row_map_ptr + token * topk + choice)
         if row >= 0:
             value = tl.load(y_ptr + row * depth + column, mask=column < depth, other=0.0)
-            if WEIGHTED:
-                total += value.to(tl.float32) * tl.load(weights_ptr + token * topk + choice)
+            if WEIGHTED and choice < topk - shared:
+                at = token * (topk - shared) + choice
+                total += value.to(tl.float32) * tl.load(weights_ptr + at)
             else:
                 total += value.to(tl.float32)
     like = out_ptr.dtype.element_ty

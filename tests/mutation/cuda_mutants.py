@@ -84,6 +84,10 @@ RULES = (
          lambda m: [f"({m[1]})", f"({m[2]})"]),
     Rule("scale", re.compile(r" ([-+*/%]) (?!=)"), lambda m: [f" {_SWAP[m[1]]} "], SCALES),
     Rule("scale", re.compile(r"(?<=[\w\]])\[([01])\]"), lambda m: [f"[{1 - int(m[1])}]"], SCALES),
+    Rule("constant", re.compile(r"(?<![\w.])(?![01]\.0*f)\d+\.\d*(?:e[-+]?\d+)?f?(?![\w.])"),
+         lambda m: [f"({m[0]} * 1.0625f)"]),
+    Rule("descriptor", re.compile(r"(?<=, )\d+ \* \w+(?=\))"), lambda m: [f"{m[0]} / 2"],
+         re.compile(r"\badvance_k")),
 )  # fmt: skip
 
 

@@ -24,6 +24,12 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "2^-14 itself has the same code on both branches: 64 units of 2^-20 are the smallest normal.",
     (
         "cuda/tile/quantize.cuh",
+        "const uint32_t code = magnitude < 6.103515625e-05f ? subnormal : normal;",
+        "const uint32_t code = magnitude < (6.103515625e-05f * 1.0625f) ? subnormal : normal;",
+    ): "Up to 2^-13 normal values are units of 2^-20 apart as subnormal ones are: both branches give "
+    "the same code.",
+    (
+        "cuda/tile/quantize.cuh",
         "return left >= kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
         "return left > kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
     ): "The row's last whole run then goes element by element: slower, the same values.",
@@ -32,6 +38,36 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "const int begin = min(lane * per_lane, p.experts);",
         "const int begin = (lane * per_lane);",
     ): "A lane that begins behind the last expert ends there: no expert is its own either way.",
+    (
+        "cuda/kernels/moe_experts_backward.cuh",
+        "for (int column = threadIdx.x % kWarp * 4; column < p.width; column += kWarp * 4) {",
+        "for (int column = threadIdx.x % kWarp * 4; column <= p.width; column += kWarp * 4) {",
+    ): "A run with nothing left of the row loads zeros without reading, and stores nothing.",
+    (
+        "cuda/kernels/moe_gate.cuh",
+        "const bool whole = whole_ && k + kGateSlab <= depth;",
+        "const bool whole = whole_ && k + kGateSlab < depth;",
+    ): "The last whole slab then goes element by element: slower, the same values.",
+    (
+        "cuda/kernels/moe_gate.cuh",
+        "const int last = min(first + per_rank, slabs);",
+        "const int last = (first + per_rank);",
+    ): "Slabs behind the depth are loaded as zeros, nothing being read, and add zeros to the sums.",
+    (
+        "cuda/kernels/moe_gate.cuh",
+        "if (first < last) load(first);",
+        "if (first <= last) load(first);",
+    ): "A slab too many is loaded into registers, zeros behind the depth, and never used.",
+    (
+        "cuda/kernels/moe_gate.cuh",
+        "if (i + 1 < last) load(i + 1);",
+        "if (i + 1 <= last) load(i + 1);",
+    ): "A slab too many is loaded into registers, zeros behind the depth, and never used.",
+    (
+        "cuda/kernels/moe_gate.cuh",
+        "for (int i = threadIdx.x; i < kGateTokens * kGateExperts; i += kGateThreads) {",
+        "for (int i = threadIdx.x; i <= kGateTokens * kGateExperts; i += kGateThreads) {",
+    ): "Thread 0's element more lies where is_last is kept, which it writes itself afterwards.",
     (
         "cuda/tile/gate_choice.cuh",
         "for (int e = lane; e < p.experts; e += kWarp) value[e] = sigmoid(value[e]);",
@@ -142,4 +178,69 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "A warp overwrites the 16 rows of A that are its own share of the products, and its own wait has "
     "ended them; the emulator takes that for enough. PTX does not promise which warp reads what, so the "
     "barrier stays.",
+    (
+        "cuda/kernels/gemm_bf16.cuh",
+        "ptx::fence_accumulators(sum);",
+        ";",
+    ): "A fence for the compiler, which is no instruction: this compiler keeps the sums where they "
+    "are without it too. Nothing but the fence makes it.",
+    (
+        "cuda/kernels/gemm_bf16.cuh",
+        "min(tile.row_end - row, kMmaM), tile.n_start, tile.group,",
+        "(tile.row_end - row), tile.n_start, tile.group,",
+    ): "The only rows that are counted against it are the 64 of the fragment, and a tile of more "
+    "than 64 rows is whole either way.",
+    (
+        "cuda/kernels/gemm_fp8_1d1d.cuh",
+        "min(tile.row_end - row, kMmaM), tile.n_start, tile.group, false};",
+        "(tile.row_end - row), tile.n_start, tile.group, false};",
+    ): "The only rows that are counted against it are the 64 of the fragment, and a tile of more "
+    "than 64 rows is whole either way.",
+    (
+        "cuda/kernels/gemm_fp8_1d2d.cuh",
+        "place.rows_left = min(place.rows_left - first_row, kMmaM);",
+        "place.rows_left = (place.rows_left - first_row);",
+    ): "The only rows that are counted against it are the 64 of the fragment, and a tile of more "
+    "than 64 rows is whole either way.",
+    (
+        "cuda/kernels/gemm_fp8_swiglu.cuh",
+        "ResultPlace place{tile.a_row, min(tile.row_end - tile.a_row, Shape::kBlockM),",
+        "ResultPlace place{tile.a_row, (tile.row_end - tile.a_row),",
+    ): "The only rows that are counted against it are the 64 of the fragment, and a tile of more "
+    "than 64 rows is whole either way.",
+    (
+        "cuda/kernels/gemm_fp8_swiglu.cuh",
+        "const bool whole = at.rows_left >= Shape::kBlockM || at.clipped;",
+        "const bool whole = at.rows_left > Shape::kBlockM || at.clipped;",
+    ): "A tile of exactly 64 rows then goes out by 16-byte copies instead of TMA: slower, the same "
+    "values.",
+    (
+        "cuda/kernels/gemm_fp8_swiglu.cuh",
+        "int parity = 0;",
+        "int parity = 1;",
+    ): "The two buffers change names.",
+    (
+        "cuda/kernels/gemm_fp8_swiglu.cuh",
+        "parity ^= 1;",
+        ";",
+    ): "The barrier before the panel is stored already lies between a tile's reads of the maxima and "
+    "the next tile's writes; the second buffer is not needed while it does.",
+    (
+        "cuda/kernels/gemm_runs.cuh",
+        "for (int base = 0; base < p.rows; base += kThreads) {",
+        "for (int base = 0; base <= p.rows; base += kThreads) {",
+    ): "One more turn over rows that do not exist, where p.rows is a multiple of kThreads: none "
+    "starts a run or ends one.",
+    (
+        "cuda/tile/gemm_promote.cuh",
+        "constexpr bool kOverlapsItself = kN <= 64 || (kN <= 128 && kMathWarpgroups == 1);",
+        "constexpr bool kOverlapsItself = kN < 64 || (kN <= 128 && kMathWarpgroups == 1);",
+    ): "Only how many products are under way at once: each k block's sums, and their order, are the "
+    "same.",
+    (
+        "cuda/tile/gemm_promote.cuh",
+        "constexpr bool kOverlapsItself = kN <= 64 || (kN <= 128 && kMathWarpgroups == 1);",
+        "constexpr bool kOverlapsItself = kN <= 64 || (kN < 128 && kMathWarpgroups == 1);",
+    ): "Only how many products are under way at once: each k block's sums, and their order, are the "
+    "same.",
 }

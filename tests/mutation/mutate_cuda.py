@@ -4,8 +4,8 @@
         [--only REGEX] [--list] [--sample N] [--seeds 0,1,2] [--jobs N]
 
 The mutants are found by pattern (cuda_mutants.py): every fence, wait, barrier, arrival, phase,
-expected byte count, swizzle constant, tail bound and scale index of the sources under
-csrc/cuda/kernels and csrc/cuda/tile that the stem's kernels include. For each, the instances it
+expected byte count, swizzle constant, tail bound, scale index, numerical constant and step of a
+descriptor in the sources under csrc/cuda/kernels and csrc/cuda/tile that the stem's kernels include. For each, the instances it
 touches are compiled to PTX, and the tests that launch them run on the emulator with its checks on,
 under the fixed schedule and under random ones. A baseline run tells which test launches what.
 

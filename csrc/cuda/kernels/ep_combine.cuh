@@ -1,12 +1,20 @@
-// Combine inside a node: each token's results, wherever they are, summed in fp32 in order of rank.
+// Combine: each token's results, wherever they are, summed in fp32 in order of rank.
 //
-// Bound by NVLink: 4096 tokens x 14336 bytes of BF16 from 5.3 ranks are 310 MB, 0.69 ms at 450
-// GB/s; 59 MB are written to memory, 18 us. The sums are 0.16 GFLOP, nothing.
+// Inside a node bound by NVLink: 4096 tokens x 14336 bytes of BF16 from 5.3 ranks are 310 MB, 0.69
+// ms at 450 GB/s; 59 MB are written to memory, 18 us. The sums are 0.16 GFLOP, nothing.
 //
 // Schedule. The experts' results lie in this rank's window, written by earlier kernels. CTA 0 tells
 // every peer where (kReady). Warps take tokens in turn; a lane loads 16 bytes from each rank that
 // has a row, lowest rank first, and adds: the order is fixed, so the sum is, too. The last CTA
 // raises kRead at all peers and waits for theirs: then the results may be overwritten.
+//
+// Over several nodes the network is the bound: 4096 tokens from 3 other nodes are 176 MB, 3.5 ms at
+// 50 GB/s. Each rank first sums, for the tokens that it passed on in dispatch (ep_forward.cuh), the
+// rows of its node, and stores the sum, rounded to bf16, at the token's rank (kPartial): one row
+// per token and node crosses. Then it adds the sums of all nodes, lowest first, its own unrounded.
+// Where the rank on its rail is dead it reads that node's rows itself and rounds their sum: the
+// same bits. Partial sums lie where dispatch keeps what it forwards; both sides have left it by
+// kReady.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -44,13 +52,13 @@ __device__ __forceinline__ proto::ReturnNotice* return_notice(const EpGroup& g, 
                                                 source * proto::kLine);
 }
 
-__device__ __forceinline__ void offer_results(const EpCombineParams& p) {
+__device__ __forceinline__ void offer_results(const EpCombineParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
   const int peer = threadIdx.x;
-  if (peer < g.shape.ranks && proto::is_alive(g.alive, peer)) {
-    *return_notice(g, peer, g.rank) = {g.epoch, p.results, p.weights, int64_t(p.elements) * 2};
+  if (peer < g.shape.ranks && proto::is_alive(now.alive, peer)) {
+    *return_notice(g, peer, g.rank) = {now.epoch, p.results, p.weights, int64_t(p.elements) * 2};
   }
-  raise_everywhere(g, proto::kReady, g.epoch);
+  raise_everywhere(g, now, proto::kReady);
 }
 
 // Where the results of every rank lie.
@@ -59,18 +67,140 @@ struct EpResults {
   const float* weights[proto::kMaxRanks];
 };
 
-__device__ __forceinline__ void sum_token(const EpCombineParams& p, int token,
+// Ranks of a node, and nodes; one node if ranks_per_node is 0.
+struct EpNodes {
+  int ranks, count, own;
+};
+__device__ __forceinline__ EpNodes nodes_of(const EpCombineParams& p) {
+  const EpGroup& g = p.group;
+  if (p.ranks_per_node == 0) return {g.shape.ranks, 1, 0};
+  return {p.ranks_per_node, g.shape.ranks / p.ranks_per_node, g.rank / p.ranks_per_node};
+}
+
+// Adds 16 bytes of a token's rows at the ranks of one node; row_of[j] is its row at the j-th.
+__device__ __forceinline__ void add_node(const EpCombineParams& p, const EpNow& now,
+                                         const EpResults& results, const int32_t* row_of, int first,
+                                         int ranks, int64_t at, float (&total)[kEpValues]) {
+  for (int j = 0; j < ranks; ++j) {
+    if (row_of[j] < 0 || !proto::is_alive(now.alive, first + j)) continue;
+    add_piece(total, *reinterpret_cast<const uint4*>(results.rows[first + j] +
+                                                     row_of[j] * int64_t(p.elements) * 2 + at));
+  }
+}
+__device__ __forceinline__ float node_weight(const EpCombineParams& p, const EpNow& now,
+                                             const EpResults& results, const int32_t* row_of,
+                                             int first, int ranks, int slot) {
+  float total = 0.f;
+  for (int j = 0; j < ranks; ++j) {
+    if (row_of[j] < 0 || !proto::is_alive(now.alive, first + j)) continue;
+    total = __fadd_rn(total, results.weights[first + j][int64_t(row_of[j]) * p.topk + slot]);
+  }
+  return total;
+}
+
+// ---- sums for other nodes ----
+
+// A sum and its weights, as a row and its record; [source rank][place] in the owner's region.
+__device__ __forceinline__ proto::RegionLayout partial_fields(const EpCombineParams& p) {
+  return proto::RegionLayout::of({int64_t(p.elements) * 2, 0, p.topk, 1},
+                                 p.group.shape.ranks * p.group.shape.max_tokens);
+}
+__device__ __forceinline__ uint8_t* partial_row(const EpCombineParams& p,
+                                                const proto::RegionLayout& fields, int owner,
+                                                int source, int64_t place) {
+  const int64_t slot = source * p.group.shape.max_tokens + place;
+  return p.group.windows[owner] + p.partial + fields.x + slot * p.elements * 2;
+}
+__device__ __forceinline__ float* partial_weights(const EpCombineParams& p,
+                                                  const proto::RegionLayout& fields, int owner,
+                                                  int source, int64_t place) {
+  const int64_t slot = source * p.group.shape.max_tokens + place;
+  return reinterpret_cast<float*>(p.group.windows[owner] + p.partial + fields.records +
+                                  slot * int64_t(fields.record_bytes) + fields.topk_weights);
+}
+
+__device__ __forceinline__ void send_sum(const EpCombineParams& p, const EpNow& now,
+                                         const EpResults& results, int owner, int place) {
+  const EpGroup& g = p.group;
+  const EpNodes nodes = nodes_of(p);
+  const int lane = threadIdx.x % kEpWarp, first = nodes.own * nodes.ranks;
+  const proto::RegionLayout fields = partial_fields(p);
+  const int64_t entry = (owner / nodes.ranks) * g.shape.max_tokens + place;
+  const int32_t* row_of = p.forwarded + entry * nodes.ranks;
+  uint8_t* to = partial_row(p, fields, owner, g.rank, place);
+  for (int64_t at = lane * 16; at < int64_t(p.elements) * 2; at += kEpWarp * 16) {
+    float total[kEpValues] = {};
+    add_node(p, now, results, row_of, first, nodes.ranks, at, total);
+    *reinterpret_cast<uint4*>(to + at) = round_piece(total);
+  }
+  if (p.with_weights && lane < p.topk) {
+    partial_weights(p, fields, owner, g.rank, place)[lane] =
+        node_weight(p, now, results, row_of, first, nodes.ranks, lane);
+  }
+}
+
+// Whether this rank and `peer`, of another node, sum for each other.
+__device__ __forceinline__ bool sums_for(const EpCombineParams& p, const EpNow& now, int peer) {
+  return peer < p.group.shape.ranks && proto::is_alive(now.alive, peer) &&
+         proto::share_rail(peer, p.group.rank, p.ranks_per_node);
+}
+
+// This node's sums to the ranks of other nodes, then wait for theirs. False: somebody is silent.
+__device__ __forceinline__ bool exchange_sums(const EpCombineParams& p, const EpNow& now,
+                                              const EpResults& results) {
+  const EpGroup& g = p.group;
+  const int warps = blockDim.x / kEpWarp;
+  for (int owner = 0; owner < g.shape.ranks; ++owner) {
+    if (!sums_for(p, now, owner)) continue;
+    const int count = p.num_forwarded[owner / p.ranks_per_node];
+    for (int i = blockIdx.x * warps + threadIdx.x / kEpWarp; i < count; i += gridDim.x * warps) {
+      send_sum(p, now, results, owner, i);
+    }
+  }
+  const int peer = threadIdx.x;
+  if (last_to_arrive(g, now, 1) && sums_for(p, now, peer)) {
+    raise_at(g, now, peer, proto::kPartial, g.rank);
+  }
+  const bool reached = !sums_for(p, now, peer) || poll_signal(g, now, proto::kPartial, peer);
+  return __syncthreads_and(reached);
+}
+
+// ---- this rank's tokens ----
+
+// Where a token's sum over `node` lies in this rank's window; -1: nobody sent one.
+__device__ __forceinline__ int sent_sum(const EpCombineParams& p, const EpNow& now,
+                                        const EpNodes& nodes, int token, int node) {
+  if (node == nodes.own) return -1;
+  const int rail = proto::rail_of(p.group.rank, node, nodes.ranks);
+  return proto::is_alive(now.alive, rail) ? p.forward_of[int64_t(token) * nodes.count + node] : -1;
+}
+
+__device__ __forceinline__ void sum_token(const EpCombineParams& p, const EpNow& now, int token,
                                           const EpResults& results) {
   const EpGroup& g = p.group;
+  const EpNodes nodes = nodes_of(p);
+  const proto::RegionLayout fields = partial_fields(p);
   const int lane = threadIdx.x % kEpWarp;
   const int64_t row_bytes = int64_t(p.elements) * 2;
   const int32_t* row_of = p.row_of + int64_t(token) * g.shape.ranks;
   for (int64_t at = lane * 16; at < row_bytes; at += kEpWarp * 16) {
     float total[kEpValues] = {};
-    for (int peer = 0; peer < g.shape.ranks; ++peer) {
-      if (row_of[peer] < 0) continue;
-      add_piece(total, *reinterpret_cast<const uint4*>(results.rows[peer] +
-                                                       row_of[peer] * row_bytes + at));
+    for (int node = 0; node < nodes.count; ++node) {
+      const int place = sent_sum(p, now, nodes, token, node), first = node * nodes.ranks;
+      if (place >= 0) {
+        const int rail = proto::rail_of(g.rank, node, nodes.ranks);
+        add_piece(total, *reinterpret_cast<const uint4*>(
+                             partial_row(p, fields, g.rank, rail, place) + at));
+        continue;
+      }
+      float sum[kEpValues] = {};
+      add_node(p, now, results, row_of + first, first, nodes.ranks, at, sum);
+      if (node != nodes.own) {
+        add_piece(total, round_piece(sum));
+        continue;
+      }
+#pragma unroll
+      for (int i = 0; i < kEpValues; ++i) total[i] = __fadd_rn(total[i], sum[i]);
     }
     if (p.bias != nullptr) {
       add_piece(total, *reinterpret_cast<const uint4*>(p.bias + token * row_bytes + at));
@@ -79,33 +209,43 @@ __device__ __forceinline__ void sum_token(const EpCombineParams& p, int token,
   }
   if (p.with_weights && lane < p.topk) {
     float total = 0.f;
-    for (int peer = 0; peer < g.shape.ranks; ++peer) {
-      if (row_of[peer] < 0) continue;
-      total = __fadd_rn(total, results.weights[peer][int64_t(row_of[peer]) * p.topk + lane]);
+    for (int node = 0; node < nodes.count; ++node) {
+      const int place = sent_sum(p, now, nodes, token, node), first = node * nodes.ranks;
+      const int rail = proto::rail_of(g.rank, node, nodes.ranks);
+      total = __fadd_rn(total, place >= 0 ? partial_weights(p, fields, g.rank, rail, place)[lane]
+                                          : node_weight(p, now, results, row_of + first, first,
+                                                        nodes.ranks, lane));
     }
     p.out_weights[int64_t(token) * p.topk + lane] = total;
   }
 }
 
-__device__ __forceinline__ void combine_results(const EpCombineParams& p) {
+__device__ __forceinline__ void combine_call(const EpCombineParams& p, const EpNow& now) {
   __shared__ EpResults results;
   const EpGroup& g = p.group;
-  if (blockIdx.x == 0) offer_results(p);
-  if (!await_everyone(g, proto::kReady, g.epoch)) return;
+  if (blockIdx.x == 0) offer_results(p, now);
+  if (!await_everyone(g, now, proto::kReady)) return;
   for (int peer = threadIdx.x; peer < g.shape.ranks; peer += blockDim.x) {
-    if (!proto::is_alive(g.alive, peer)) continue;
+    if (!proto::is_alive(now.alive, peer)) continue;
     const proto::ReturnNotice& notice = *return_notice(g, g.rank, peer);
     results.rows[peer] = g.windows[peer] + notice.region;
     results.weights[peer] = reinterpret_cast<const float*>(g.windows[peer] + notice.weights);
   }
   __syncthreads();
+  if (p.ranks_per_node != 0 && !exchange_sums(p, now, results)) return;
   for (int token = blockIdx.x * kEpCombineWarps + threadIdx.x / kEpWarp; token < p.tokens;
        token += gridDim.x * kEpCombineWarps) {
-    sum_token(p, token, results);
+    sum_token(p, now, token, results);
   }
-  if (!last_to_arrive(g)) return;
-  raise_everywhere(g, proto::kRead, g.epoch);
-  await_everyone(g, proto::kRead, g.epoch);
+  if (!last_to_arrive(g, now, 0)) return;
+  raise_everywhere(g, now, proto::kRead);
+  await_everyone(g, now, proto::kRead);
+}
+
+__device__ __forceinline__ void combine_results(const EpCombineParams& p) {
+  const EpNow now = begin_call(p.group, kEpNormal);
+  combine_call(p, now);
+  end_call(p.group, now);
 }
 
 }  // namespace dsk

@@ -27,12 +27,12 @@ constexpr int kEpDispatchWarps = 8;
 
 // Warp by warp over the ranks: tokens that go there, in order. Leaves row_of[t, r] (from 0) and
 // rows_to[r]; mentions by counting, whose order does not matter.
-__device__ __forceinline__ void rank_tokens(const EpDispatchParams& p) {
+__device__ __forceinline__ void rank_tokens(const EpDispatchParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
   const int warp = threadIdx.x / kEpWarp, lane = threadIdx.x % kEpWarp, topk = p.row.topk;
   for (int rank = warp; rank < g.shape.ranks; rank += kEpDispatchWarps) {
     const int low = g.experts.begin[rank], high = g.experts.begin[rank + 1];
-    const bool up = proto::is_alive(g.alive, rank);
+    const bool up = proto::is_alive(now.alive, rank);
     uint32_t rows = 0;
     for (int begin = 0; begin < p.tokens; begin += kEpWarp) {
       const int token = begin + lane;
@@ -52,23 +52,23 @@ __device__ __forceinline__ void rank_tokens(const EpDispatchParams& p) {
   }
   for (int e = threadIdx.x; e < g.experts.total; e += blockDim.x) p.mentions[e] = 0;
   __syncthreads();
-  place_forwards(p);
+  place_forwards(p, now);
   for (int64_t i = threadIdx.x; i < int64_t(p.tokens) * topk; i += blockDim.x) {
     if (p.topk_idx[i] >= 0) atomicAdd(p.mentions + p.topk_idx[i], 1u);
   }
   __syncthreads();
 }
 
-__device__ __forceinline__ void send_notices(const EpDispatchParams& p) {
+__device__ __forceinline__ void send_notices(const EpDispatchParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
   for (int peer = 0; peer < g.shape.ranks; ++peer) {
-    if (!proto::is_alive(g.alive, peer)) continue;
+    if (!proto::is_alive(now.alive, peer)) continue;
     auto* notice = reinterpret_cast<proto::Notice*>(notice_at(g, peer, g.rank));
     if (threadIdx.x == 0) {
-      notice->epoch = g.epoch;
+      notice->epoch = now.epoch;
       notice->region = p.region;
       notice->shape = p.row;
-      notice->forwards = forwards_through(p, peer);
+      notice->forwards = forwards_through(p, now, peer);
     }
     for (int r = threadIdx.x; r < g.shape.ranks; r += blockDim.x) {
       notice->rows_to[r] = p.rows_to[r];
@@ -79,18 +79,19 @@ __device__ __forceinline__ void send_notices(const EpDispatchParams& p) {
       mentions[e] = p.mentions[first + e];
     }
   }
-  raise_everywhere(g, proto::kNotified, g.epoch);
+  raise_everywhere(g, now, proto::kNotified);
 }
 
-__device__ __forceinline__ void find_targets(const EpGroup& g, EpTargets& targets) {
+__device__ __forceinline__ void find_targets(const EpGroup& g, const EpNow& now,
+                                             EpTargets& targets) {
   for (int peer = threadIdx.x; peer < g.shape.ranks; peer += blockDim.x) {
-    if (!proto::is_alive(g.alive, peer)) continue;
+    if (!proto::is_alive(now.alive, peer)) continue;
     const auto rows_to = [&](int from, int to) {
       return reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, from))->rows_to[to];
     };
     const auto* notice = reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, peer));
     targets.region[peer] = g.windows[peer] + notice->region;
-    targets.first_row[peer] = int32_t(proto::first_row(rows_to, g.rank, peer, g.alive));
+    targets.first_row[peer] = int32_t(proto::first_row(rows_to, g.rank, peer, now.alive));
   }
   __syncthreads();
 }
@@ -106,7 +107,7 @@ __device__ __forceinline__ EpToken own_token(const EpDispatchParams& p, int toke
           token};
 }
 
-__device__ __forceinline__ void send_token(const EpDispatchParams& p, int token,
+__device__ __forceinline__ void send_token(const EpDispatchParams& p, const EpNow& now, int token,
                                            const EpTargets& targets,
                                            const proto::RegionLayout& fields) {
   const EpGroup& g = p.group;
@@ -122,25 +123,26 @@ __device__ __forceinline__ void send_token(const EpDispatchParams& p, int token,
   for (int64_t at = lane * 16; at < p.row.row_bytes; at += kEpWarp * 16) {
     const uint4 piece = *reinterpret_cast<const uint4*>(from.x + at);
     for (int peer = 0; peer < g.shape.ranks; ++peer) {
-      if (row_of[peer] < 0 || !proto::goes_direct(g.rank, peer, p.ranks_per_node, g.alive))
+      if (row_of[peer] < 0 || !proto::goes_direct(g.rank, peer, p.ranks_per_node, now.alive))
         continue;
       store_piece(targets.region[peer] + fields.x, row_of[peer], p.row.row_bytes, at, piece);
     }
   }
   for (int peer = 0; peer < g.shape.ranks; ++peer) {
-    if (row_of[peer] < 0 || !proto::goes_direct(g.rank, peer, p.ranks_per_node, g.alive)) continue;
+    if (row_of[peer] < 0 || !proto::goes_direct(g.rank, peer, p.ranks_per_node, now.alive))
+      continue;
     store_record(p, from, peer, fields, targets.region[peer], row_of[peer]);
   }
   send_forwards(p, from, row_of);
 }
 
 // How much this rank has received, for the host or the next kernel.
-__device__ __forceinline__ void count_received(const EpDispatchParams& p) {
+__device__ __forceinline__ void count_received(const EpDispatchParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
   for (int e = threadIdx.x; e <= g.experts.count(g.rank); e += blockDim.x) {
     uint32_t total = 0;
     for (int source = 0; source < g.shape.ranks; ++source) {
-      if (!proto::is_alive(g.alive, source)) continue;
+      if (!proto::is_alive(now.alive, source)) continue;
       const auto* notice = reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, source));
       total +=
           e == 0 ? notice->rows_to[g.rank] : reinterpret_cast<const uint32_t*>(notice + 1)[e - 1];
@@ -149,26 +151,51 @@ __device__ __forceinline__ void count_received(const EpDispatchParams& p) {
   }
 }
 
-__device__ __forceinline__ void dispatch_tokens(const EpDispatchParams& p) {
+// Rows that nobody sent name no expert: for callers that take the whole region, sizes unread.
+__device__ __forceinline__ void clear_behind(const EpDispatchParams& p, const EpNow& now,
+                                             const proto::RegionLayout& fields) {
+  const EpGroup& g = p.group;
+  int64_t rows = 0;
+  for (int source = 0; source < g.shape.ranks; ++source) {
+    if (!proto::is_alive(now.alive, source)) continue;
+    rows += reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, source))->rows_to[g.rank];
+  }
+  uint8_t* records = g.windows[g.rank] + p.region + fields.records + fields.topk_idx;
+  const int64_t slots = g.shape.ranks * g.shape.max_tokens * p.row.topk;
+  for (int64_t i = rows * p.row.topk + blockIdx.x * blockDim.x + threadIdx.x; i < slots;
+       i += gridDim.x * blockDim.x) {
+    uint8_t* record = records + i / p.row.topk * int64_t(fields.record_bytes);
+    reinterpret_cast<int64_t*>(record)[i % p.row.topk] = -1;
+  }
+}
+
+__device__ __forceinline__ void dispatch_call(const EpDispatchParams& p, const EpNow& now) {
   __shared__ EpTargets targets;
   const EpGroup& g = p.group;
   if (blockIdx.x == 0) {
-    rank_tokens(p);
-    send_notices(p);
+    rank_tokens(p, now);
+    send_notices(p, now);
   }
-  if (!await_everyone(g, proto::kNotified, g.epoch)) return;
-  find_targets(g, targets);
+  if (!await_everyone(g, now, proto::kNotified)) return;
+  find_targets(g, now, targets);
   const proto::RegionLayout fields =
       proto::RegionLayout::of(p.row, g.shape.ranks * g.shape.max_tokens);
   for (int token = blockIdx.x * kEpDispatchWarps + threadIdx.x / kEpWarp; token < p.tokens;
        token += gridDim.x * kEpDispatchWarps) {
-    send_token(p, token, targets, fields);
+    send_token(p, now, token, targets, fields);
   }
-  if (last_to_arrive(g)) say_sent(p);
-  if (p.ranks_per_node != 0 && !forward_rows(p, targets, fields)) return;
-  if (!last_to_arrive(g, 1)) return;
-  if (p.ranks_per_node != 0) say_forwarded(p);
-  if (await_everyone(g, proto::kSent, g.epoch)) count_received(p);
+  if (p.whole_region) clear_behind(p, now, fields);
+  if (last_to_arrive(g, now, 0)) say_sent(p, now);
+  if (p.ranks_per_node != 0 && !forward_rows(p, now, targets, fields)) return;
+  if (!last_to_arrive(g, now, 1)) return;
+  if (p.ranks_per_node != 0) say_forwarded(p, now);
+  if (await_everyone(g, now, proto::kSent)) count_received(p, now);
+}
+
+__device__ __forceinline__ void dispatch_tokens(const EpDispatchParams& p) {
+  const EpNow now = begin_call(p.group, kEpNormal);
+  dispatch_call(p, now);
+  end_call(p.group, now);
 }
 
 }  // namespace dsk

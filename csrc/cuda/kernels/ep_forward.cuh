@@ -82,14 +82,14 @@ __device__ __forceinline__ int32_t* rows_behind(uint8_t* record, const proto::Re
 }
 
 // Whether this rank sends tokens to another node through a rank there.
-__device__ __forceinline__ bool uses_rail(const EpDispatchParams& p, int node) {
+__device__ __forceinline__ bool uses_rail(const EpDispatchParams& p, const EpNow& now, int node) {
   const EpGroup& g = p.group;
   return node != proto::node_of(g.rank, p.ranks_per_node) &&
-         proto::is_alive(g.alive, proto::rail_of(g.rank, node, p.ranks_per_node));
+         proto::is_alive(now.alive, proto::rail_of(g.rank, node, p.ranks_per_node));
 }
 
 // Rank the tokens of every other node, as rank_tokens does for ranks; by CTA 0.
-__device__ __forceinline__ void place_forwards(const EpDispatchParams& p) {
+__device__ __forceinline__ void place_forwards(const EpDispatchParams& p, const EpNow& now) {
   if (p.ranks_per_node == 0) return;
   const EpGroup& g = p.group;
   const int lane = threadIdx.x % kEpWarp, nodes = num_nodes(p);
@@ -101,7 +101,7 @@ __device__ __forceinline__ void place_forwards(const EpDispatchParams& p) {
       for (int j = 0; token < p.tokens && j < p.ranks_per_node; ++j) {
         goes |= p.row_of[int64_t(token) * g.shape.ranks + node * p.ranks_per_node + j] >= 0;
       }
-      goes = goes && uses_rail(p, node);
+      goes = goes && uses_rail(p, now, node);
       const uint32_t votes = __ballot_sync(0xffffffffu, goes);
       if (token < p.tokens) {
         p.forward_of[int64_t(token) * nodes + node] =
@@ -114,10 +114,12 @@ __device__ __forceinline__ void place_forwards(const EpDispatchParams& p) {
 }
 
 // How many rows `peer` is to pass on for this rank.
-__device__ __forceinline__ uint32_t forwards_through(const EpDispatchParams& p, int peer) {
+__device__ __forceinline__ uint32_t forwards_through(const EpDispatchParams& p, const EpNow& now,
+                                                     int peer) {
   if (p.ranks_per_node == 0) return 0;
   const int node = proto::node_of(peer, p.ranks_per_node), nodes = num_nodes(p);
-  if (!uses_rail(p, node) || proto::rail_of(p.group.rank, node, p.ranks_per_node) != peer) return 0;
+  if (!uses_rail(p, now, node) || proto::rail_of(p.group.rank, node, p.ranks_per_node) != peer)
+    return 0;
   int32_t last = -1;  // places grow with the tokens
   for (int token = p.tokens - 1; token >= 0 && last < 0; --token) {
     last = p.forward_of[int64_t(token) * nodes + node];
@@ -146,31 +148,24 @@ __device__ __forceinline__ void send_forwards(const EpDispatchParams& p, const E
   }
 }
 
-__device__ __forceinline__ void raise_at(const EpGroup& g, int peer, proto::Counter kind,
-                                         int source) {
-  cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
-  SystemWord(*signal_of(g, peer, kind, source)).store(g.epoch, cuda::memory_order_release);
-}
-
 // My rows are where they belong, or at the rank that passes them on.
-__device__ __forceinline__ void say_sent(const EpDispatchParams& p) {
+__device__ __forceinline__ void say_sent(const EpDispatchParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
   const int peer = threadIdx.x;
-  if (peer >= g.shape.ranks || !proto::is_alive(g.alive, peer)) return;
-  if (proto::goes_direct(g.rank, peer, p.ranks_per_node, g.alive)) {
-    raise_at(g, peer, proto::kSent, g.rank);
+  if (peer >= g.shape.ranks || !proto::is_alive(now.alive, peer)) return;
+  if (proto::goes_direct(g.rank, peer, p.ranks_per_node, now.alive)) {
+    raise_at(g, now, peer, proto::kSent, g.rank);
   } else if (proto::rail_of(g.rank, proto::node_of(peer, p.ranks_per_node), p.ranks_per_node) ==
              peer) {
-    raise_at(g, peer, proto::kForwarded, g.rank);
+    raise_at(g, now, peer, proto::kForwarded, g.rank);
   }
 }
 
 // Whether this rank passes on what `source` sends to this node.
-__device__ __forceinline__ bool forwards_for(const EpDispatchParams& p, int source) {
-  const EpGroup& g = p.group;
-  const int node = proto::node_of(g.rank, p.ranks_per_node);
-  return proto::is_alive(g.alive, source) && proto::node_of(source, p.ranks_per_node) != node &&
-         proto::rail_of(source, node, p.ranks_per_node) == g.rank;
+__device__ __forceinline__ bool forwards_for(const EpDispatchParams& p, const EpNow& now,
+                                             int source) {
+  return proto::is_alive(now.alive, source) &&
+         proto::share_rail(source, p.group.rank, p.ranks_per_node);
 }
 
 __device__ __forceinline__ void forward_row(const EpDispatchParams& p, int64_t slot,
@@ -184,6 +179,12 @@ __device__ __forceinline__ void forward_row(const EpDispatchParams& p, int64_t s
   uint8_t* record = region + waiting.records + slot * int64_t(waiting.record_bytes);
   const int32_t* rows = rows_behind(record, waiting, p.row.topk);
   const auto* source = reinterpret_cast<const int64_t*>(record + waiting.source);
+  // Kept for combine, when others' rows stand here.
+  const int node = proto::node_of(int(source[0]), p.ranks_per_node);
+  const int64_t place = node * g.shape.max_tokens + slot % g.shape.max_tokens;
+  for (int j = lane; j < p.ranks_per_node; j += kEpWarp) {
+    p.forwarded[place * p.ranks_per_node + j] = rows[j];
+  }
   const EpToken from{region + waiting.x + slot * p.row.row_bytes,
                      reinterpret_cast<const float*>(record + waiting.scale),
                      1,
@@ -204,19 +205,24 @@ __device__ __forceinline__ void forward_row(const EpDispatchParams& p, int64_t s
 }
 
 // Pass on what other nodes sent here. False if somebody stayed silent.
-__device__ __forceinline__ bool forward_rows(const EpDispatchParams& p, const EpTargets& targets,
+__device__ __forceinline__ bool forward_rows(const EpDispatchParams& p, const EpNow& now,
+                                             const EpTargets& targets,
                                              const proto::RegionLayout& fields) {
   const EpGroup& g = p.group;
   bool reached = true;
   const int mine = threadIdx.x;
-  if (mine < g.shape.ranks && forwards_for(p, mine)) {
-    reached = poll_signal(g, proto::kForwarded, mine, g.epoch);
+  if (mine < g.shape.ranks && forwards_for(p, now, mine)) {
+    reached = poll_signal(g, now, proto::kForwarded, mine);
   }
   if (!__syncthreads_and(reached)) return false;
   const proto::RegionLayout waiting = forward_fields(p);
+  if (blockIdx.x == 0 && mine < g.shape.ranks && forwards_for(p, now, mine)) {
+    const auto* notice = reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, mine));
+    p.num_forwarded[proto::node_of(mine, p.ranks_per_node)] = int32_t(notice->forwards);
+  }
   const int warps = blockDim.x / kEpWarp;
   for (int source = 0; source < g.shape.ranks; ++source) {
-    if (!forwards_for(p, source)) continue;
+    if (!forwards_for(p, now, source)) continue;
     const auto* notice = reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, source));
     for (int i = blockIdx.x * warps + threadIdx.x / kEpWarp; i < int(notice->forwards);
          i += gridDim.x * warps) {
@@ -227,15 +233,15 @@ __device__ __forceinline__ bool forward_rows(const EpDispatchParams& p, const Ep
 }
 
 // The ranks of this node have what other nodes sent through this rank.
-__device__ __forceinline__ void say_forwarded(const EpDispatchParams& p) {
+__device__ __forceinline__ void say_forwarded(const EpDispatchParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
   const int node = proto::node_of(g.rank, p.ranks_per_node), peer = threadIdx.x;
-  if (peer >= g.shape.ranks || !proto::is_alive(g.alive, peer) ||
+  if (peer >= g.shape.ranks || !proto::is_alive(now.alive, peer) ||
       proto::node_of(peer, p.ranks_per_node) != node) {
     return;
   }
   for (int source = 0; source < g.shape.ranks; ++source) {
-    if (forwards_for(p, source)) raise_at(g, peer, proto::kSent, source);
+    if (forwards_for(p, now, source)) raise_at(g, now, peer, proto::kSent, source);
   }
 }
 

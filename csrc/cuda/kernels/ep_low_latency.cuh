@@ -47,13 +47,13 @@ __device__ __forceinline__ void cast_row(const EpLowSendParams& p, int token, ui
   }
 }
 
-__device__ __forceinline__ void send_message(const EpLowSendParams& p, int entry, int copy,
-                                             const proto::LowLatencyLayout& low) {
+__device__ __forceinline__ void send_message(const EpLowSendParams& p, const EpNow& now, int entry,
+                                             int copy, const proto::LowLatencyLayout& low) {
   const EpGroup& g = p.group;
   const int64_t expert = p.topk_idx[entry];
   if (expert < 0) return;
   const int peer = g.experts.rank_of(expert);
-  if (!proto::is_alive(g.alive, peer)) return;
+  if (!proto::is_alive(now.alive, peer)) return;
   const int token = entry / p.row.topk;
   const int place = count_mentions(p.topk_idx, token * p.row.topk, expert);
   const uint64_t slot =
@@ -74,14 +74,15 @@ __device__ __forceinline__ void send_message(const EpLowSendParams& p, int entry
 
 __device__ __forceinline__ void low_latency_send(const EpLowSendParams& p) {
   const EpGroup& g = p.group;
+  const EpNow now = begin_call(g, kEpLowSend);
   const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
-  const int copy = proto::low_latency_copy(g.epoch), entries = p.tokens * p.row.topk;
+  const int copy = proto::low_latency_copy(now.epoch), entries = p.tokens * p.row.topk;
   const int warp = blockIdx.x * kEpLowWarps + threadIdx.x / kEpWarp;
   const int warps = gridDim.x * kEpLowWarps;
-  for (int entry = warp; entry < entries; entry += warps) send_message(p, entry, copy, low);
+  for (int entry = warp; entry < entries; entry += warps) send_message(p, now, entry, copy, low);
   for (int expert = warp; expert < g.experts.total; expert += warps) {
     const int peer = g.experts.rank_of(expert);
-    if (!proto::is_alive(g.alive, peer)) continue;
+    if (!proto::is_alive(now.alive, peer)) continue;
     const int count = count_mentions(p.topk_idx, entries, expert);
     if (threadIdx.x % kEpWarp == 0) {
       const int64_t at = (int64_t(copy) * g.shape.ranks + g.rank) * g.shape.max_local_experts +
@@ -89,7 +90,8 @@ __device__ __forceinline__ void low_latency_send(const EpLowSendParams& p) {
       reinterpret_cast<uint32_t*>(low_base(g, peer) + low.count)[at] = uint32_t(count);
     }
   }
-  if (last_to_arrive(g)) raise_everywhere(g, proto::kLowSent, g.epoch);
+  if (last_to_arrive(g, now, 0)) raise_everywhere(g, now, proto::kLowSent);
+  end_call(g, now);
 }
 
 // ---- receive ----
@@ -111,13 +113,14 @@ __device__ __forceinline__ void say_arrived(const EpLowReceiveParams& p, int exp
 }
 
 // CTAs share an expert's rows, and come expert by expert: blockIdx.x = expert * parts + part.
-__device__ __forceinline__ void low_latency_receive(const EpLowReceiveParams& p) {
+__device__ __forceinline__ void receive_call(const EpLowReceiveParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
-  const int experts = g.experts.count(g.rank), parts = gridDim.x / experts;
+  const int experts = max(1, g.experts.count(g.rank)), parts = gridDim.x / experts;
   const int expert = blockIdx.x / parts, part = blockIdx.x % parts;
-  if (!await_everyone(g, proto::kLowSent, g.epoch)) return say_arrived(p, expert, parts, 0);
+  if (!await_everyone(g, now, proto::kLowSent)) return say_arrived(p, expert, parts, 0);
+  if (g.experts.count(g.rank) == 0) return;  // waits all the same: what it sends next overwrites
   const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
-  const int copy = proto::low_latency_copy(g.epoch);
+  const int copy = proto::low_latency_copy(now.epoch);
   const int lane = threadIdx.x % kEpWarp, warp = threadIdx.x / kEpWarp;
   const int64_t slots = g.shape.ranks * g.shape.max_tokens;
   const uint8_t* base = low_base(g, g.rank);
@@ -126,7 +129,7 @@ __device__ __forceinline__ void low_latency_receive(const EpLowReceiveParams& p)
   for (int source = 0; source < g.shape.ranks; ++source) {
     const int64_t at =
         (int64_t(copy) * g.shape.ranks + source) * g.shape.max_local_experts + expert;
-    const int64_t count = proto::is_alive(g.alive, source) ? counts[at] : 0;
+    const int64_t count = proto::is_alive(now.alive, source) ? counts[at] : 0;
     if (part == 0 && threadIdx.x == 0) {
       p.layout_range[expert * g.shape.ranks + source] = begin << 32 | count;
     }
@@ -157,18 +160,25 @@ __device__ __forceinline__ void low_latency_receive(const EpLowReceiveParams& p)
   say_arrived(p, expert, parts, begin);
 }
 
+__device__ __forceinline__ void low_latency_receive(const EpLowReceiveParams& p) {
+  const EpNow now = begin_call(p.group, kEpLowReceive);
+  receive_call(p, now);
+  end_call(p.group, now);
+}
+
 // ---- return ----
 
 __device__ __forceinline__ void low_latency_return(const EpLowReturnParams& p) {
   const EpGroup& g = p.group;
+  const EpNow now = begin_call(g, kEpLowReturn);
   const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
-  const int copy = proto::low_latency_copy(g.epoch), ranks = g.shape.ranks;
+  const int copy = proto::low_latency_copy(now.epoch), ranks = g.shape.ranks;
   const int64_t slots = ranks * g.shape.max_tokens;
   const int warp = blockIdx.x * kEpLowWarps + threadIdx.x / kEpWarp;
   for (int run = 0; run < g.experts.count(g.rank) * ranks; ++run) {
     const int expert = run / ranks, source = run % ranks;
     const int64_t range = p.layout_range[run], begin = range >> 32, count = range & 0xffffffff;
-    if (!proto::is_alive(g.alive, source)) continue;
+    if (!proto::is_alive(now.alive, source)) continue;
     for (int64_t i = warp; i < count; i += int64_t(gridDim.x) * kEpLowWarps) {
       const int64_t row = expert * slots + begin + i;
       const uint64_t word = p.words[row];
@@ -178,7 +188,8 @@ __device__ __forceinline__ void low_latency_return(const EpLowReturnParams& p) {
                p.y + row * p.row_bytes, p.row_bytes);
     }
   }
-  if (last_to_arrive(g)) raise_everywhere(g, proto::kLowReturned, g.epoch);
+  if (last_to_arrive(g, now, 0)) raise_everywhere(g, now, proto::kLowReturned);
+  end_call(g, now);
 }
 
 // ---- reduce ----
@@ -195,11 +206,11 @@ __device__ __forceinline__ void add_weighted(float (&total)[kEpValues], const ui
   }
 }
 
-__device__ __forceinline__ void low_latency_reduce(const EpLowReduceParams& p) {
+__device__ __forceinline__ void reduce_call(const EpLowReduceParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
-  if (!await_everyone(g, proto::kLowReturned, g.epoch)) return;
+  if (!await_everyone(g, now, proto::kLowReturned)) return;
   const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
-  const int copy = proto::low_latency_copy(g.epoch);
+  const int copy = proto::low_latency_copy(now.epoch);
   const int64_t row_bytes = int64_t(p.elements) * 2;
   const uint8_t* returned = low_base(g, g.rank) + low.returned;
   for (int token = blockIdx.x * kEpLowWarps + threadIdx.x / kEpWarp; token < p.tokens;
@@ -208,7 +219,7 @@ __device__ __forceinline__ void low_latency_reduce(const EpLowReduceParams& p) {
       float total[kEpValues] = {};
       for (int k = 0; k < p.topk; ++k) {
         const int64_t entry = int64_t(token) * p.topk + k, expert = p.topk_idx[entry];
-        if (expert < 0 || !proto::is_alive(g.alive, g.experts.rank_of(expert))) continue;
+        if (expert < 0 || !proto::is_alive(now.alive, g.experts.rank_of(expert))) continue;
         const uint64_t slot = proto::return_slot(g.shape, copy, token, k);
         add_weighted(
             total,
@@ -218,6 +229,12 @@ __device__ __forceinline__ void low_latency_reduce(const EpLowReduceParams& p) {
       *reinterpret_cast<uint4*>(p.out + token * row_bytes + at) = round_piece(total);
     }
   }
+}
+
+__device__ __forceinline__ void low_latency_reduce(const EpLowReduceParams& p) {
+  const EpNow now = begin_call(p.group, kEpLowReduce);
+  reduce_call(p, now);
+  end_call(p.group, now);
 }
 
 }  // namespace dsk

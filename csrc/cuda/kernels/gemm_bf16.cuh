@@ -117,6 +117,7 @@ __device__ __forceinline__ void gemm_bf16(const GemmBf16Params& p) {
       const ResultPlace place{(along_k ? int64_t(tile.group) * p.extent.m : 0) + row,
                               min(tile.row_end - row, kMmaM), tile.n_start, tile.group,
                               ends_with_map(p.extent, tile)};
+      await_panels(warpgroup);
       finish_tile<kN>(p.result, p.extent.n, place, smem.d[warpgroup], warpgroup, sum);
     });
     drain_stores();

@@ -130,7 +130,8 @@ __device__ __forceinline__ void gemm_fp8_1d1d(const GemmFp8Params& p) {
       float sum[kN / 2];
       RowAndColumnScales<Shape> scales(smem, warpgroup);
       promoted_sum<kN, kOverlapsItself<kN, Shape::kMathWarpgroups>>(
-          smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum);
+          smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum,
+          [&] { await_panels(warpgroup); });
       const int row = tile.a_row + warpgroup * kMmaM;
       const ResultPlace place{int64_t(tile.group) * p.extent.m + row,
                               min(tile.row_end - row, kMmaM), tile.n_start, tile.group, false};

@@ -140,10 +140,13 @@ __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[kN / 2];
       RowAndBlockScales<Shape> scales(tile, smem, warpgroup);
+      ResultPlace place;
       promoted_sum<kN, kOverlapsItself<kN, Shape::kMathWarpgroups>>(
-          smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum);
-      ResultPlace place{tile.a_row, tile.row_end - tile.a_row, tile.n_start, tile.group,
-                        ends_with_map(p.extent, tile)};
+          smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum, [&] {
+            place = {tile.a_row, tile.row_end - tile.a_row, tile.n_start, tile.group,
+                     ends_with_map(p.extent, tile)};
+            await_panels(warpgroup);
+          });
       if (p.extent.cluster == ClusterUse::kSplitK) {
         ptx::named_barrier_sync(kMathBarrier, Shape::kMathThreads);  // stages are free
         write_partial<kN>(smem.partial(), first_row, sum);

@@ -115,10 +115,13 @@ __device__ __forceinline__ void gemm_fp8_swapped(const GemmFp8Params& p) {
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[kN / 2];
       BlockAndColumnScales<Shape> scales(smem);
+      ResultPlace place;
       promoted_sum<kN, kOverlapsItself<kN, Shape::kMathWarpgroups>>(
-          smem.ring, at, kSharers, tile.k_begin, tile.k_end, left, right, scales, sum);
-      ResultPlace place{tile.a_row, min(tile.row_end - tile.a_row, kN), tile.n_start, tile.group,
-                        ends_with_map(p.extent, tile)};
+          smem.ring, at, kSharers, tile.k_begin, tile.k_end, left, right, scales, sum, [&] {
+            place = {tile.a_row, min(tile.row_end - tile.a_row, kN), tile.n_start, tile.group,
+                     ends_with_map(p.extent, tile)};
+            await_panels(warpgroup);
+          });
       if (p.extent.cluster == ClusterUse::kSplitK) {
         ptx::named_barrier_sync(kMathBarrier, Shape::kMathThreads);  // stages are free
         write_partial_swapped<kN>(smem.partial(), first_column, sum);

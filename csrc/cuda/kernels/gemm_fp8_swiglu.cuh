@@ -234,7 +234,7 @@ __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
       SwigluScales<Shape, Smem> scales(p, tile, smem, warpgroup);
       promoted_sum<2 * Shape::kColumns,
                    kOverlapsItself<2 * Shape::kColumns, Shape::kMathWarpgroups>>(
-          smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum);
+          smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum, [] {});
       float h[Shape::kColumns / 2];
       swiglu(sum, h);
       ResultPlace place{tile.a_row, min(tile.row_end - tile.a_row, Shape::kBlockM),
@@ -243,6 +243,7 @@ __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
         store_quantised<Shape>(p, tile, place, smem, warpgroup, parity, h);
       } else {
         place.column += warpgroup * Shape::kColumns;
+        await_panels(warpgroup);
         finish_tile<Shape::kColumns>(p.result, p.extent.n / 2, place, smem.d.wide[warpgroup],
                                      warpgroup, h);
       }

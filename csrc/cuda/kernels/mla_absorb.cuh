@@ -148,6 +148,7 @@ __device__ __forceinline__ void mla_absorb(const MlaAbsorbParams& p) {
       rotary.fetch();
       const ResultPlace place{tile.a_row, tile.row_end - tile.a_row,
                               tile.group * p.y_columns + tile.n_start, tile.group, true};
+      await_panels(warpgroup);
       finish_tile<kN>(p.y, p.h * p.y_columns, place, smem.d[warpgroup], warpgroup, sum);
     });
     drain_stores();

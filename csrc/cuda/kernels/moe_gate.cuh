@@ -209,11 +209,11 @@ __device__ __forceinline__ void gate_add_shares(const MoeGateParams& p, GateSmem
   p.scores[int64_t(token) * p.experts + expert] = sum;
 }
 
-// Whether this is the last of the CTAs that had a share in its tokens' logits.
+// Whether this is the last of the CTAs that had a share in its tokens' logits. The cluster's
+// barrier before it has all threads' stores behind it.
 __device__ __forceinline__ bool gate_is_last(const MoeGateParams& p, GateSmem& smem, int group,
                                              int slices) {
   __threadfence();  // the logits are out before this CTA says so
-  __syncthreads();
   if (threadIdx.x == 0) {
     int32_t* finished = p.finished + group * kGateCluster + ptx::cluster_rank();
     smem.is_last = atomicAdd(finished, 1) == slices - 1;

@@ -4,6 +4,10 @@
 // of memory, so this is launch latency and two trips to L2. A CTA counts its chunk of 256 slots;
 // the last one to finish turns all counts into first rows, chunk by chunk within expert by expert,
 // which is what makes the sort stable and its result independent of the CTAs' order.
+//
+// What is sorted by need not be the router's choice itself: an expert map puts one of the expert's
+// replicas in its place, and shared experts have every token without being chosen. The masked
+// layout starts groups at multiples of `capacity` instead of one behind the other.
 #pragma once
 
 #include "cuda/params/moe.hpp"
@@ -16,7 +20,35 @@ struct MoeLayoutSmem {
   int32_t is_last;
 };
 
-// Exclusive sums of `value` rounded up to multiples of `alignment`, by one warp.
+// Multiples of the golden ratio's fraction in units of 2^-32: consecutive tokens, or every n-th
+// one, spread evenly over any number of replicas.
+constexpr uint32_t kGoldenTurn = 2654435769u;
+
+// The replica that stands for an expert at this token, -1 if the map has none.
+__device__ __forceinline__ int replica_of(const MoeLayoutParams& p, int64_t expert, int token) {
+  const int64_t* replica = p.expert_map + expert * p.replicas;
+  int count = 0;
+  for (int r = 0; r < p.replicas; ++r) count += __ldg(replica + r) >= 0;
+  int left = int(__umulhi(uint32_t(token) * kGoldenTurn, uint32_t(count)));
+  for (int r = 0; r < p.replicas; ++r) {
+    const int physical = int(__ldg(replica + r));
+    if (physical >= 0 && left-- == 0) return physical;
+  }
+  return -1;
+}
+
+// The expert that a slot is sorted to, -1 without one.
+__device__ __forceinline__ int expert_of(const MoeLayoutParams& p, int slot) {
+  const int each = p.topk + p.shared;
+  const int token = slot / each;
+  const int choice = slot - token * each;
+  if (choice >= p.topk) return p.experts - each + choice;
+  const int64_t named = __ldg(p.topk_idx + int64_t(token) * p.topk + choice);
+  return named < 0 || !p.expert_map ? int(named) : replica_of(p, named, token);
+}
+
+// Exclusive sums of `value` rounded up to multiples of `alignment`, by one warp; with a
+// capacity, multiples of that.
 __device__ __forceinline__ void scan_group_sizes(const MoeLayoutParams& p, int32_t* value) {
   const int lane = threadIdx.x % kWarp;
   const int per_lane = (p.experts + kWarp - 1) / kWarp;
@@ -25,10 +57,12 @@ __device__ __forceinline__ void scan_group_sizes(const MoeLayoutParams& p, int32
   int32_t own = 0;
   for (int e = begin; e < end; ++e) {
     const int32_t size = (value[e] + p.alignment - 1) / p.alignment * p.alignment;
+    // Masked: somebody's rows would be the next group's. A token named an expert twice.
+    if (p.capacity && size > p.capacity) __trap();
     p.group_sizes[e] = size;
     if (p.group_sizes_i32) p.group_sizes_i32[e] = size;
     value[e] = own;
-    own += size;
+    own += p.capacity ? p.capacity : size;
   }
   int32_t before = own;
 #pragma unroll
@@ -69,7 +103,8 @@ __device__ __forceinline__ void layout_slots(const MoeLayoutParams& p) {
   for (int e = threadIdx.x; e < p.experts; e += kMoeChunk) smem.total[e] = 0;
   __syncthreads();
   const int slot = int(blockIdx.x) * kMoeChunk + int(threadIdx.x);
-  const int expert = slot < p.slots ? int(__ldg(p.topk_idx + slot)) : -1;
+  const int expert = slot < p.slots ? expert_of(p, slot) : -1;
+  if (p.chosen && slot < p.slots) p.chosen[slot] = expert;
   if (expert >= 0) atomicAdd(&smem.total[expert], 1);
   __syncthreads();
   for (int e = threadIdx.x; e < p.experts; e += kMoeChunk) {

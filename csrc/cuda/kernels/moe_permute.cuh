@@ -1,11 +1,14 @@
-// Tokens sorted by expert: each slot's row copied to its place, FP8 scales along with the data.
+// Tokens sorted by expert: each slot's row copied, or quantised, to its place.
 //
-// Bound by memory: every copy is read (mostly from L2) and written once. 4096 tokens x 8 copies x
-// 7168 e4m3 bytes are 235 MB written, 70 us at 3.35 TB/s. Sorting costs nothing beside that: a
-// slot's place within its chunk of 256 is the number of equal experts before it, from match.any
-// within a warp and counters between warps. So with few chunks several CTAs (gridDim.y) sort the
-// same one and share out its rows: at decode the latency of a row after the other would be the
-// time.
+// Bound by memory. Copies: every one is read (mostly from L2) and written once; 4096 tokens x 8
+// copies x 7168 e4m3 bytes are 235 MB written, 70 us at 3.35 TB/s. Quantising on the way reads the
+// bf16 tokens instead (59 MB) and saves a launch, and the e4m3 tokens' way to memory and back; a
+// token is quantised once, however many rows it has.
+//
+// Sorting costs nothing beside that: a slot's place within its chunk of 256 is the number of equal
+// experts before it, from match.any within a warp and counters between warps. So several CTAs
+// (gridDim.y) sort the same chunk and share out its rows: with few chunks the latency of a row
+// after the other would be the time.
 #pragma once
 
 #include "cuda/params/moe.hpp"
@@ -21,10 +24,9 @@ struct MoePermuteSmem {
 };
 
 // The row of this thread's slot, -1 without one. All threads of the CTA take part.
-__device__ __forceinline__ int place_slot(const MoePermuteParams& p, MoePermuteSmem& smem,
-                                          int slot) {
+__device__ __forceinline__ int place_slot(const MoePlaceParams& p, MoePermuteSmem& smem, int slot) {
   const int warp = threadIdx.x / kWarp;
-  const int expert = slot < p.slots ? int(__ldg(p.topk_idx + slot)) : -1;
+  const int expert = slot < p.slots ? int(__ldg(p.chosen + slot)) : -1;
   for (int i = threadIdx.x; i < kPermuteWarps * p.experts; i += kMoeChunk) {
     smem.count[i / p.experts][i % p.experts] = 0;
   }
@@ -39,6 +41,19 @@ __device__ __forceinline__ int place_slot(const MoePermuteParams& p, MoePermuteS
   return row;
 }
 
+// The rows of this CTA's chunk to shared memory, and to global memory by one of those that share
+// it.
+__device__ __forceinline__ void place_chunk(const MoePlaceParams& p, MoePermuteSmem& smem) {
+  const int slot = int(blockIdx.x) * kMoeChunk + int(threadIdx.x);
+  const int place = place_slot(p, smem, slot);
+  smem.row[threadIdx.x] = place;
+  if (blockIdx.y == 0 && slot < p.slots) {
+    p.row_map[slot] = place;
+    if (p.slot_of_row && place >= 0) p.slot_of_row[place] = slot;
+  }
+  __syncthreads();
+}
+
 template <typename Word>
 __device__ __forceinline__ void copy_words(const uint8_t* from, uint8_t* to, int64_t bytes) {
   const int lane = threadIdx.x % kWarp;
@@ -49,24 +64,16 @@ __device__ __forceinline__ void copy_words(const uint8_t* from, uint8_t* to, int
 
 __device__ __forceinline__ void permute_rows(const MoePermuteParams& p) {
   __shared__ MoePermuteSmem smem;
-  const int first = int(blockIdx.x) * kMoeChunk;
-  const int slot = first + int(threadIdx.x);
-  const int place = place_slot(p, smem, slot);
-  smem.row[threadIdx.x] = place;
-  if (blockIdx.y == 0 && slot < p.slots) {
-    p.row_map[slot] = place;
-    if (p.slot_of_row && place >= 0) p.slot_of_row[place] = slot;
-  }
-  __syncthreads();
-
+  place_chunk(p.place, smem);
   const bool wide = ((reinterpret_cast<uintptr_t>(p.x) | reinterpret_cast<uintptr_t>(p.x_perm) |
                       uintptr_t(p.ld_x) | uintptr_t(p.row_bytes)) %
                      16) == 0;
+  const int first = int(blockIdx.x) * kMoeChunk;
   const int first_copy = int(blockIdx.y) * kPermuteWarps + int(threadIdx.x) / kWarp;
   for (int i = first_copy; i < kMoeChunk; i += int(gridDim.y) * kPermuteWarps) {
     const int row = smem.row[i];
     if (row < 0) continue;
-    const int token = (first + i) / p.topk;
+    const int token = (first + i) / p.place.topk;
     const uint8_t* from = static_cast<const uint8_t*>(p.x) + token * p.ld_x;
     uint8_t* to = static_cast<uint8_t*>(p.x_perm) + row * p.row_bytes;
     if (wide) {
@@ -74,8 +81,51 @@ __device__ __forceinline__ void permute_rows(const MoePermuteParams& p) {
     } else {
       copy_words<uint8_t>(from, to, p.row_bytes);
     }
-    for (int g = threadIdx.x % kWarp; p.scale && g < p.scale_groups; g += kWarp) {
-      p.scale_perm[g * p.ld_scale_perm + row] = __ldg(p.scale + g * p.ld_scale + token);
+  }
+}
+
+// One group of 128 values of a token, by a warp, to the rows of slots [begin, end) of the chunk.
+template <typename T>
+__device__ __forceinline__ void quantize_group(const MoePermuteQuantizeParams& p,
+                                               const int32_t* rows, int begin, int end, int token,
+                                               int group) {
+  const int lane = threadIdx.x % kWarp;
+  const int column = group * kQuantGroup + lane * kValuesPerLane;
+  const int left = p.depth - column;
+  float value[kValuesPerLane];
+  load_run(static_cast<const T*>(p.x) + token * p.ld_x + column, left, value);
+  const float scale = block_scale(warp_max(largest(value)), kE4m3Max, p.format);
+  const int groups = (p.depth + kQuantGroup - 1) / kQuantGroup;
+  for (int i = begin; i < end; ++i) {
+    const int row = rows[i];
+    if (row < 0) continue;
+    store_e4m3(p.data + int64_t(row) * p.depth + column, left, value, scale);
+    if (lane != 0) continue;
+    const int plane = row / p.plane_rows;
+    const int64_t line = int64_t(plane) * groups + group;
+    p.scale[line * p.ld_scale + row - plane * p.plane_rows] = scale;
+  }
+}
+
+__device__ __forceinline__ void permute_quantized(const MoePermuteQuantizeParams& p) {
+  __shared__ MoePermuteSmem smem;
+  place_chunk(p.place, smem);
+  const int topk = p.place.topk;
+  const int first = int(blockIdx.x) * kMoeChunk;
+  const int last = min(first + kMoeChunk, p.place.slots);
+  // A token whose slots lie in two chunks is quantised for each of them.
+  const int first_token = first / topk;
+  const int tokens = (last - 1) / topk - first_token + 1;
+  const int groups = (p.depth + kQuantGroup - 1) / kQuantGroup;
+  const int first_piece = int(blockIdx.y) * kPermuteWarps + int(threadIdx.x) / kWarp;
+  for (int i = first_piece; i < tokens * groups; i += int(gridDim.y) * kPermuteWarps) {
+    const int token = first_token + i / groups;
+    const int begin = max(token * topk, first) - first;
+    const int end = min((token + 1) * topk, last) - first;
+    if (p.type == WideType::kBfloat16) {
+      quantize_group<__nv_bfloat16>(p, smem.row, begin, end, token, i % groups);
+    } else {
+      quantize_group<float>(p, smem.row, begin, end, token, i % groups);
     }
   }
 }

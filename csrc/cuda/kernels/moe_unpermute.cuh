@@ -13,10 +13,12 @@ namespace dsk {
 constexpr int kRowsInFlight = 8;
 constexpr int kUnpermuteColumns = 4;  // of a thread
 
-// Adds rows of some slots to total; kWhole: every run is whole and aligned.
+// Adds the rows of a token's choices from `first` on to total; kWhole: every run is whole and
+// aligned.
 template <typename T, bool kWhole>
-__device__ __forceinline__ void add_rows(const MoeUnpermuteParams& p, int64_t first_slot, int count,
+__device__ __forceinline__ void add_rows(const MoeUnpermuteParams& p, int token, int first,
                                          int column, float (&total)[kUnpermuteColumns]) {
+  const int weighted = p.weights ? p.topk - p.shared : 0;
   using W = typename Word<kUnpermuteColumns * sizeof(T)>::Type;
   const T* y = static_cast<const T*>(p.y) + column;
   int64_t row[kRowsInFlight];
@@ -24,8 +26,9 @@ __device__ __forceinline__ void add_rows(const MoeUnpermuteParams& p, int64_t fi
   alignas(16) T value[kRowsInFlight][kUnpermuteColumns];
 #pragma unroll
   for (int i = 0; i < kRowsInFlight; ++i) {
-    row[i] = i < count ? __ldg(p.row_map + first_slot + i) : -1;
-    weight[i] = i < count && p.weights ? __ldg(p.weights + first_slot + i) : 1.f;
+    const int choice = first + i;
+    row[i] = choice < p.topk ? __ldg(p.row_map + int64_t(token) * p.topk + choice) : -1;
+    weight[i] = choice < weighted ? __ldg(p.weights + int64_t(token) * weighted + choice) : 1.f;
   }
 #pragma unroll
   for (int i = 0; i < kRowsInFlight; ++i) {
@@ -56,13 +59,11 @@ __device__ __forceinline__ void sum_rows(const MoeUnpermuteParams& p, int token,
   const bool whole = p.depth % kUnpermuteColumns == 0 &&
                      reinterpret_cast<uintptr_t>(p.y) % (kUnpermuteColumns * sizeof(T)) == 0;
   float total[kUnpermuteColumns] = {};
-  for (int slot = 0; slot < p.topk; slot += kRowsInFlight) {
-    const int64_t first = int64_t(token) * p.topk + slot;
-    const int count = min(kRowsInFlight, p.topk - slot);
+  for (int first = 0; first < p.topk; first += kRowsInFlight) {
     if (whole) {
-      add_rows<T, true>(p, first, count, column, total);
+      add_rows<T, true>(p, token, first, column, total);
     } else {
-      add_rows<T, false>(p, first, count, column, total);
+      add_rows<T, false>(p, token, first, column, total);
     }
   }
   store_run(static_cast<T*>(p.out) + int64_t(token) * p.depth + column, p.depth - column, total);

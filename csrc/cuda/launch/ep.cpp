@@ -23,6 +23,11 @@ void check_group(const EpGroup& g) {
                                          ", got " + std::to_string(g.shape.ranks));
 }
 
+void check_fits(const char* name, int64_t bytes, int64_t most) {
+  require(bytes <= most, std::string(name) + ": expected at most " + std::to_string(most) +
+                             ", as the group is made for, got " + std::to_string(bytes));
+}
+
 // One CTA an SM at most: CTA 0 has to run for the others to end, so all must fit at once.
 template <class Params>
 void launch(const LaunchOn& on, const char* kernel, Params params, int64_t warps_of_work) {
@@ -41,23 +46,31 @@ void launch(const LaunchOn& on, const char* kernel, Params params, int64_t warps
 void ep_dispatch(const LaunchOn& on, const EpDispatchParams& p) {
   check_rows(p.row.row_bytes, p.x, "x");
   check_rows(p.ld_x, p.x, "x");
+  check_fits("x: bytes of a row", p.row.row_bytes, p.group.shape.max_row_bytes);
+  check_fits("topk", p.row.topk, p.group.shape.max_topk);
+  check_fits("tokens", p.tokens, p.group.shape.max_tokens);
   launch(on, "ep_dispatch", p, p.tokens);
 }
 
 void ep_combine(const LaunchOn& on, const EpCombineParams& p) {
   check_rows(int64_t(p.elements) * 2, p.out, "y");
+  check_fits("y: bytes of a row", int64_t(p.elements) * 2, p.group.shape.max_row_bytes);
+  check_fits("topk", p.topk, p.group.shape.max_topk);
+  check_fits("tokens", p.tokens, p.group.shape.max_tokens);
   launch(on, "ep_combine_bf16", p, p.tokens);
 }
 
 void ep_low_send(const LaunchOn& on, const EpLowSendParams& p) {
   check_rows(int64_t(p.elements) * 2, p.x, "x");
   check_rows(p.row.row_bytes, nullptr, "x");
+  check_fits("x: bytes of a row", p.row.row_bytes, p.group.shape.max_row_bytes);
+  check_fits("topk", p.row.topk, p.group.shape.max_topk);
+  check_fits("tokens", p.tokens, p.group.shape.max_tokens);
   launch(on, "ep_low_send", p, int64_t(p.tokens) * p.row.topk);
 }
 
 void ep_low_receive(const LaunchOn& on, const EpLowReceiveParams& p) {
-  const int64_t experts = p.group.experts.count(p.group.rank);
-  if (experts == 0) return;
+  const int64_t experts = std::max(1, p.group.experts.count(p.group.rank));
   check_rows(p.row.row_bytes, p.x, "x");
   // The same number of CTAs for each expert; they do not wait for each other.
   const int sms = on.num_sms > 0 ? on.num_sms : on.context.device().num_sms();

@@ -43,6 +43,7 @@ TensorMapBytes encode_matrix(Context& context, cu::TensorMapDataType type, const
 }
 
 GroupKind group_kind(GemmKind kind) {
+  if (kind == GemmKind::kDense) return GroupKind::kDense;
   if (kind == GemmKind::kMasked) return GroupKind::kMasked;
   return kind == GemmKind::kAlongK ? GroupKind::kAlongK : GroupKind::kRows;
 }

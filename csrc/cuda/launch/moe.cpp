@@ -39,6 +39,22 @@ void check_experts(const char* op, int experts, int most) {
   }
 }
 
+// CTAs that share out a chunk's work: so many an SM over all chunks, at most `most`.
+int sharing_ctas(const LaunchOn& on, int slots, int per_sm, int most) {
+  const int sms = on.num_sms > 0 ? on.num_sms : on.context.device().num_sms();
+  return std::clamp(per_sm * sms / moe_chunks(slots), 1, most);
+}
+
+struct PlaceLoans {
+  PlaceLoans(const Context& c, const MoePlaceParams& p, int64_t rows)
+      : chosen(c, p.chosen, p.slots * sizeof(int64_t), true),
+        first_row(c, p.first_row, size_t(moe_chunks(p.slots)) * p.experts * sizeof(int32_t), true),
+        row_map(c, p.row_map, p.slots * sizeof(int64_t), false),
+        slot_of_row(c, p.slot_of_row, p.slot_of_row ? rows * sizeof(int32_t) : 0, false) {}
+
+  HostLoan chosen, first_row, row_map, slot_of_row;
+};
+
 }  // namespace
 
 void moe_gate(const LaunchOn& on, const MoeGateParams& p) {
@@ -62,12 +78,15 @@ void moe_gate(const LaunchOn& on, const MoeGateParams& p) {
   launch(on, "moe_gate", p, groups * slices * kGateCluster, kGateCluster, kGateSharedBytes);
 }
 
-void moe_layout(const LaunchOn& on, const MoeLayoutParams& p) {
+void moe_layout(const LaunchOn& on, const MoeLayoutParams& p, int64_t mapped) {
   check_experts("moe_permute", p.experts, kMoeMaxGroups);
   if (p.slots == 0) return;
   const Context& c = on.context;
   const size_t chunks = moe_chunks(p.slots);
-  HostLoan topk_idx(c, p.topk_idx, p.slots * sizeof(int64_t), true);
+  const size_t tokens = size_t(p.slots / (p.topk + p.shared));
+  HostLoan topk_idx(c, p.topk_idx, tokens * p.topk * sizeof(int64_t), true);
+  HostLoan expert_map(c, p.expert_map, size_t(mapped) * p.replicas * sizeof(int64_t), true);
+  HostLoan chosen(c, p.chosen, p.chosen ? p.slots * sizeof(int64_t) : 0, false);
   HostLoan first_row(c, p.first_row, chunks * p.experts * sizeof(int32_t), false);
   HostLoan sizes(c, p.group_sizes, p.experts * sizeof(int64_t), false);
   HostLoan sizes_i32(c, p.group_sizes_i32, p.group_sizes_i32 ? p.experts * sizeof(int32_t) : 0,
@@ -77,25 +96,33 @@ void moe_layout(const LaunchOn& on, const MoeLayoutParams& p) {
 }
 
 void moe_permute(const LaunchOn& on, const MoePermuteParams& p, int64_t rows) {
-  check_experts("moe_permute", p.experts, kMoeMaxGroups);
-  if (p.slots == 0) return;
+  check_experts("moe_permute", p.place.experts, kMoeMaxGroups);
+  if (p.place.slots == 0) return;
   const Context& c = on.context;
-  const size_t chunks = moe_chunks(p.slots), tokens = size_t(p.slots / p.topk);
-  HostLoan topk_idx(c, p.topk_idx, p.slots * sizeof(int64_t), true);
-  HostLoan first_row(c, p.first_row, chunks * p.experts * sizeof(int32_t), true);
-  HostLoan row_map(c, p.row_map, p.slots * sizeof(int64_t), false);
-  HostLoan slot_of_row(c, p.slot_of_row, p.slot_of_row ? rows * sizeof(int32_t) : 0, false);
+  const PlaceLoans place(c, p.place, rows);
+  const size_t tokens = size_t(p.place.slots / p.place.topk);
   HostLoan x(c, p.x, p.row_bytes ? (tokens - 1) * p.ld_x + p.row_bytes : 0, true);
   HostLoan x_perm(c, p.x_perm, size_t(rows) * p.row_bytes, false);
-  const size_t groups = p.scale && rows ? size_t(p.scale_groups) : 0;
-  HostLoan scale(c, p.scale, groups ? ((groups - 1) * p.ld_scale + tokens) * sizeof(float) : 0,
-                 true);
-  HostLoan scale_perm(c, p.scale_perm,
-                      groups ? ((groups - 1) * p.ld_scale_perm + rows) * sizeof(float) : 0, false);
   // Enough CTAs to keep loads in flight on every SM; 32 have one row a warp.
-  const int sms = on.num_sms > 0 ? on.num_sms : c.device().num_sms();
-  const int sharing = std::clamp(2 * sms / int(chunks), 1, kMoeChunk / kWarps);
-  launch(on, "moe_permute", p, int(chunks), 1, 0, sharing);
+  const int sharing = sharing_ctas(on, p.place.slots, 2, kMoeChunk / kWarps);
+  launch(on, "moe_permute", p, moe_chunks(p.place.slots), 1, 0, sharing);
+}
+
+void moe_permute_quantize(const LaunchOn& on, const MoePermuteQuantizeParams& p, int64_t rows) {
+  check_experts("moe_permute_quantize", p.place.experts, kMoeMaxGroups);
+  if (p.place.slots == 0 || p.depth == 0) return;
+  const Context& c = on.context;
+  const PlaceLoans place(c, p.place, rows);
+  const size_t tokens = size_t(p.place.slots / p.place.topk), element = bytes_of(p.type);
+  const size_t groups = (size_t(p.depth) + 127) / 128, planes = size_t(rows / p.plane_rows);
+  HostLoan x(c, p.x, ((tokens - 1) * p.ld_x + p.depth) * element, true);
+  HostLoan data(c, p.data, size_t(rows) * p.depth, false);
+  HostLoan scale(c, p.scale, ((planes * groups - 1) * p.ld_scale + p.plane_rows) * sizeof(float),
+                 false);
+  // All that fit: a warp has no more than 256 bytes on their way.
+  const int pieces = int((kMoeChunk / p.place.topk + 1) * groups + kWarps - 1) / kWarps;
+  const int sharing = sharing_ctas(on, p.place.slots, kCtasPerSm, pieces);
+  launch(on, "moe_permute_quantize", p, moe_chunks(p.place.slots), 1, 0, sharing);
 }
 
 void moe_unpermute(const LaunchOn& on, const MoeUnpermuteParams& p, int64_t rows) {
@@ -104,7 +131,8 @@ void moe_unpermute(const LaunchOn& on, const MoeUnpermuteParams& p, int64_t rows
   const size_t slots = size_t(p.tokens) * p.topk, element = bytes_of(p.type);
   HostLoan y(c, p.y, size_t(rows) * p.depth * element, true);
   HostLoan row_map(c, p.row_map, slots * sizeof(int64_t), true);
-  HostLoan weights(c, p.weights, p.weights ? slots * sizeof(float) : 0, true);
+  const size_t weighted = size_t(p.tokens) * (p.topk - p.shared);
+  HostLoan weights(c, p.weights, p.weights ? weighted * sizeof(float) : 0, true);
   HostLoan out(c, p.out, size_t(p.tokens) * p.depth * element, false);
   const size_t pieces = (size_t(p.depth) + 4 * kThreads - 1) / (4 * kThreads);
   launch(on, "moe_unpermute", p, looping_ctas(on, size_t(p.tokens) * pieces, 1));

@@ -9,9 +9,11 @@
 namespace dsk::launch {
 
 void moe_gate(const LaunchOn& on, const MoeGateParams& params);
-void moe_layout(const LaunchOn& on, const MoeLayoutParams& params);
-// `rows` are those that x_perm and scale_perm have room for.
+// `mapped` are the rows of expert_map.
+void moe_layout(const LaunchOn& on, const MoeLayoutParams& params, int64_t mapped);
+// `rows` are those that the result has room for; for the second, whole planes.
 void moe_permute(const LaunchOn& on, const MoePermuteParams& params, int64_t rows);
+void moe_permute_quantize(const LaunchOn& on, const MoePermuteQuantizeParams& params, int64_t rows);
 void moe_unpermute(const LaunchOn& on, const MoeUnpermuteParams& params, int64_t rows);
 void moe_unpermute_backward(const LaunchOn& on, const MoeUnpermuteBackwardParams& params,
                             int64_t rows);

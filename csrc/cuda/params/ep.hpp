@@ -17,18 +17,36 @@ struct EpStatus {
   uint32_t call;     // the value awaited, low word
 };
 
+// What is counted apart: normal calls (dispatch and combine in one row), and each of the launches
+// of the low-latency mode.
+enum EpKind : int32_t {
+  kEpNormal,
+  kEpLowSend,
+  kEpLowReceive,
+  kEpLowReturn,
+  kEpLowReduce,
+  kEpKinds
+};
+constexpr int kEpPhases = 3;  // where the CTAs of a launch meet, leaving it among them
+
+// A rank's own memory of its calls. Launches count them, so a launch's parameters do not say which
+// call it is, nor who is alive: the very same launch can be replayed, by a CUDA graph for one.
+struct EpControl {
+  uint64_t alive;  // ranks that take part; the host changes it while no launch is under way
+  uint64_t calls[kEpKinds];                // made so far
+  uint32_t arrivals[kEpKinds][kEpPhases];  // of CTAs; zero between launches
+};
+
 struct EpGroup {
   proto::GroupShape shape;
   proto::Experts experts;
   int32_t rank;
   uint32_t max_polls;  // of one wait, about 100 ns each
-  uint64_t alive;
-  uint64_t epoch;  // of this call
   // Peer memory: windows[r] and signals[r] (kCounterSlots words) of every rank, ours among them.
   uint8_t* windows[proto::kMaxRanks];
   uint64_t* signals[proto::kMaxRanks];
   EpStatus* status;
-  uint32_t* arrivals;  // 2 words, zero: count the CTAs of a launch; left zero
+  EpControl* control;
 };
 
 struct EpDispatchParams {
@@ -43,13 +61,18 @@ struct EpDispatchParams {
   const int64_t* topk_idx;    // [tokens, topk]
   const float* topk_weights;  // [tokens, topk] or null
   uint64_t region;            // offset of our receive region in our window
+  int32_t whole_region;       // rows behind the last name no expert (-1)
   int32_t ranks_per_node;     // 0: one node
   uint64_t forward;           // several nodes: offset of the region to forward from, in all windows
-  int32_t* forward_of;  // several nodes: scratch [tokens, nodes], place among those sent there
-  int32_t* row_of;      // out [tokens, ranks]: the token's row at each rank, -1: none
-  uint32_t* rows_to;    // scratch [ranks]
-  uint32_t* mentions;   // scratch [experts]
-  int32_t* received;    // out [1 + local experts]: rows, then mentions of each expert
+  int32_t*
+      forward_of;  // several nodes: out [tokens, nodes], place among those sent there, -1: none
+  int32_t*
+      forwarded;  // several nodes: out [nodes, max_tokens, ranks_per_node], see EpCombineParams
+  int32_t* num_forwarded;  // several nodes: out [nodes]
+  int32_t* row_of;         // out [tokens, ranks]: the token's row at each rank, -1: none
+  uint32_t* rows_to;       // scratch [ranks]
+  uint32_t* mentions;      // scratch [experts]
+  int32_t* received;       // out [1 + local experts]: rows, then mentions of each expert
 };
 
 struct EpCombineParams {
@@ -58,12 +81,18 @@ struct EpCombineParams {
   int32_t topk;
   int32_t elements;  // of a row; bf16, a multiple of 8
   int32_t with_weights;
-  uint64_t results;       // offset of our results [rows, elements] bf16 in our window
-  uint64_t weights;       // offset of fp32 [rows, topk] in our window
-  const int32_t* row_of;  // [tokens, ranks], of the dispatch
-  const uint8_t* bias;    // [tokens, elements] bf16 or null
-  uint8_t* out;           // [tokens, elements] bf16
-  float* out_weights;     // [tokens, topk]
+  uint64_t results;        // offset of our results [rows, elements] bf16 in our window
+  uint64_t weights;        // offset of fp32 [rows, topk] in our window
+  const int32_t* row_of;   // [tokens, ranks], of the dispatch
+  int32_t ranks_per_node;  // 0: one node
+  uint64_t partial;  // several nodes: offset of the region for sums of other nodes, everywhere
+  const int32_t* forward_of;  // several nodes: [tokens, nodes], of the dispatch
+  const int32_t* forwarded;   // several nodes: [nodes, max_tokens, ranks_per_node], the tokens that
+                              // this rank passed on for each node: their rows here, -1: none
+  const int32_t* num_forwarded;  // several nodes: [nodes]
+  const uint8_t* bias;           // [tokens, elements] bf16 or null
+  uint8_t* out;                  // [tokens, elements] bf16
+  float* out_weights;            // [tokens, topk]
 };
 
 struct EpLowSendParams {

@@ -11,7 +11,8 @@ enum class ElementType : int32_t { kBfloat16, kFloat32, kE4m3 };  // kE4m3: with
 
 // How rows, or k, are divided among the groups.
 enum class GroupKind : int32_t {
-  kRows,    // groups are runs of rows of A, of any length; dense is one group of all rows
+  kDense,   // one group of all rows
+  kRows,    // groups are runs of rows of A, of any length
   kMasked,  // groups have m rows each, of which the first few count
   kAlongK,  // groups are ranges of k, in multiples of BLOCK_K
 };
@@ -69,6 +70,14 @@ struct GemmResult {
   ElementType d_type;
   ElementType c_type;
   ElementType bias_type;
+
+  // bf16, and nothing is added.
+#ifdef __CUDACC__
+  __device__ __forceinline__
+#endif
+      bool plain() const {
+    return !c && !bias && d_type == ElementType::kBfloat16;
+  }
 };
 
 // FP8 GEMM. Boxes are those of the tiles: BLOCK_M rows of A (and its scales), BLOCK_N of B.

@@ -46,44 +46,65 @@ struct MoeGateParams {
   WideType weight_type;
 };
 
-// Where each chunk of slots goes: counts first, then, by the last CTA to finish, first rows.
+// Where each chunk of slots goes: counts first, then, by the last CTA to finish, first rows. A
+// token has `topk` slots of its choice and then one for each shared expert.
 struct MoeLayoutParams {
-  const int64_t* topk_idx;   // [slots], values in [-1, experts)
-  int32_t* first_row;        // [chunks, experts]
-  int64_t* group_sizes;      // [experts], multiples of alignment
-  int32_t* group_sizes_i32;  // the same for a kernel that reads them there; or null
-  int32_t* finished;         // [1], zeroed by the caller: CTAs that have counted
-  int32_t slots;
+  const int64_t* topk_idx;    // [tokens, topk], values in [-1, experts), or rows of expert_map
+  const int64_t* expert_map;  // [.., replicas]: experts that stand for a choice, or -1; or null
+  int64_t* chosen;            // [slots]: the experts sorted by; null where they are topk_idx
+  int32_t* first_row;         // [chunks, experts]
+  int64_t* group_sizes;       // [experts], multiples of alignment
+  int32_t* group_sizes_i32;   // the same for a kernel that reads them there; or null
+  int32_t* finished;          // [1], zeroed by the caller: CTAs that have counted
+  int32_t slots;              // tokens * (topk + shared)
+  int32_t topk;
+  int32_t shared;  // so many of the last experts have every token
+  int32_t replicas;
   int32_t experts;
   int32_t alignment;
+  int32_t capacity;  // masked: rows between the groups' first ones; 0: one follows the other
 };
 
-struct MoePermuteParams {
-  const int64_t* topk_idx;   // [slots]
+// Where each slot's row is.
+struct MoePlaceParams {
+  const int64_t* chosen;     // [slots]
   const int32_t* first_row;  // [chunks, experts], from the layout kernel
   int64_t* row_map;          // [slots]
   int32_t* slot_of_row;      // [rows], -1 from the caller where there is none; or null
-  const void* x;             // [slots / topk] rows of row_bytes, ld_x bytes apart
-  void* x_perm;              // [rows] of row_bytes, contiguous
-  const float* scale;        // [tokens, groups], MN-major: strides (1, ld_scale); or null
-  float* scale_perm;         // [rows, groups], MN-major: strides (1, ld_scale_perm)
+  int32_t slots;
+  int32_t topk;  // slots of a token, shared experts included
+  int32_t experts;
+};
+
+struct MoePermuteParams {
+  MoePlaceParams place;
+  const void* x;  // [tokens] rows of row_bytes, ld_x bytes apart
+  void* x_perm;   // [rows] of row_bytes, contiguous
   int64_t ld_x;
   int64_t row_bytes;
+};
+
+struct MoePermuteQuantizeParams {
+  MoePlaceParams place;
+  const void* x;  // [tokens, depth] of type, row stride ld_x
+  uint8_t* data;  // [rows, depth] e4m3, contiguous
+  float* scale;   // [planes][ceil(depth / 128), plane_rows], row stride ld_scale
+  int64_t ld_x;   // elements
   int64_t ld_scale;
-  int64_t ld_scale_perm;
-  int32_t slots;
-  int32_t topk;
-  int32_t experts;
-  int32_t scale_groups;
+  int32_t depth;
+  int32_t plane_rows;  // a row belongs to plane row / plane_rows
+  WideType type;
+  ScaleFormat format;
 };
 
 struct MoeUnpermuteParams {
   const void* y;           // [rows, depth], contiguous
   const int64_t* row_map;  // [tokens, topk], -1 where there is no row
-  const float* weights;    // [tokens, topk], or null for plain sums
+  const float* weights;    // [tokens, topk - shared], or null for plain sums
   void* out;               // [tokens, depth] of y's type, contiguous
   int32_t tokens;
   int32_t topk;
+  int32_t shared;  // so many of a token's last rows have the weight 1
   int32_t depth;
   WideType type;
 };

@@ -17,59 +17,84 @@ __device__ __forceinline__ uint64_t* signal_of(const EpGroup& g, int owner, prot
   return g.signals[owner] + proto::counter_index(kind, source);
 }
 
-// Every alive peer learns that this rank has reached `value`. Called by one whole CTA whose earlier
+// Which call a launch is.
+struct EpNow {
+  uint64_t alive, epoch;
+  EpKind kind;
+};
+
+// All threads read the same: nobody changes it before every CTA has come to end_call.
+__device__ __forceinline__ EpNow begin_call(const EpGroup& g, EpKind kind) {
+  return {g.control->alive, g.control->calls[kind] + 1, kind};
+}
+
+// Called by one thread; what its CTA, and those before it, stored must have been brought together
+// by a barrier or last_to_arrive.
+__device__ __forceinline__ void raise_at(const EpGroup& g, const EpNow& now, int peer,
+                                         proto::Counter kind, int source) {
+  cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
+  SystemWord(*signal_of(g, peer, kind, source)).store(now.epoch, cuda::memory_order_release);
+}
+
+// Every alive peer learns that this rank has come so far. Called by one whole CTA whose earlier
 // stores must be visible first; thread r serves peer r.
-__device__ __forceinline__ void raise_everywhere(const EpGroup& g, proto::Counter kind,
-                                                 uint64_t value) {
+__device__ __forceinline__ void raise_everywhere(const EpGroup& g, const EpNow& now,
+                                                 proto::Counter kind) {
   __syncthreads();
   const int peer = threadIdx.x;
-  if (peer < g.shape.ranks && proto::is_alive(g.alive, peer)) {
-    cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
-    SystemWord(*signal_of(g, peer, kind, g.rank)).store(value, cuda::memory_order_release);
+  if (peer < g.shape.ranks && proto::is_alive(now.alive, peer)) {
+    raise_at(g, now, peer, kind, g.rank);
   }
 }
 
-// Whether this signal of ours reaches `value` within the polls allowed.
-__device__ __forceinline__ bool poll_signal(const EpGroup& g, proto::Counter kind, int source,
-                                            uint64_t value) {
+// Whether this signal of ours reaches this call within the polls allowed.
+__device__ __forceinline__ bool poll_signal(const EpGroup& g, const EpNow& now, proto::Counter kind,
+                                            int source) {
   SystemWord word(*signal_of(g, g.rank, kind, source));
   for (uint32_t poll = 0; poll < g.max_polls; ++poll) {
-    if (word.load(cuda::memory_order_acquire) >= value) return true;
+    if (word.load(cuda::memory_order_acquire) >= now.epoch) return true;
     __nanosleep(64);
   }
   if (atomicExch(&g.status->failed, 1u) == 0) {
     g.status->counter = kind;
     g.status->source = source;
-    g.status->call = static_cast<uint32_t>(value);
+    g.status->call = static_cast<uint32_t>(now.epoch);
   }
   return false;
 }
 
 // Until all alive sources have raised `kind` here. True for the whole CTA or for none of it; what
 // the sources stored before is visible to every thread then.
-__device__ __forceinline__ bool await_everyone(const EpGroup& g, proto::Counter kind,
-                                               uint64_t value) {
+__device__ __forceinline__ bool await_everyone(const EpGroup& g, const EpNow& now,
+                                               proto::Counter kind) {
   bool reached = true;
   const int source = threadIdx.x;
-  if (source < g.shape.ranks && proto::is_alive(g.alive, source)) {
-    reached = poll_signal(g, kind, source, value);
+  if (source < g.shape.ranks && proto::is_alive(now.alive, source)) {
+    reached = poll_signal(g, now, kind, source);
   }
   return __syncthreads_and(reached);
 }
 
 // True in all threads of the CTA that arrives last; phases of a launch count apart; the stores of
 // all CTAs happened before.
-__device__ __forceinline__ bool last_to_arrive(const EpGroup& g, int phase = 0) {
+__device__ __forceinline__ bool last_to_arrive(const EpGroup& g, const EpNow& now, int phase) {
   __shared__ bool last;
+  uint32_t* arrivals = g.control->arrivals[now.kind] + phase;
   __syncthreads();
   if (threadIdx.x == 0) {
     cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
-    last = atomicAdd(g.arrivals + phase, 1u) + 1 == gridDim.x;
+    last = atomicAdd(arrivals, 1u) + 1 == gridDim.x;
     cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
-    if (last) g.arrivals[phase] = 0;
   }
   __syncthreads();
   return last;
+}
+
+// Every CTA comes here, whether its waits were answered or not; the last one counts the call.
+__device__ __forceinline__ void end_call(const EpGroup& g, const EpNow& now) {
+  if (!last_to_arrive(g, now, kEpPhases - 1) || threadIdx.x != 0) return;
+  for (int phase = 0; phase < kEpPhases; ++phase) g.control->arrivals[now.kind][phase] = 0;
+  g.control->calls[now.kind] = now.epoch;
 }
 
 // One warp copies `bytes`, a multiple of 16.

@@ -84,11 +84,14 @@ class PromotingLoop {
 };
 
 // sum = one warpgroup's sums over k blocks [k_begin, k_end). left(stage) and right(stage) are the
-// stage's operands: 64 and kN swizzled rows.
-template <int kN, bool kOverlapped, class Stages, class Left, class Right, class Scales>
+// stage's operands: 64 and kN swizzled rows. prepare() gets ready for what follows: where warps
+// wait for the last products anyway, if they wait at all.
+template <int kN, bool kOverlapped, class Stages, class Left, class Right, class Scales,
+          class Prepare>
 __device__ __forceinline__ void promoted_sum(Stages& ring, typename Stages::Position& at,
                                              int sharers, int k_begin, int k_end, Left left,
-                                             Right right, Scales& scales, float (&sum)[kN / 2]) {
+                                             Right right, Scales& scales, float (&sum)[kN / 2],
+                                             Prepare prepare) {
 #pragma unroll
   for (float& value : sum) value = 0.f;
   PromotingLoop<kN, Stages, Scales> loop(ring, at, sharers, {left(0), left(1)},
@@ -99,6 +102,7 @@ __device__ __forceinline__ void promoted_sum(Stages& ring, typename Stages::Posi
       loop.start(partial);
       loop.template finish<0>(partial);
     }
+    prepare();
   } else if (k_begin < k_end) {
     float even[kN / 2], odd[kN / 2];
     loop.start(even);
@@ -112,10 +116,14 @@ __device__ __forceinline__ void promoted_sum(Stages& ring, typename Stages::Posi
     if (left_over == 1) {
       loop.start(odd);
       loop.template finish<1>(even);
+      prepare();
       loop.template finish<0>(odd);
     } else {
+      prepare();
       loop.template finish<0>(even);
     }
+  } else {
+    prepare();
   }
 }
 

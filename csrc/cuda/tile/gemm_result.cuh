@@ -19,12 +19,6 @@ namespace dsk {
 
 constexpr int kPanelColumns = 64;  // bf16 columns of a TMA store, but for odd widths of tiles
 
-// Named barriers; 0 is __syncthreads.
-enum GemmBarrier : uint32_t {
-  kMathBarrier = 1,      // all math warpgroups
-  kEpilogueBarrier = 2,  // one for each math warpgroup from here on
-};
-
 // One warpgroup's 64 x kN result on its way to D: panels of 64 swizzled rows, a TMA store each.
 template <int kN>
 struct ResultPanels {
@@ -166,15 +160,20 @@ __device__ __forceinline__ void write_panels(ResultPanels<kN>& to, const float (
   }
 }
 
+// The previous tile's store must have read the panels before they are written again. Costs nothing
+// while the tile's last products are still under way.
+__device__ __forceinline__ void await_panels(int warpgroup) {
+  if (threadIdx.x % kWarpgroup == 0)
+    cuda::ptx::cp_async_bulk_wait_group_read(cuda::ptx::n32_t<0>{});
+  ptx::named_barrier_sync(kEpilogueBarrier + warpgroup, kWarpgroup);
+}
+
 template <int kN>
 __device__ __forceinline__ void store_bf16(const GemmResult& to, int n, const ResultPlace& at,
                                            ResultPanels<kN>& panels, uint32_t barrier,
                                            const float (&sum)[kN / 2]) {
   using namespace cuda::ptx;
   const bool issuer = threadIdx.x % kWarpgroup == 0;
-  // The previous tile's store must have read the panels before they are written again.
-  if (issuer) cp_async_bulk_wait_group_read(n32_t<0>{});
-  ptx::named_barrier_sync(barrier, kWarpgroup);
   write_panels<kN>(panels, sum);
 
   // TMA drops what hangs over the end of D, but not what hangs over the end of a group within it.
@@ -197,16 +196,16 @@ __device__ __forceinline__ void store_bf16(const GemmResult& to, int n, const Re
   }
 }
 
-// All of it, by the 128 threads of math warpgroup `warpgroup`.
+// All of it, by the 128 threads of math warpgroup `warpgroup`, after await_panels.
 template <int kN>
 __device__ __forceinline__ void finish_tile(const GemmResult& to, int n, const ResultPlace& at,
                                             ResultPanels<kN>& panels, int warpgroup,
                                             float (&sum)[kN / 2]) {
-  add_terms<kN>(to, n, at, sum);
-  if (to.d_type == ElementType::kFloat32)
-    store_f32<kN>(to, n, at, sum);
-  else
-    store_bf16<kN>(to, n, at, panels, kEpilogueBarrier + warpgroup, sum);
+  if (!to.plain()) {
+    add_terms<kN>(to, n, at, sum);
+    if (to.d_type == ElementType::kFloat32) return store_f32<kN>(to, n, at, sum);
+  }
+  store_bf16<kN>(to, n, at, panels, kEpilogueBarrier + warpgroup, sum);
 }
 
 // Before a math warpgroup exits: shared memory must outlive the last store's reads. Its writes need

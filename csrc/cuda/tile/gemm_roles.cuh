@@ -17,6 +17,13 @@ namespace dsk {
 constexpr int kWarpgroup = 128;  // threads
 constexpr int kMmaM = 64;        // rows of one warpgroup's wgmma
 
+// Named barriers; 0 is __syncthreads.
+enum GemmBarrier : uint32_t {
+  kStartBarrier = 1,     // all math warps, and two of the producer's warpgroup
+  kMathBarrier = 2,      // all math warpgroups
+  kEpilogueBarrier = 3,  // one for each math warpgroup from here on
+};
+
 // Tiles on their way from the producer, which walks the schedule, to the math warps, which look
 // them up here whenever they need a coordinate: registers are for sums.
 struct TileQueue {
@@ -43,23 +50,35 @@ class TileProducer {
   __device__ __forceinline__ void run() {
     typename Stages::Position at;
     RingPosition<TileQueue::kSlots> slot;
-    while (true) {
-      if (!more_) tile_.group = kNoMoreTiles;
-      queue_.ring.await_free(slot);
-      queue_.tile[slot.stage] = tile_;
-      queue_.ring.fill(slot);
-      if (!more_) return;
-      for (int k_block = tile_.k_begin; k_block < tile_.k_end; ++k_block) {
+    // What everyone waits for: before the queue, and without asking whether a stage is free.
+    if (more_ && tile_.k_begin < tile_.k_end) {
+      ring_.announce(at, bytes_);
+      load_(tile_, tile_.k_begin, at.stage, &ring_.full[at.stage]);
+      at.advance();
+    }
+    int k_block = tile_.k_begin + 1;
+    while (more_) {
+      push(slot);
+      for (; k_block < tile_.k_end; ++k_block) {
         ring_.acquire(at, bytes_);
         load_(tile_, k_block, at.stage, &ring_.full[at.stage]);
         at.advance();
       }
-      slot.advance();
       more_ = scheduler_.next(tile_);
+      k_block = tile_.k_begin;
     }
+    tile_.group = kNoMoreTiles;
+    push(slot);
   }
 
  private:
+  __device__ __forceinline__ void push(RingPosition<TileQueue::kSlots>& slot) {
+    queue_.ring.await_free(slot);
+    queue_.tile[slot.stage] = tile_;
+    queue_.ring.fill(slot);
+    slot.advance();
+  }
+
   Stages& ring_;
   TileQueue& queue_;
   Scheduler scheduler_;
@@ -113,30 +132,42 @@ __device__ __forceinline__ void load_tile(uint8_t* to, const TensorMapBytes& map
 // Splits the CTA: the producer runs in one thread, compute(warpgroup) in each math thread. Every
 // math warp releases a stage once. setmaxnreg moves registers from the producer to the math
 // warpgroups.
+//
+// Two warps of the producer's warpgroup start at once: one finds the first tile, one sets the
+// barriers up. A pair's CTAs meet before either loads into the other.
 template <int kMathWarpgroups, class Smem, class Producer, class Compute>
 __device__ __forceinline__ void run_roles(Smem& smem, int sharers, Producer producer,
                                           Compute compute) {
   constexpr int kMathThreads = kMathWarpgroups * kWarpgroup;
   constexpr int kProducerRegisters = 40;
   constexpr int kMathRegisters = kMathWarpgroups == 1 ? 248 : 232;
-  if (threadIdx.x < 32) {
-    smem.ring.init_by_warp(kMathThreads / 32, 1, sharers);
-    smem.queue.ring.init_by_warp(kMathThreads / 32);
-  } else if (threadIdx.x == kMathThreads) {
-    producer.prepare();
-  }
-  if (sharers == 1) {
-    __syncthreads();
-  } else {
-    meet_cluster();  // init_by_warp's fence has made the barriers visible
-  }
-
-  if (threadIdx.x >= kMathThreads) {
-    ptx::setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x == kMathThreads) producer.run();
-  } else {
+  constexpr int kStarting = kMathThreads + 2 * 32;  // they meet at the start
+  const int warp = threadIdx.x / 32;
+  const auto start = [&] {  // init_by_warp's fence has made the barriers visible
+    if (sharers == 1) {
+      ptx::named_barrier_sync(kStartBarrier, kStarting);
+    } else {
+      meet_cluster();
+    }
+  };
+  if (warp < kMathThreads / 32) {
     ptx::setmaxnreg_inc<kMathRegisters>();
+    start();
     compute(__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0));
+  } else {
+    ptx::setmaxnreg_dec<kProducerRegisters>();
+    if (warp == kMathThreads / 32) {
+      const bool producing = threadIdx.x == kMathThreads;
+      if (producing) producer.prepare();
+      start();
+      if (producing) producer.run();
+    } else if (warp == kMathThreads / 32 + 1) {
+      smem.ring.init_by_warp(kMathThreads / 32, 1, sharers);
+      smem.queue.ring.init_by_warp(kMathThreads / 32);
+      start();
+    } else if (sharers > 1) {
+      meet_cluster();
+    }
   }
   // The peer may still write into this CTA's stages, or arrive on its barriers.
   if (sharers > 1) meet_cluster();

@@ -82,23 +82,21 @@ __device__ __forceinline__ void finish_swapped(const GemmResult& to, int n, cons
                                                TokenPanel<kTokens>& panel, int warpgroup,
                                                float (&sum)[kTokens / 2]) {
   using namespace cuda::ptx;
-  const uint32_t barrier = kEpilogueBarrier + warpgroup;
   const bool issuer = threadIdx.x % kWarpgroup == 0;
-  add_terms_swapped<kTokens>(to, n, at, sum);
-  if (to.d_type == ElementType::kFloat32) {
-    float* corner = static_cast<float*>(to.d) + at.row * n + at.column;
-    for_each_swapped<kTokens>(
-        at, n, [&](int i, int row, int column) { corner[int64_t(row) * n + column] = sum[i]; });
-    return;
+  if (!to.plain()) {
+    add_terms_swapped<kTokens>(to, n, at, sum);
+    if (to.d_type == ElementType::kFloat32) {
+      float* corner = static_cast<float*>(to.d) + at.row * n + at.column;
+      for_each_swapped<kTokens>(
+          at, n, [&](int i, int row, int column) { corner[int64_t(row) * n + column] = sum[i]; });
+      return;
+    }
   }
-  // The previous tile's store must have read the panel before it is written again.
-  if (issuer) cp_async_bulk_wait_group_read(n32_t<0>{});
-  ptx::named_barrier_sync(barrier, kWarpgroup);
   write_panel_swapped<kTokens>(panel, sum);
 
   const bool whole = at.rows_left >= kTokens || at.clipped;
   if (whole) fence_proxy_async(space_shared);
-  ptx::named_barrier_sync(barrier, kWarpgroup);
+  ptx::named_barrier_sync(kEpilogueBarrier + warpgroup, kWarpgroup);
   if (!whole) {
     copy_panel_rows<64>(to, n, at, [&](int) { return panel.row; });
   } else if (issuer && at.column < n) {

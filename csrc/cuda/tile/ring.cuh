@@ -67,6 +67,12 @@ struct Ring {
     announce(at, bytes);
   }
 
+  // The second half alone: for a stage that is known to be free.
+  __device__ __forceinline__ void announce(const Position& at, uint32_t bytes) {
+    cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
+                                         cuda::ptx::space_shared, &full[at.stage], bytes);
+  }
+
   // Producers that write a stage with their own stores: wait until it is free; afterwards, one of
   // the `producers` arrivals that fill it.
   __device__ __forceinline__ void await_free(const Position& at) {
@@ -100,11 +106,6 @@ struct Ring {
   }
 
  private:
-  __device__ __forceinline__ void announce(const Position& at, uint32_t bytes) {
-    cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
-                                         cuda::ptx::space_shared, &full[at.stage], bytes);
-  }
-
   __device__ static __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
     while (!cuda::ptx::mbarrier_try_wait_parity(barrier, parity)) {
     }

@@ -195,6 +195,10 @@ constexpr Entry kEntries[] = {
      "8x8 matrices to shared memory", 90},
     {"ldmatrix.sync.aligned.x1|x2|x4.trans?.m8n8.shared|shared::cta?.b16", bind_matrix,
      "8x8 matrices from shared memory", 75},
+    {"stmatrix.sync.aligned.x1|x2|x4.m8n8.shared|shared::cta?.b16.trans", bind_matrix,
+     "8x8 matrices to shared memory", 90},
+    {"ldmatrix.sync.aligned.x1|x2|x4.m8n8.shared|shared::cta?.b16.trans", bind_matrix,
+     "8x8 matrices from shared memory", 75},
     {"movmatrix.sync.aligned.m8n8.trans.b16", bind_movmatrix, "transposes an 8x8 matrix", 75},
 };
 

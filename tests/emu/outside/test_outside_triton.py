@@ -159,6 +159,8 @@ def check_product(got, a, b, target, **how):
     """sm_90: the order and the arithmetic of wgmma are ref's, so the bits are. Older targets
     multiply in steps of 16 or 32 that ref does not model: within plain bf16's own error."""
     product = ref_gemm.grouped_gemm if how else ref_gemm.gemm
+    if tuple(b.block) == (1, 128):
+        product = ref_gemm.grouped_gemm_k
     if target == "sm_90":
         assert_bitwise_equal(got, product(a, b, accumulate="hopper", **how))
     else:
@@ -166,20 +168,30 @@ def check_product(got, a, b, target, **how):
         assert_close_to_exact(got, exact, product(a, b, **how), factor=1.1)
 
 
-def gemm_on(kernel, a, b, counts, seed):
+def mn_major(scale):
+    """Scales [..., m, k blocks] as the compiled variant reads them: rows padded to 16 with zeros."""
+    m = scale.shape[-2]
+    rows = torch.zeros(*scale.shape[:-2], scale.shape[-1], -(-m // 16) * 16)
+    rows[..., :m] = scale.transpose(-2, -1)
+    return rows
+
+
+def gemm_on(kernel, a, b, counts, seed, rows=None, c=None):
     """Launches the GEMM kernel on a [m, k] or [g, m, k]; counts as KIND of the kernel has them."""
     m, k = a.shape[-2:]
-    n, groups = b.shape[-2], (b.shape[0] if b.data.dim() == 3 else 1)
-    ld_sfa = -(-m // 16) * 16
-    sfa = torch.zeros(*a.shape[:-2], a.scale.shape[-1], ld_sfa)
-    sfa[..., :m] = a.scale.transpose(-2, -1)
-    kind, rows = kernel.constants["KIND"], kernel.constants["BLOCK_M"]
-    tiles = -(-m // rows) * (groups if kind == 2 else 1) + (groups if kind == 1 else 0)
-    d = torch.full((*a.shape[:-1], n), torch.nan, dtype=torch.bfloat16)
+    n, groups = b.shape[-2], (1 if counts is None else counts.shape[0])
+    sfa = mn_major(a.scale)
+    kind, height = kernel.constants["KIND"], kernel.constants["BLOCK_M"]
+    by_row = kernel.constants["BY_ROW"]
+    sfb = mn_major(b.scale) if by_row else b.scale.contiguous()
+    tiles = -(-m // height) * (groups if kind == 2 else 1) + (groups if kind == 1 else 0)
+    lead = (groups,) if kind == 3 else ()
+    dtype = torch.float32 if by_row else torch.bfloat16
+    d = torch.full((*lead, *a.shape[:-1], n), torch.nan, dtype=dtype)
     kernel(
-        (tiles, -(-n // kernel.constants["BLOCK_N"])),
-        a.data, sfa, b.data, b.scale.contiguous(), d, counts, None, None,
-        m, n, k, groups, k, k, ld_sfa, sfa.stride(0) if kind == 2 else 0, seed=seed,
+        (tiles, -(-n // kernel.constants["BLOCK_N"]), groups if kind == 3 else 1),
+        a.data, sfa, b.data, sfb, d, counts, rows, c, None, m, n, k, groups, k, k,
+        sfa.stride(-2), sfb.stride(-2), sfa.stride(0) if kind == 2 else 0, seed=seed,
     )  # fmt: skip
     return d
 
@@ -217,6 +229,32 @@ def test_gemm_masked(compiled, target, seed):
     inside = torch.arange(80)[None] < sizes[:, None]
     assert got[~inside].isnan().all()
     check_product(got.nan_to_num(nan=0.0), a, b, target, masked_m=sizes)
+
+
+@SLOW
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
+def test_gemm_of_named_rows(compiled, target, seed):
+    a, b = operands((190,), (3, 144), 272, seed)
+    order = torch.randperm(190, generator=torch.Generator().manual_seed(seed))
+    rows, sizes = order.int(), torch.tensor([130, 0, 50], dtype=torch.int32)
+    groups = torch.full((190,), -1)
+    groups[order[:180]] = torch.tensor([0, 2]).repeat_interleave(torch.tensor([130, 50]))
+    got = gemm_on(compiled("gemm_rows", target), a, b, sizes, seed, rows)
+    assert got[groups < 0].isnan().all()
+    check_product(got.nan_to_num(nan=0.0), a, b, target, m_indices=groups)
+
+
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=SLOW if s else ()) for s in range(20)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_gemm_along_k(compiled, target, seed):
+    """Weight gradients: scales of b by row, groups along k, C added in fp32."""
+    m, n, sizes = 150, 144, torch.tensor([128, 0, 256], dtype=torch.int32)
+    a = rowwise.quantize(normal(m, 384, seed=seed, dtype=torch.float32))
+    b = rowwise.quantize(normal(n, 384, seed=seed + 1, dtype=torch.float32))
+    c = normal(3, m, n, seed=seed + 2, dtype=torch.float32)
+    got = gemm_on(compiled("gemm_along_k", target), a, b, sizes, seed, c=c)
+    check_product(got, a, b, target, group_sizes=sizes, c=c)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
