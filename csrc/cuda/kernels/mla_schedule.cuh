@@ -26,28 +26,31 @@ __device__ __forceinline__ int mla_take(int left, int room, int split_blocks) {
 template <bool kWrite>
 __device__ __forceinline__ bool mla_deal(const MlaScheduleParams& p, const int32_t* blocks,
                                          int share) {
-  int request = 0, block = 0, split = 0, splits_before = 0;
+  int request = 0, split = 0, splits_before = 0;
+  int whole = p.b > 0 ? blocks[0] : 0, left = whole;
+  int following = p.b > 1 ? blocks[1] : 0;  // loaded a request ahead: nobody waits for it
   if (kWrite) p.num_splits[0] = 0;
   for (int i = 0; i < p.num_parts; ++i) {
-    MlaPart part{request, block, 0, 0, split, {}};
-    int remaining = share;
+    MlaPart part{request, whole - left, 0, 0, split, {}};
+    int room = share - p.piece_cost;
     while (request < p.b) {
-      const int take = mla_take(blocks[request] - block, remaining - p.piece_cost, p.split_blocks);
+      const int take = mla_take(left, room, p.split_blocks);
       if (take < 0) break;
-      remaining -= take + p.piece_cost;
-      block += take;
+      room -= take + p.piece_cost;
+      left -= take;
       ++split;
-      if (block == blocks[request]) {
+      if (left == 0) {
         ++request;
         splits_before += split;
         if (kWrite) p.num_splits[request] = splits_before;
-        block = 0;
         split = 0;
+        whole = left = following;
+        following = blocks[min(request + 1, p.b - 1)];
       }
     }
     if (!kWrite && request == p.b) break;
     part.end_request = request;
-    part.end_block = block;
+    part.end_block = request < p.b ? whole - left : 0;
     if (kWrite) p.parts[i] = part;
   }
   return request == p.b;

@@ -98,13 +98,6 @@ int piece_cost(int rows) {
   return rows <= kMlaRows ? 3 : 4;
 }
 
-// Warps of mla_combine for one row of 512 columns: one, or four while all fit on the device at
-// once.
-int combine_slices(const Context& context, size_t rows) {
-  constexpr int kSlices = 4, kResidentWarps = 64;
-  return rows * kSlices <= size_t(context.device().num_sms()) * kResidentWarps ? kSlices : 1;
-}
-
 template <typename Params>
 void launch(Context& context, const char* kernel, const device::LaunchShape& shape, Params params,
             cu::Stream stream) {
@@ -165,11 +158,13 @@ void mla_decode(Context& context, const MlaDecodeArgs& args, cu::Stream stream) 
       shape_of(ceil_div(rows, kMlaRows), args.num_parts, kDecodeThreads, mla_decode_shared_bytes());
   shape.cluster.x = kernel.cluster;
   launch(context, kernel.name, shape, make_params(context, args), stream);
-  const int slices = combine_slices(context, all_rows);
+  // Rows of many splits are few: four warps each, so that their sums take a quarter of the time.
+  const bool quarters = args.num_parts >= 8 * args.b;
   const MlaCombineParams combine{args.num_splits, args.out_partial, args.lse_partial, args.out,
-                                 args.lse,        args.s,           args.h,           slices};
+                                 args.lse,        args.s,           args.h,           quarters};
   launch(context, "mla_combine",
-         shape_of(ceil_div(rows * slices, kCombineThreads / 32), args.b, kCombineThreads, 0),
+         shape_of(ceil_div(rows * (quarters ? 4 : 1), kCombineThreads / 32), args.b,
+                  kCombineThreads, 0),
          combine, stream);
   if (context.emulated()) context.device().synchronize(stream);
 }

@@ -67,7 +67,8 @@ struct Ring {
     announce(at, bytes);
   }
 
-  // The second half alone: for a stage that is known to be free.
+  // The second half alone: for a stage that is known to be free. Also one of the `producers`
+  // arrivals of those that bring some of its bytes by copies and the others by their own stores.
   __device__ __forceinline__ void announce(const Position& at, uint32_t bytes) {
     cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
                                          cuda::ptx::space_shared, &full[at.stage], bytes);
@@ -82,8 +83,6 @@ struct Ring {
     cuda::ptx::mbarrier_arrive(cuda::ptx::sem_release, cuda::ptx::scope_cta,
                                cuda::ptx::space_shared, &full[at.stage]);
   }
-  // The same where so many bytes of the stage come from another CTA of the cluster.
-  __device__ __forceinline__ void fill(const Position& at, uint32_t bytes) { announce(at, bytes); }
 
   // Consumer: wait for the stage's bytes.
   __device__ __forceinline__ void await(const Position& at) { wait(&full[at.stage], at.phase); }
