@@ -84,11 +84,23 @@ VARIABLES: dict[str, Variable] = {
             when="native",
         ),
         Variable(
+            "DSK_NCCL_HOME",
+            "",
+            "a folder with include/nccl_device.h and lib",
+            "NCCL that dskernels.ep.rail.build compiles against; default: nvidia-nccl's wheel.",
+        ),
+        Variable(
+            "DSK_EP_RAIL",
+            "",
+            "path of the library that dskernels.ep.rail.build made",
+            "The rail between nodes (compiled, never executed).",
+        ),
+        Variable(
             "DSK_EMU_CHECK",
             "",
             "0 | 1 | order | strict",
             "Checks of kernels that ops launch on the emulator: 0 turns them off, order raises "
-            "formal findings about order too, strict also uninitialized reads.",
+            "formal findings about order too, strict also uninitialized reads and early arrivals.",
             when="native",
         ),
         Variable(

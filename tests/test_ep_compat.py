@@ -22,6 +22,75 @@ def init(store, rank, ranks):
     )
 
 
+def worker_elastic(store, rank, ranks):
+    from dskernels.compat.deep_ep import ElasticBuffer
+
+    init(store, rank, ranks)
+    experts = 4 * ranks
+    buffer = ElasticBuffer(
+        dist.group.WORLD, num_max_tokens_per_rank=T, hidden=H, num_topk=3, num_cpu_timeout_secs=60
+    )
+    for seed, fp8 in ((0, False), (1, True)):
+        xs, idxs, weights = problem("holes", ranks, seed)
+        sent = [dsk.quantize(x) if fp8 else x for x in xs]
+        want = ref.dispatch(sent, idxs, weights, num_experts=experts, expert_alignment=4)
+        x = (sent[rank].data, sent[rank].scale) if fp8 else sent[rank]
+        stats = torch.zeros(4, dtype=torch.int32)
+        recv, recv_idx, recv_weights, handle, event = buffer.dispatch(
+            x, idxs[rank], weights[rank], stats, num_experts=experts, expert_alignment=4,
+            use_tma_aligned_col_major_sf=True,
+        )  # fmt: skip
+        event.current_stream_wait()
+        mine = want[rank]
+        same(recv[0] if fp8 else recv, mine.x.data if fp8 else mine.x, "recv_x")
+        if fp8:
+            same(recv[1].contiguous(), mine.x.scale.contiguous(), "scales")
+            assert recv[1].stride(0) == 1 and recv[1].stride(1) % 4 == 0
+        same(recv_idx, mine.topk_idx, "recv_topk_idx")
+        same(recv_weights, mine.topk_weights, "recv_topk_weights")
+        assert handle.num_recv_tokens_per_expert_list == mine.tokens_per_expert
+        assert int(handle.psum_num_recv_tokens_per_scaleup_rank[-1]) == len(mine.source)
+        assert stats.sum() == (mine.topk_idx >= 0).sum()
+        ys = [(w.x.dequantize(torch.bfloat16) if fp8 else w.x) * (r + 1)
+              for r, w in enumerate(want)]  # fmt: skip
+        pairs = [(torch.full((len(i), H), 0.3).bfloat16(), torch.full((len(i), H), -7.0).bfloat16())
+                 for i in idxs]  # fmt: skip
+        back, back_weights = ref.combine(
+            ys, want, [len(i) for i in idxs], topk_weights=[w.topk_weights for w in want],
+            bias=pairs,
+        )  # fmt: skip
+        out, out_weights, _ = buffer.combine(ys[rank], handle, recv_weights, bias=pairs[rank])
+        same(out, back[rank], "combined")
+        same(out_weights, back_weights[rank], "weights")
+        again, again_idx, none, same_handle, _ = buffer.dispatch(
+            x, handle=handle, do_cpu_sync=False
+        )
+        rows = len(mine.source)
+        assert same_handle is handle and none is None and len(again_idx) == ranks * T
+        same((again[0] if fp8 else again)[:rows], recv[0] if fp8 else recv, "by handle")
+        assert (again_idx[rows:] == -1).all()
+    for call, message in (
+        (lambda: buffer.dispatch(x, idxs[rank], do_expand=True), "do_expand"),
+        (lambda: buffer.engram_fetch, "Engram"),
+        (lambda: buffer.pp_send, "pipeline sends"),
+        (lambda: ElasticBuffer(dist.group.WORLD, num_cpu_bytes=1), "num_cpu_bytes"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            call()
+    with pytest.raises(ValueError, match="topk_idx, handle: expected one of them"):
+        buffer.dispatch(x)
+    with pytest.raises(ValueError, match="num_experts, num_max_tokens_per_rank: expected both"):
+        buffer.dispatch(x, idxs[rank])
+    assert not hasattr(buffer, "no_such_thing")
+    buffer.destroy()
+    dist.destroy_process_group()
+    return True
+
+
+def test_elastic_buffer():
+    assert all(run_ranks(worker_elastic, 2))
+
+
 def worker_deep_ep(store, rank, ranks):
     from dskernels.compat.deep_ep import Buffer, Config
 

@@ -183,10 +183,11 @@ def run_along_k(m, n, sizes, fp8=True):
 
 NK = [(576, 7168), (7168, 2048), (2112, 7168), (24576, 1536), (32768, 512), (4096, 7168)]
 NK += [(7168, 16384)]
-# The emulator does about 5e8 products a second: 4096 rows where that stays under a minute.
+# The emulator makes 6e9 products a second on two idle cores: 4096 rows where that takes less than a
+# minute.
 DENSE = [pytest.param(1, *NK[0]), pytest.param(128, *NK[0])]
 DENSE += [pytest.param(m, *nk, marks=SLOW) for m in (1, 128) for nk in NK[1:]]
-DENSE += [pytest.param(4096, *nk, marks=SLOW) for nk in NK[:1]]
+DENSE += [pytest.param(4096, *nk, marks=SLOW) for nk in NK[:-1]]
 
 
 @pytest.mark.parametrize("m,n,k", DENSE)
@@ -194,10 +195,10 @@ def test_dense(m, n, k):
     run_dense(m, n, k)
 
 
-# Their 4 x 8192 and 8 x 4096 rows, each group's size off by up to 30 %, cut to 128 and 64 rows.
+# Their 4 x 8192 and 8 x 4096 rows, each group's size off by up to 30 %, cut to 4096 rows in all.
 @SLOW
 @pytest.mark.parametrize("n,k", [(4096, 7168), (7168, 2048)])
-@pytest.mark.parametrize("groups,rows", [(4, 128), (8, 64)])
+@pytest.mark.parametrize("groups,rows", [(4, 1024), (8, 512)])
 @pytest.mark.parametrize("by_index", [False, True], ids=["sizes", "indices"])
 def test_contiguous(groups, rows, n, k, by_index):
     sizes = [int(rows * random.uniform(0.7, 1.3)) for _ in range(groups)]
@@ -209,8 +210,8 @@ def test_contiguous(groups, rows, n, k, by_index):
     [
         pytest.param(2, 20, 576, 2048),
         *(pytest.param(6, 20, *nk, marks=SLOW) for nk in ((4096, 7168), (7168, 2048))),
-        *(pytest.param(2, 192, *nk, marks=SLOW) for nk in ((4096, 7168), (7168, 2048))),
-        pytest.param(1, 1024, 7168, 2048, marks=SLOW),
+        *(pytest.param(6, 192, *nk, marks=SLOW) for nk in ((4096, 7168), (7168, 2048))),
+        *(pytest.param(4, 1024, *nk, marks=SLOW) for nk in ((4096, 7168), (7168, 2048))),
     ],
 )
 def test_masked(groups, expected, n, k):
@@ -222,7 +223,10 @@ def test_masked(groups, expected, n, k):
     "m,n,sizes",
     [
         pytest.param(256, 384, [128, 0, 384]),
-        *(pytest.param(*mn, [128, 0, 384, 256], marks=SLOW) for mn in ((4096, 7168), (7168, 2048))),
+        *(
+            pytest.param(*mn, [1024, 0, 2048, 896], marks=SLOW)
+            for mn in ((4096, 7168), (7168, 2048))
+        ),
     ],
 )
 def test_along_k(m, n, sizes):
@@ -230,9 +234,9 @@ def test_along_k(m, n, sizes):
 
 
 @SLOW
-@pytest.mark.parametrize("n,k", [(4096, 7168), (7168, 2048)])
-def test_weight_gradient(n, k):
-    run_weight_gradient(128, n, k)
+@pytest.mark.parametrize("m,n", [(4096, 7168), (7168, 2112)])
+def test_weight_gradient(m, n):
+    run_weight_gradient(m, n, 4096)
 
 
 @SLOW

@@ -182,6 +182,15 @@ def test_splits_are_joined_without_the_neighbours(machine, backend, heads):
     assert_decoded((out[:1], lse[:1]), (case[0][:1], case[1], case[2][:1], case[3][:1]))
 
 
+def test_more_splits_than_a_warp_has_lanes(machine, backend):
+    case = paged_case([2300, 70], 1, 3)
+    q, cache, table, lens = (on_device(x, backend) for x in case)
+    schedule = machine.mla_schedule(lens, 3, num_sms=80)
+    assert schedule.num_splits.diff()[0] > 32
+    got = machine.mla_decode(q, cache, table, lens, schedule=schedule)
+    assert_decoded(tuple(on_cpu(x) for x in got), case)
+
+
 @pytest.mark.parametrize("heads,fp8", [(13, False), (13, True), (70, False)])
 def test_any_number_of_parts_changes_at_most_one_bit(machine, backend, heads, fp8):
     case = paged_case([700, 64, 0, 65, 130], 1, heads, fp8=fp8)

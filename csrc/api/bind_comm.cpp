@@ -236,8 +236,10 @@ class PyExchange {
   }
 
   void combine(const Handle& handle, py::handle y, py::handle weights, py::handle bias,
-               py::handle out, py::handle out_weights, int ranks_per_node, double seconds) {
-    const TensorArg y_("y", y), weights_("topk_weights", weights), bias_("bias", bias);
+               py::handle bias2, py::handle out, py::handle out_weights, int ranks_per_node,
+               double seconds) {
+    const TensorArg y_("y", y), weights_("topk_weights", weights);
+    const TensorArg biases[2] = {{"bias", bias}, {"bias[1]", bias2}};
     const TensorArg out_("out", out, true), out_weights_("out_weights", out_weights, true);
     const Arg arg("y", y_.get());
     arg.shape({handle.rows, -1});
@@ -259,11 +261,12 @@ class PyExchange {
       ow.shape({handle.tokens, handle.shape.topk}).contiguous().writable().type({Type::kF32});
       in.out_weights = ow.data<float>();
     }
-    if (bias_.get() != nullptr) {
-      const Arg b("bias", bias_.get());
+    for (int i = 0; i < 2; ++i) {
+      if (biases[i].get() == nullptr) continue;
+      const Arg b(i == 0 ? "bias" : "bias[1]", biases[i].get());
       b.shape({handle.tokens, in.elements});
       const Matrix bm = b.matrix({m.type});
-      in.bias = {bm.data, bm.stride * element_size(m.type)};
+      in.bias[i] = {bm.data, bm.stride * element_size(m.type)};
     }
     waiting([&] {
       exchange_.combine(handle, in, after(seconds));

@@ -70,7 +70,7 @@ struct F16 {
 // Inlined into one function per instruction set, where the compiler vectorises the loops.
 template <typename Type>
 [[gnu::always_inline]] inline void sum_block(typename Type::Stored* to, const void* const* rows,
-                                             const float* weights, int num_rows, const void* bias,
+                                             const float* weights, int num_rows, const Bias& bias,
                                              int64_t at, int count, RowGroups groups) {
   using Stored = typename Type::Stored;
   alignas(64) float total[kBlock], apart[kBlock];
@@ -92,8 +92,9 @@ template <typename Type>
     for (int i = 0; i < count; ++i) total[i] = total[i] + apart[i];
     for (int i = 0; i < count; ++i) apart[i] = 0.0f;
   }
-  if (bias != nullptr) {
-    const Stored* row = static_cast<const Stored*>(bias) + at;
+  for (const void* added : bias) {
+    if (added == nullptr) continue;
+    const Stored* row = static_cast<const Stored*>(added) + at;
     for (int i = 0; i < count; ++i) total[i] = total[i] + Type::widen(row[i]);
   }
   for (int i = 0; i < count; ++i) to[i] = Type::narrow(total[i]);
@@ -101,7 +102,7 @@ template <typename Type>
 
 template <typename Type>
 [[gnu::always_inline]] inline void sum_all(void* to, const void* const* rows, const float* weights,
-                                           int num_rows, const void* bias, int64_t elements,
+                                           int num_rows, const Bias& bias, int64_t elements,
                                            RowGroups groups) {
   for (int64_t at = 0; at < elements; at += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, elements - at));
@@ -111,7 +112,7 @@ template <typename Type>
 }
 
 [[gnu::always_inline]] inline void sum_any(Element type, void* to, const void* const* rows,
-                                           const float* weights, int num_rows, const void* bias,
+                                           const float* weights, int num_rows, const Bias& bias,
                                            int64_t elements, RowGroups groups) {
   switch (type) {
     case Element::kF32:
@@ -124,19 +125,19 @@ template <typename Type>
 }
 
 void sum_portable(Element type, void* to, const void* const* rows, const float* weights,
-                  int num_rows, const void* bias, int64_t elements, RowGroups groups) {
+                  int num_rows, const Bias& bias, int64_t elements, RowGroups groups) {
   sum_any(type, to, rows, weights, num_rows, bias, elements, groups);
 }
 #if defined(__x86_64__)
 __attribute__((target("avx2,f16c"))) void sum_avx2(Element type, void* to, const void* const* rows,
                                                    const float* weights, int num_rows,
-                                                   const void* bias, int64_t elements,
+                                                   const Bias& bias, int64_t elements,
                                                    RowGroups groups) {
   sum_any(type, to, rows, weights, num_rows, bias, elements, groups);
 }
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c,prefer-vector-width=512"))) void
 sum_avx512(Element type, void* to, const void* const* rows, const float* weights, int num_rows,
-           const void* bias, int64_t elements, RowGroups groups) {
+           const Bias& bias, int64_t elements, RowGroups groups) {
   sum_any(type, to, rows, weights, num_rows, bias, elements, groups);
 }
 #endif
@@ -144,7 +145,7 @@ sum_avx512(Element type, void* to, const void* const* rows, const float* weights
 struct Functions {
   const char* name;
   void (*stream)(char*, const char*, uint64_t);
-  void (*sum)(Element, void*, const void* const*, const float*, int, const void*, int64_t,
+  void (*sum)(Element, void*, const void* const*, const float*, int, const Bias&, int64_t,
               RowGroups);
 };
 
@@ -193,7 +194,7 @@ const char* copy_isa() { return functions().name; }
 uint64_t element_bytes(Element type) { return type == Element::kF32 ? 4 : 2; }
 
 void sum_rows(Element type, void* to, const void* const* rows, const float* weights, int num_rows,
-              const void* bias, int64_t elements, RowGroups groups) {
+              const Bias& bias, int64_t elements, RowGroups groups) {
   functions().sum(type, to, rows, weights, num_rows, bias, elements, groups);
 }
 

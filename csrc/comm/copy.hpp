@@ -1,6 +1,7 @@
 // Copies and sums of rows at memory speed. The instruction set is chosen at run time.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace dsk::comm {
@@ -20,10 +21,13 @@ struct RowGroups {
   uint64_t last = 0, rounded = 0;
 };
 
+using Bias = std::array<const void*, 2>;
+
 // to[i] = sum over rows of weight * row[i], in order, in fp32: every product and every sum is
 // rounded (no fused multiply-add), the result once to `type`. weights null: plain sums.
-// bias, of the same type, is added last; null: none. The sum, and that of a group, starts from +0.
+// Up to two rows of bias, of the same type, are added last; null: none. The sum, and that of a
+// group, starts from +0.
 void sum_rows(Element type, void* to, const void* const* rows, const float* weights, int num_rows,
-              const void* bias, int64_t elements, RowGroups groups = {});
+              const Bias& bias, int64_t elements, RowGroups groups = {});
 
 }  // namespace dsk::comm

@@ -345,9 +345,11 @@ RowGroups Exchange::nodes_of(uint64_t hosts, int32_t ranks_per_node) const {
 void Exchange::sum_token(const Handle& handle, const CombineInput& in, int64_t token,
                          const void* const* rows, const float* const* weights, int num_rows) {
   const auto row_bytes = in.elements * static_cast<int64_t>(element_bytes(in.type));
-  const void* bias = in.bias.data == nullptr
-                         ? nullptr
-                         : static_cast<const std::byte*>(in.bias.data) + token * in.bias.stride;
+  Bias bias{};
+  for (size_t i = 0; i < bias.size(); ++i) {
+    if (in.bias[i].data == nullptr) continue;
+    bias[i] = static_cast<const std::byte*>(in.bias[i].data) + token * in.bias[i].stride;
+  }
   const RowGroups groups = nodes_of(handle.goes_to[static_cast<size_t>(token)], in.ranks_per_node);
   sum_rows(in.type, static_cast<std::byte*>(in.out) + token * row_bytes, rows, nullptr, num_rows,
            bias, in.elements, groups);
@@ -355,7 +357,7 @@ void Exchange::sum_token(const Handle& handle, const CombineInput& in, int64_t t
   const void* weight_rows[proto::kMaxRanks];
   std::copy(weights, weights + num_rows, weight_rows);
   sum_rows(Element::kF32, in.out_weights + token * handle.shape.topk, weight_rows, nullptr,
-           num_rows, nullptr, handle.shape.topk, groups);
+           num_rows, {}, handle.shape.topk, groups);
 }
 
 // Results stay where they are; the tokens' ranks read and sum them. One pass over the data.

@@ -74,7 +74,7 @@ struct CombineInput {
   Rows y;                          // handle.rows rows
   bool with_weights = false;       // sum weights back, too
   const float* weights = nullptr;  // [rows, topk]
-  Rows bias;                       // [tokens], or data null
+  Rows bias[2];                    // [tokens], or data null
   int32_t ranks_per_node = 0;      // orders the sums: a node's rows first; 0: one node
   void* out = nullptr;             // [tokens, elements], contiguous
   float* out_weights = nullptr;    // [tokens, topk]

@@ -179,8 +179,7 @@ void Exchange::low_latency_reduce(const LowLatencyHandle& handle, uint64_t call,
                                static_cast<uint64_t>(shape_.max_row_bytes);
       weights[n++] = topk_weights[t * handle.topk + k];
     }
-    sum_rows(type, static_cast<std::byte*>(out) + t * row_bytes, rows, weights, n, nullptr,
-             elements);
+    sum_rows(type, static_cast<std::byte*>(out) + t * row_bytes, rows, weights, n, {}, elements);
   }
   low_reduced_ = call;
 }

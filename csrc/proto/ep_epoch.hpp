@@ -15,6 +15,8 @@
 // kLowLatencyDepth copies, and a rank must finish receiving call n - kLowLatencyDepth + 1 before it
 // sends call n: a peer that sends n + kLowLatencyDepth - 1 has then seen my send of
 // n + kLowLatencyDepth - 2, hence my receipt of n - 1 is done before its copy is written again.
+// The way back is bound by the same rule, on its own count: sums of n - kLowLatencyDepth + 1 before
+// results of n.
 #pragma once
 
 #include <cstdint>

@@ -94,6 +94,12 @@ struct EpRail {
   ncclDevComm device;
 };
 
+// What a caller in another language checks before its first call: see dskernels/ep/rail.py.
+extern "C" int64_t ep_rail_fact(int index) {
+  const int64_t facts[] = {sizeof(EpRailParams), sizeof(EpRail), NCCL_VERSION_CODE};
+  return index >= 0 && index < 3 ? facts[index] : -1;
+}
+
 extern "C" ncclResult_t ep_rail_open(ncclComm_t comm, void* memory, size_t bytes, int nodes,
                                      EpRail* rail) {
   rail->comm = comm;

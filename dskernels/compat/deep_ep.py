@@ -1,7 +1,8 @@
 """`deep_ep`: the expert-parallel Buffer that DeepSeek's users call, over `dskernels.ep` on CPU
 tensors between processes of one host.
 
-Names, arguments and results are the peer's (V1). What differs: sizes of buffers are not the
+Names, arguments and results are the peer's (`Buffer` of V1, dispatch and combine of V2's
+`ElasticBuffer`). What differs: sizes of buffers are not the
 caller's business (num_nvl_bytes and the like are accepted and ignored; windows grow when a call
 needs it, on all ranks together); events are complete when they are returned; results are copies
 that the caller owns; a rank that does not answer raises dskernels.ep.PeerSilent.
@@ -19,7 +20,7 @@ from .. import ep
 from ..ref.ep import dispatch_layout
 from ..types import ScaledTensor
 
-__all__ = ["Buffer", "Config", "EventOverlap"]
+__all__ = ["Buffer", "Config", "ElasticBuffer", "EPHandle", "EventOverlap"]
 
 Tokens = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -224,8 +225,6 @@ class Buffer:
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
         """(x [T, H] summed without weights, topk_weights [T, K] summed or None, event)."""
-        if isinstance(bias, tuple):
-            raise NotImplementedError("bias: expected one tensor or None, got a pair")
         weights = None if topk_weights is None else topk_weights[: handle.rows]
         out, back = ep.combine(
             handle.group, x[: handle.rows], handle.received, topk_weights=weights, bias=bias
@@ -398,3 +397,6 @@ def _pack_exponents(scales: torch.Tensor, packed: torch.Tensor) -> None:
 
 def _nothing() -> None:
     """The hook of a call that is complete."""
+
+
+from ._elastic_buffer import ElasticBuffer, EPHandle  # noqa: E402  (it is made of the above)

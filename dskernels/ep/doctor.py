@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from .. import env
 from ..types import Support
+from . import rail
 from .group import _experts_of_rank, native
 
 _SYSCALL_PIDFD_OPEN = 434
@@ -161,10 +163,21 @@ def _rdma() -> Support:
     nics = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     found = f"NICs: {', '.join(nics)}" if nics else "no RDMA NIC (/sys/class/infiniband is empty)"
     return Support(
-        False,
-        f"{found}; exchange between hosts is not written yet (csrc/rail has a kernel for NCCL's "
-        "device API that compiles and was never run)",
+        False, f"{found}; exchange between hosts is not written yet; the rail's kernel: {_rail()}"
     )
+
+
+def _rail() -> str:
+    """How far the optional kernel on NCCL's device API is: never executed, wherever it is."""
+    library = env.get("DSK_EP_RAIL")
+    if not library:
+        ready = rail.can_build()
+        return f"{'not compiled, ' if ready else ''}{ready.reason}"
+    try:
+        rail.load(Path(library))
+    except (OSError, RuntimeError, AttributeError) as error:
+        return f"DSK_EP_RAIL does not load: {error}"
+    return f"{library} loads; compiled, never executed"
 
 
 def _emulator() -> Support:

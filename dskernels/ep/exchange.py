@@ -102,17 +102,17 @@ def combine(
     received: Received,
     *,
     topk_weights: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
     timeout: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Bring the results y [n, h] for the rows `received` back to the tokens' ranks.
 
     A token's rows are summed in fp32, without weights, in order of the rank they come from (node by
-    node in a group with ranks_per_node: see dskernels.ref.ep.combine); then bias [t, h] is added,
-    and the sum is rounded once to y's dtype. topk_weights fp32 [n, k], if given, are brought back
-    and summed alike. Returns (x [t, h], weights [t, k] or None). A y from `Group.result_buffer` is
-    read in place. Errors as in `dispatch`.
+    node in a group with ranks_per_node: see dskernels.ref.ep.combine); then bias [t, h], or a pair
+    of them one after the other, is added, and the sum is rounded once to y's dtype. topk_weights
+    fp32 [n, k], if given, are brought back and summed alike. Returns (x [t, h], weights [t, k] or
+    None). A y from `Group.result_buffer` is read in place. Errors as in `dispatch`.
     """
     if torch.is_grad_enabled() and y.requires_grad:
         if topk_weights is not None or out is not None:
@@ -123,6 +123,7 @@ def combine(
             raise ValueError("bias: expected None for a y that requires a gradient, got a tensor")
         return _Combine.apply(y, group, received, timeout), None
     handle = received.handle
+    biases = _biases(bias)
     y = y.detach()
     if out is None:
         out = y.new_empty(handle.tokens, y.shape[-1])
@@ -133,13 +134,21 @@ def combine(
         handle,
         y,
         _plain(topk_weights),
-        _plain(bias),
+        *biases,
         out,
         weights,
         group.ranks_per_node,
         group._seconds(timeout),
     )
     return out, weights
+
+
+def _biases(bias: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if not isinstance(bias, tuple):
+        return _plain(bias), None
+    if len(bias) != 2:
+        raise ValueError(f"bias: expected a tensor or a pair of them, got {len(bias)}")
+    return _plain(bias[0]), _plain(bias[1])
 
 
 class _Dispatch(torch.autograd.Function):

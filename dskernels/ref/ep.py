@@ -121,16 +121,17 @@ def combine(
     num_tokens: Sequence[int],
     *,
     topk_weights: Sequence[torch.Tensor] | None = None,
-    bias: Sequence[torch.Tensor] | None = None,
+    bias: Sequence[torch.Tensor | tuple[torch.Tensor, torch.Tensor]] | None = None,
     ranks_per_node: int = 0,
     alive: Sequence[bool] | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
     """Bring each rank's results ys [n, h] for the rows it received back to the tokens' ranks.
 
     A token's rows are summed in fp32, without weights, in order of the rank they come from; then
-    bias [t, h] is added, and the sum is rounded once to ys' dtype. Tokens that went nowhere give 0
-    (plus bias). num_tokens is t of every rank. topk_weights [n, k], if given, are brought back and
-    summed alike. Returns (xs, weights), weights None if not asked for.
+    bias [t, h] (or a pair of them, one after the other) is added, and the sum is rounded once to
+    ys' dtype. Tokens that went nowhere give 0 (plus bias). num_tokens is t of every rank.
+    topk_weights [n, k], if given, are brought back and summed alike. Returns (xs, weights), weights
+    None if not asked for.
 
     With ranks_per_node (0: all ranks are one node) the rows of each node of that many ranks in a
     row are summed first, in order of rank; a sum that comes from another node than the token's is
@@ -149,7 +150,8 @@ def combine(
     rows = [y.float() for y in ys]
     xs = _sum_back(rows, received, num_tokens, ranks_per_node, up, ys[0].dtype)
     if bias is not None:
-        xs = [x + b.float() for x, b in zip(xs, bias)]
+        pairs = [b if isinstance(b, tuple) else (b,) for b in bias]
+        xs = [sum((b.float() for b in pair), start=x) for x, pair in zip(xs, pairs)]
     xs = [x.to(ys[0].dtype) for x in xs]
     if topk_weights is None:
         return xs, None

@@ -60,7 +60,8 @@ def moe_variants() -> dict[str, Variant]:
     gate_constants |= {"TOKENS": moe.GATE_TOKENS, "EXPERTS": 256, "GROUPS": 8, "TOPK": 8}
     gate_constants |= {"SLAB": moe.GATE_SLAB}
     slots = {"topk_idx_ptr": "*i64"}
-    counts = {"counts_ptr": "*i32"} | _integers("slots", "experts")
+    counts = {"expert_map_ptr": "*i64", "chosen_ptr": "*i64", "counts_ptr": "*i32"}
+    counts |= _integers("slots", "topk", "shared", "replicas", "experts")
     places = {"first_row_ptr": "*i64", "row_map_ptr": "*i64"} | _integers("slots", "experts")
     copy = {"x_ptr": "*u8", "row_map_ptr": "*i64", "out_ptr": "*u8"}
     copy |= _integers("topk", "columns", "x_row", "x_column", "out_row", "out_column")
@@ -70,12 +71,13 @@ def moe_variants() -> dict[str, Variant]:
             kernels.gate_kernel, gate | {"scale": "fp32"}, gate_constants, moe.GATE_OPTIONS
         ),
         "moe_count": Variant(
-            kernels.count_kernel, slots | counts, {"CHUNK": moe.CHUNK, "BLOCK": moe.EXPERTS_BLOCK}
+            kernels.count_kernel, slots | counts,
+            {"MAPPED": True, "CHUNK": moe.CHUNK, "BLOCK": moe.EXPERTS_BLOCK},
         ),
         "moe_place": Variant(kernels.place_kernel, slots | places, {"CHUNK": moe.CHUNK}),
         "moe_copy_rows": Variant(kernels.copy_rows_kernel, copy, {"BLOCK": moe.RUN}),
         "moe_unpermute": Variant(
-            kernels.unpermute_kernel, rows | _integers("topk", "depth"),
+            kernels.unpermute_kernel, rows | _integers("topk", "shared", "depth"),
             {"WEIGHTED": True, "BLOCK": moe.RUN}, moe.EXACT,
         ),
     }  # fmt: skip

@@ -69,6 +69,47 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "for (int i = threadIdx.x; i <= kGateTokens * kGateExperts; i += kGateThreads) {",
     ): "Thread 0's element more lies where is_last is kept, which it writes itself afterwards.",
     (
+        "cuda/kernels/moe_gate_backward.cuh",
+        "if (p.k > 0) slab.load(p, row, column, 0);",
+        "if (p.k >= 0) slab.load(p, row, column, 0);",
+    ): "Without depth the load finds nothing inside, and what it makes of that is not used.",
+    (
+        "cuda/kernels/moe_gate_backward.cuh",
+        "if (k + kProductSlab < p.k) slab.load(p, row, column, k + kProductSlab);",
+        "if (k + kProductSlab <= p.k) slab.load(p, row, column, k + kProductSlab);",
+    ): "A slab behind the depth is loaded into registers, zeros without reading, and never used.",
+    (
+        "cuda/kernels/moe_layout.cuh",
+        "for (int e = threadIdx.x; e < p.experts; e += kMoeChunk) smem.total[e] = 0;",
+        "for (int e = threadIdx.x; e <= p.experts; e += kMoeChunk) smem.total[e] = 0;",
+    ): "The element more is an unused total, or is_last, which is written behind two barriers.",
+    (
+        "cuda/kernels/moe_permute.cuh",
+        "for (int i = threadIdx.x; i < kPermuteWarps * p.experts; i += kMoeChunk) {",
+        "for (int i = threadIdx.x; i <= kPermuteWarps * p.experts; i += kMoeChunk) {",
+    ): "The element more lies in the first row's place, which is written behind two barriers.",
+    (
+        "cuda/kernels/moe_unpermute.cuh",
+        "for (int first = 0; first < p.topk; first += kRowsInFlight<T>) {",
+        "for (int first = 0; first <= p.topk; first += kRowsInFlight<T>) {",
+    ): "A run of choices behind the last has no row: it loads nothing and adds nothing.",
+    (
+        "cuda/kernels/moe_unpermute.cuh",
+        "for (int column = threadIdx.x % kWarp * 4; column < p.depth; column += kWarp * 4) {",
+        "for (int column = threadIdx.x % kWarp * 4; column <= p.depth; column += kWarp * 4) {",
+    ): "A run with nothing left of the row loads zeros without reading, and stores nothing.",
+    (
+        "cuda/tile/gate_choice.cuh",
+        "__syncwarp();  // nobody still reads what is overwritten",
+        ";  // nobody still reads what is overwritten",
+    ): "The reductions before it need what every lane has read, so nobody still reads. It stays, "
+    "because PTX orders memory at barriers only.",
+    (
+        "cuda/tile/gate_choice.cuh",
+        "for (int e = lane; e < p.experts; e += kWarp) value[e] = __fdiv_rn(value[e], sum);",
+        "for (int e = lane; e <= p.experts; e += kWarp) value[e] = __fdiv_rn(value[e], sum);",
+    ): "The one element more is behind the scores, or the first key, which is written afterwards.",
+    (
         "cuda/tile/gate_choice.cuh",
         "for (int e = lane; e < p.experts; e += kWarp) value[e] = sigmoid(value[e]);",
         "for (int e = lane; e <= p.experts; e += kWarp) value[e] = sigmoid(value[e]);",
@@ -93,6 +134,50 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes);",
         "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes + 16);",
     ): "The distance between tiles of 64 rows; wgmma's A has 64 rows, one tile.",
+    (
+        "cuda/tile/mla_columns.cuh",
+        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes);",
+        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes - 16);",
+    ): "The distance between tiles of 64 rows; wgmma's A has 64 rows, one tile.",
+    (
+        "cuda/tile/mla_columns.cuh",
+        "if (first + kMlaBlock <= seen_by_all) return;",
+        "if (first + kMlaBlock < seen_by_all) return;",
+    ): "The mask is then computed for one block more, and hides nothing there.",
+    (
+        "cuda/tile/mla_softmax.cuh",
+        "if (first + kMlaBlock <= first_end_) return;",
+        "if (first + kMlaBlock < first_end_) return;",
+    ): "The mask is then computed for one block more, and hides nothing there.",
+    (
+        "cuda/tile/mla_softmax.cuh",
+        "*reinterpret_cast<uint4*>(tiles[tile] + swizzle128(row, chunk)) = uint4{0, 0, 0, 0};",
+        "*reinterpret_cast<uint4*>(tiles[tile] + (swizzle128(row, chunk) ^ 16)) = uint4{0, 0, 0, 0};",
+    ): "All chunks of the row are cleared, in another order.",
+    (
+        "cuda/kernels/mla_schedule.cuh",
+        "__syncwarp();",
+        ";",
+    ): "All lanes have met at the shuffles before it, behind their stores; the emulator takes that for "
+    "enough, as hardware does. PTX promises an order of memory for the barrier only, so it stays.",
+    (
+        "cuda/kernels/mla_decode.cuh",
+        "__syncwarp();",
+        ";",
+    ): "Lanes that have parted at a branch meet behind it again, in the emulator always, on hardware "
+    "where ptxas says so. wgmma needs the whole warp and PTX does not promise it, so the barrier stays.",
+    (
+        "cuda/tile/mla_load.cuh",
+        "__syncwarp();",
+        ";",
+    ): "The other lanes must not load before lane 0 has waited for the place to be free. In the emulator "
+    "lanes meet behind a branch; PTX does not promise it, so the barrier stays.",
+    (
+        "cuda/tile/mla_dequantize.cuh",
+        "__syncwarp();",
+        ";",
+    ): "One lane announces what the whole warp has stored. The race checker takes lanes that have not "
+    "parted for one agent, as they are in step on hardware; PTX asks for the barrier.",
     (
         "cuda/kernels/mla_prefill.cuh",
         "if (first + kPrefillBlock <= job.first_keys()) return;",

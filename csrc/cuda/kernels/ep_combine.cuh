@@ -4,9 +4,9 @@
 // ms at 450 GB/s; 59 MB are written to memory, 18 us. The sums are 0.16 GFLOP, nothing.
 //
 // Schedule. The experts' results lie in this rank's window, written by earlier kernels. CTA 0 tells
-// every peer where (kReady). Warps take tokens in turn; a lane loads 16 bytes from each rank that
-// has a row, lowest rank first, and adds: the order is fixed, so the sum is, too. The last CTA
-// raises kRead at all peers and waits for theirs: then the results may be overwritten.
+// every peer where (kReady). Warps take chunks of tokens in turn; a lane loads 16 bytes from each
+// rank that has a row and adds them, lowest rank first: the order is fixed, so the sum is, too. The
+// last CTA raises kRead at all peers and waits for theirs: then the results may be overwritten.
 //
 // Over several nodes the network is the bound: 4096 tokens from 3 other nodes are 176 MB, 3.5 ms at
 // 50 GB/s. Each rank first sums, for the tokens that it passed on in dispatch (ep_forward.cuh), the
@@ -77,14 +77,33 @@ __device__ __forceinline__ EpNodes nodes_of(const EpCombineParams& p) {
   return {p.ranks_per_node, g.shape.ranks / p.ranks_per_node, g.rank / p.ranks_per_node};
 }
 
+// Rows are dealt to the warps in chunks, so that few tokens occupy many of them.
+__device__ __forceinline__ int num_chunks(const EpCombineParams& p) {
+  return (p.elements * 2 + kEpChunk - 1) / kEpChunk;
+}
+__device__ __forceinline__ int64_t chunk_at(const EpCombineParams& p, int item) {
+  return item % num_chunks(p) * kEpChunk + threadIdx.x % kEpWarp * 16;
+}
+
 // Adds 16 bytes of a token's rows at the ranks of one node; row_of[j] is its row at the j-th.
 __device__ __forceinline__ void add_node(const EpCombineParams& p, const EpNow& now,
                                          const EpResults& results, const int32_t* row_of, int first,
                                          int ranks, int64_t at, float (&total)[kEpValues]) {
-  for (int j = 0; j < ranks; ++j) {
-    if (row_of[j] < 0 || !proto::is_alive(now.alive, first + j)) continue;
-    add_piece(total, *reinterpret_cast<const uint4*>(results.rows[first + j] +
-                                                     row_of[j] * int64_t(p.elements) * 2 + at));
+  for (int begin = 0; begin < ranks; begin += kEpInFlight) {
+    uint4 piece[kEpInFlight] = {};
+    bool there[kEpInFlight];
+#pragma unroll
+    for (int i = 0; i < kEpInFlight; ++i) {
+      const int j = begin + i;
+      there[i] = j < ranks && row_of[j] >= 0 && proto::is_alive(now.alive, first + j);
+      if (!there[i]) continue;
+      piece[i] = *reinterpret_cast<const uint4*>(results.rows[first + j] +
+                                                 row_of[j] * int64_t(p.elements) * 2 + at);
+    }
+#pragma unroll
+    for (int i = 0; i < kEpInFlight; ++i) {
+      if (there[i]) add_piece(total, piece[i]);
+    }
   }
 }
 __device__ __forceinline__ float node_weight(const EpCombineParams& p, const EpNow& now,
@@ -119,21 +138,23 @@ __device__ __forceinline__ float* partial_weights(const EpCombineParams& p,
                                   slot * int64_t(fields.record_bytes) + fields.topk_weights);
 }
 
+// 16 bytes a lane of one sum, and its weights with the first of them.
 __device__ __forceinline__ void send_sum(const EpCombineParams& p, const EpNow& now,
-                                         const EpResults& results, int owner, int place) {
+                                         const EpResults& results, int owner, int place,
+                                         int64_t at) {
   const EpGroup& g = p.group;
   const EpNodes nodes = nodes_of(p);
   const int lane = threadIdx.x % kEpWarp, first = nodes.own * nodes.ranks;
   const proto::RegionLayout fields = partial_fields(p);
   const int64_t entry = (owner / nodes.ranks) * g.shape.max_tokens + place;
   const int32_t* row_of = p.forwarded + entry * nodes.ranks;
-  uint8_t* to = partial_row(p, fields, owner, g.rank, place);
-  for (int64_t at = lane * 16; at < int64_t(p.elements) * 2; at += kEpWarp * 16) {
+  if (at < int64_t(p.elements) * 2) {
     float total[kEpValues] = {};
     add_node(p, now, results, row_of, first, nodes.ranks, at, total);
-    *reinterpret_cast<uint4*>(to + at) = round_piece(total);
+    *reinterpret_cast<uint4*>(partial_row(p, fields, owner, g.rank, place) + at) =
+        round_piece(total);
   }
-  if (p.with_weights && lane < p.topk) {
+  if (p.with_weights && at < kEpChunk && lane < p.topk) {
     partial_weights(p, fields, owner, g.rank, place)[lane] =
         node_weight(p, now, results, row_of, first, nodes.ranks, lane);
   }
@@ -152,9 +173,9 @@ __device__ __forceinline__ bool exchange_sums(const EpCombineParams& p, const Ep
   const int warps = blockDim.x / kEpWarp;
   for (int owner = 0; owner < g.shape.ranks; ++owner) {
     if (!sums_for(p, now, owner)) continue;
-    const int count = p.num_forwarded[owner / p.ranks_per_node];
-    for (int i = blockIdx.x * warps + threadIdx.x / kEpWarp; i < count; i += gridDim.x * warps) {
-      send_sum(p, now, results, owner, i);
+    const int items = p.num_forwarded[owner / p.ranks_per_node] * num_chunks(p);
+    for (int i = blockIdx.x * warps + threadIdx.x / kEpWarp; i < items; i += gridDim.x * warps) {
+      send_sum(p, now, results, owner, i / num_chunks(p), chunk_at(p, i));
     }
   }
   const int peer = threadIdx.x;
@@ -175,49 +196,52 @@ __device__ __forceinline__ int sent_sum(const EpCombineParams& p, const EpNow& n
   return proto::is_alive(now.alive, rail) ? p.forward_of[int64_t(token) * nodes.count + node] : -1;
 }
 
-__device__ __forceinline__ void sum_token(const EpCombineParams& p, const EpNow& now, int token,
-                                          const EpResults& results) {
+// 16 bytes a lane of one token's sum.
+__device__ __forceinline__ void sum_token(const EpCombineParams& p, const EpNow& now,
+                                          const EpResults& results, int token, int64_t at) {
   const EpGroup& g = p.group;
   const EpNodes nodes = nodes_of(p);
   const proto::RegionLayout fields = partial_fields(p);
-  const int lane = threadIdx.x % kEpWarp;
-  const int64_t row_bytes = int64_t(p.elements) * 2;
+  const int64_t row = int64_t(token) * p.elements * 2 + at;
   const int32_t* row_of = p.row_of + int64_t(token) * g.shape.ranks;
-  for (int64_t at = lane * 16; at < row_bytes; at += kEpWarp * 16) {
-    float total[kEpValues] = {};
-    for (int node = 0; node < nodes.count; ++node) {
-      const int place = sent_sum(p, now, nodes, token, node), first = node * nodes.ranks;
-      if (place >= 0) {
-        const int rail = proto::rail_of(g.rank, node, nodes.ranks);
-        add_piece(total, *reinterpret_cast<const uint4*>(
-                             partial_row(p, fields, g.rank, rail, place) + at));
-        continue;
-      }
-      float sum[kEpValues] = {};
-      add_node(p, now, results, row_of + first, first, nodes.ranks, at, sum);
-      if (node != nodes.own) {
-        add_piece(total, round_piece(sum));
-        continue;
-      }
-#pragma unroll
-      for (int i = 0; i < kEpValues; ++i) total[i] = __fadd_rn(total[i], sum[i]);
-    }
-    if (p.bias != nullptr) {
-      add_piece(total, *reinterpret_cast<const uint4*>(p.bias + token * row_bytes + at));
-    }
-    *reinterpret_cast<uint4*>(p.out + token * row_bytes + at) = round_piece(total);
-  }
-  if (p.with_weights && lane < p.topk) {
-    float total = 0.f;
-    for (int node = 0; node < nodes.count; ++node) {
-      const int place = sent_sum(p, now, nodes, token, node), first = node * nodes.ranks;
+  float total[kEpValues] = {};
+  for (int node = 0; node < nodes.count; ++node) {
+    const int place = sent_sum(p, now, nodes, token, node), first = node * nodes.ranks;
+    if (place >= 0) {
       const int rail = proto::rail_of(g.rank, node, nodes.ranks);
-      total = __fadd_rn(total, place >= 0 ? partial_weights(p, fields, g.rank, rail, place)[lane]
-                                          : node_weight(p, now, results, row_of + first, first,
-                                                        nodes.ranks, lane));
+      add_piece(total,
+                *reinterpret_cast<const uint4*>(partial_row(p, fields, g.rank, rail, place) + at));
+      continue;
     }
-    p.out_weights[int64_t(token) * p.topk + lane] = total;
+    float sum[kEpValues] = {};
+    add_node(p, now, results, row_of + first, first, nodes.ranks, at, sum);
+    if (node != nodes.own) {
+      add_piece(total, round_piece(sum));
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < kEpValues; ++i) total[i] = __fadd_rn(total[i], sum[i]);
   }
+  if (p.bias != nullptr) add_piece(total, *reinterpret_cast<const uint4*>(p.bias + row));
+  *reinterpret_cast<uint4*>(p.out + row) = round_piece(total);
+}
+
+__device__ __forceinline__ void sum_weights(const EpCombineParams& p, const EpNow& now,
+                                            const EpResults& results, int token, int slot) {
+  const EpGroup& g = p.group;
+  const EpNodes nodes = nodes_of(p);
+  const proto::RegionLayout fields = partial_fields(p);
+  const int32_t* row_of = p.row_of + int64_t(token) * g.shape.ranks;
+  float total = 0.f;
+  for (int node = 0; node < nodes.count; ++node) {
+    const int place = sent_sum(p, now, nodes, token, node), first = node * nodes.ranks;
+    const int rail = proto::rail_of(g.rank, node, nodes.ranks);
+    const float sum = place >= 0
+                          ? partial_weights(p, fields, g.rank, rail, place)[slot]
+                          : node_weight(p, now, results, row_of + first, first, nodes.ranks, slot);
+    total = __fadd_rn(total, sum);
+  }
+  p.out_weights[int64_t(token) * p.topk + slot] = total;
 }
 
 __device__ __forceinline__ void combine_call(const EpCombineParams& p, const EpNow& now) {
@@ -233,9 +257,15 @@ __device__ __forceinline__ void combine_call(const EpCombineParams& p, const EpN
   }
   __syncthreads();
   if (p.ranks_per_node != 0 && !exchange_sums(p, now, results)) return;
-  for (int token = blockIdx.x * kEpCombineWarps + threadIdx.x / kEpWarp; token < p.tokens;
-       token += gridDim.x * kEpCombineWarps) {
-    sum_token(p, now, token, results);
+  const int lane = threadIdx.x % kEpWarp;
+  for (int item = blockIdx.x * kEpCombineWarps + threadIdx.x / kEpWarp;
+       item < p.tokens * num_chunks(p); item += gridDim.x * kEpCombineWarps) {
+    const int token = item / num_chunks(p);
+    const int64_t at = chunk_at(p, item);
+    if (at < int64_t(p.elements) * 2) sum_token(p, now, results, token, at);
+    if (p.with_weights && at < kEpChunk && lane < p.topk) {
+      sum_weights(p, now, results, token, lane);
+    }
   }
   if (!last_to_arrive(g, now, 0)) return;
   raise_everywhere(g, now, proto::kRead);

@@ -120,14 +120,13 @@ __device__ __forceinline__ void send_token(const EpDispatchParams& p, const EpNo
   __syncwarp();
   const EpToken from = own_token(p, token);
   // A row goes from registers to all its destinations: 16 bytes a lane, once read.
-  for (int64_t at = lane * 16; at < p.row.row_bytes; at += kEpWarp * 16) {
-    const uint4 piece = *reinterpret_cast<const uint4*>(from.x + at);
+  each_piece(from.x, p.row.row_bytes, [&](int64_t at, const uint4& piece) {
     for (int peer = 0; peer < g.shape.ranks; ++peer) {
       if (row_of[peer] < 0 || !proto::goes_direct(g.rank, peer, p.ranks_per_node, now.alive))
         continue;
       store_piece(targets.region[peer] + fields.x, row_of[peer], p.row.row_bytes, at, piece);
     }
-  }
+  });
   for (int peer = 0; peer < g.shape.ranks; ++peer) {
     if (row_of[peer] < 0 || !proto::goes_direct(g.rank, peer, p.ranks_per_node, now.alive))
       continue;

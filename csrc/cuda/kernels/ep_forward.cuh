@@ -192,13 +192,12 @@ __device__ __forceinline__ void forward_row(const EpDispatchParams& p, int64_t s
                      reinterpret_cast<const float*>(record + waiting.topk_weights),
                      source[0],
                      source[1]};
-  for (int64_t at = lane * 16; at < p.row.row_bytes; at += kEpWarp * 16) {
-    const uint4 piece = *reinterpret_cast<const uint4*>(from.x + at);
+  each_piece(from.x, p.row.row_bytes, [&](int64_t at, const uint4& piece) {
     for (int j = 0; j < p.ranks_per_node; ++j) {
       if (rows[j] < 0) continue;
       store_piece(targets.region[first + j] + fields.x, rows[j], p.row.row_bytes, at, piece);
     }
-  }
+  });
   for (int j = 0; j < p.ranks_per_node; ++j) {
     if (rows[j] >= 0) store_record(p, from, first + j, fields, targets.region[first + j], rows[j]);
   }

@@ -247,7 +247,6 @@ __device__ __forceinline__ void gate_tokens(const MoeGateParams& p) {
   for (int e = threadIdx.x % kWarp; e < p.experts; e += kWarp) {
     smem.choice[warp].score[e] = __ldcg(logits + e);
   }
-  __syncwarp();
   choose_experts(p, smem.choice[warp], token);
 }
 

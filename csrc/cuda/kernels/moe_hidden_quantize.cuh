@@ -123,11 +123,11 @@ __device__ __forceinline__ void quantize_hidden_tiles(const MoeHiddenQuantizePar
   }
 }
 
-// The routing weights' gradients of a block of rows, by the last CTA that had a part in them.
+// The routing weights' gradients of a block of rows, by the last CTA that had a part in them. All
+// of the CTA's parts are behind a barrier already.
 __device__ __forceinline__ void add_hidden_dots(const MoeHiddenQuantizeParams& p, HiddenSmem& smem,
                                                 int row_block) {
   __threadfence();  // the parts are out before this CTA says so
-  __syncthreads();
   if (threadIdx.x == 0) {
     smem.is_last = atomicAdd(p.finished + row_block, 1) == int(gridDim.x) - 1;
     __threadfence();  // and are read after the last one has heard from all

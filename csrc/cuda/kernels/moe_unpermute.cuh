@@ -1,8 +1,9 @@
 // Each token's rows, weighted and summed in fp32 in the order of its choices, rounded once.
 //
 // Bound by memory: 4096 tokens x 8 rows of 7168 bf16 are 470 MB read and 59 MB written, 158 us at
-// 3.35 TB/s. A CTA takes 1024 columns of a token, a thread 4 of them, and has up to 8 rows on their
-// way before it adds the first. Product and sum are rounded separately: the reference's bits.
+// 3.35 TB/s. A CTA takes 1024 columns of a token, a thread 4 of them, and has up to 8 rows (fp32:
+// 4) on their way before it adds the first; more would cost registers, and so CTAs. Product and sum
+// are rounded separately: the reference's bits.
 #pragma once
 
 #include "cuda/params/moe.hpp"
@@ -10,8 +11,9 @@
 
 namespace dsk {
 
-constexpr int kRowsInFlight = 8;
 constexpr int kUnpermuteColumns = 4;  // of a thread
+template <typename T>
+constexpr int kRowsInFlight = 16 / sizeof(T);
 
 // Adds the rows of a token's choices from `first` on to total; kWhole: every run is whole and
 // aligned.
@@ -21,18 +23,18 @@ __device__ __forceinline__ void add_rows(const MoeUnpermuteParams& p, int token,
   const int weighted = p.weights ? p.topk - p.shared : 0;
   using W = typename Word<kUnpermuteColumns * sizeof(T)>::Type;
   const T* y = static_cast<const T*>(p.y) + column;
-  int64_t row[kRowsInFlight];
-  float weight[kRowsInFlight];
-  alignas(16) T value[kRowsInFlight][kUnpermuteColumns];
+  int row[kRowsInFlight<T>];
+  float weight[kRowsInFlight<T>];
+  alignas(16) T value[kRowsInFlight<T>][kUnpermuteColumns];
 #pragma unroll
-  for (int i = 0; i < kRowsInFlight; ++i) {
+  for (int i = 0; i < kRowsInFlight<T>; ++i) {
     const int choice = first + i;
-    row[i] = choice < p.topk ? __ldg(p.row_map + int64_t(token) * p.topk + choice) : -1;
+    row[i] = choice < p.topk ? int(__ldg(p.row_map + int64_t(token) * p.topk + choice)) : -1;
     weight[i] = choice < weighted ? __ldg(p.weights + int64_t(token) * weighted + choice) : 1.f;
   }
 #pragma unroll
-  for (int i = 0; i < kRowsInFlight; ++i) {
-    const T* at = y + row[i] * p.depth;
+  for (int i = 0; i < kRowsInFlight<T>; ++i) {
+    const T* at = y + int64_t(row[i]) * p.depth;
     if (row[i] < 0) continue;
     if constexpr (kWhole) {
       *reinterpret_cast<W*>(value[i]) = __ldg(reinterpret_cast<const W*>(at));
@@ -44,7 +46,7 @@ __device__ __forceinline__ void add_rows(const MoeUnpermuteParams& p, int token,
     }
   }
 #pragma unroll
-  for (int i = 0; i < kRowsInFlight; ++i) {
+  for (int i = 0; i < kRowsInFlight<T>; ++i) {
     if (row[i] < 0) continue;
 #pragma unroll
     for (int c = 0; c < kUnpermuteColumns; ++c) {
@@ -59,7 +61,7 @@ __device__ __forceinline__ void sum_rows(const MoeUnpermuteParams& p, int token,
   const bool whole = p.depth % kUnpermuteColumns == 0 &&
                      reinterpret_cast<uintptr_t>(p.y) % (kUnpermuteColumns * sizeof(T)) == 0;
   float total[kUnpermuteColumns] = {};
-  for (int first = 0; first < p.topk; first += kRowsInFlight) {
+  for (int first = 0; first < p.topk; first += kRowsInFlight<T>) {
     if (whole) {
       add_rows<T, true>(p, token, first, column, total);
     } else {

@@ -5,8 +5,7 @@
 namespace dsk::launch {
 namespace {
 
-constexpr int kThreads = 256;  // as in instances/ep.def
-constexpr int kWarps = kThreads / 32;
+constexpr int kThreads = 256, kLowThreads = 1024, kReceiveThreads = 512;  // of instances/ep.def
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw device::DeviceError("ep: " + message);
@@ -23,6 +22,9 @@ void check_group(const EpGroup& g) {
                                          ", got " + std::to_string(g.shape.ranks));
 }
 
+// Pieces of a row that a warp takes at a time: kEpChunk bytes of bf16, or a group to be cast.
+int64_t chunks_of(int64_t bytes) { return (bytes + 511) / 512; }
+
 void check_fits(const char* name, int64_t bytes, int64_t most) {
   require(bytes <= most, std::string(name) + ": expected at most " + std::to_string(most) +
                              ", as the group is made for, got " + std::to_string(bytes));
@@ -30,13 +32,14 @@ void check_fits(const char* name, int64_t bytes, int64_t most) {
 
 // One CTA an SM at most: CTA 0 has to run for the others to end, so all must fit at once.
 template <class Params>
-void launch(const LaunchOn& on, const char* kernel, Params params, int64_t warps_of_work) {
+void launch(const LaunchOn& on, const char* kernel, Params params, int64_t warps_of_work,
+            int threads = kThreads) {
   check_group(params.group);
   const int sms = on.num_sms > 0 ? on.num_sms : on.context.device().num_sms();
   device::LaunchShape shape;
-  const int64_t ctas = (warps_of_work + kWarps - 1) / kWarps;
+  const int64_t ctas = (warps_of_work + threads / 32 - 1) / (threads / 32);
   shape.grid.x = unsigned(std::clamp<int64_t>(ctas, 1, sms));
-  shape.block.x = kThreads;
+  shape.block.x = unsigned(threads);
   void* arguments[] = {&params};
   on.context.device().launch(on.context.kernel(kernel), shape, arguments, on.stream);
 }
@@ -57,7 +60,7 @@ void ep_combine(const LaunchOn& on, const EpCombineParams& p) {
   check_fits("y: bytes of a row", int64_t(p.elements) * 2, p.group.shape.max_row_bytes);
   check_fits("topk", p.topk, p.group.shape.max_topk);
   check_fits("tokens", p.tokens, p.group.shape.max_tokens);
-  launch(on, "ep_combine_bf16", p, p.tokens);
+  launch(on, "ep_combine_bf16", p, p.tokens * chunks_of(int64_t(p.elements) * 2));
 }
 
 void ep_low_send(const LaunchOn& on, const EpLowSendParams& p) {
@@ -66,7 +69,9 @@ void ep_low_send(const LaunchOn& on, const EpLowSendParams& p) {
   check_fits("x: bytes of a row", p.row.row_bytes, p.group.shape.max_row_bytes);
   check_fits("topk", p.row.topk, p.group.shape.max_topk);
   check_fits("tokens", p.tokens, p.group.shape.max_tokens);
-  launch(on, "ep_low_send", p, int64_t(p.tokens) * p.row.topk);
+  const int64_t pieces =
+      p.row.scale_bytes > 0 ? (p.elements + 127) / 128 : chunks_of(p.row.row_bytes);
+  launch(on, "ep_low_send", p, p.tokens * ((pieces + 3) / 4), kLowThreads);
 }
 
 void ep_low_receive(const LaunchOn& on, const EpLowReceiveParams& p) {
@@ -77,17 +82,20 @@ void ep_low_receive(const LaunchOn& on, const EpLowReceiveParams& p) {
   const int64_t ctas = std::max<int64_t>(experts, sms / experts * experts);
   LaunchOn wide = on;
   wide.num_sms = int(ctas);
-  launch(wide, "ep_low_receive", p, ctas * kWarps);
+  launch(wide, "ep_low_receive", p, ctas * kReceiveThreads / 32, kReceiveThreads);
 }
 
 void ep_low_return(const LaunchOn& on, const EpLowReturnParams& p) {
   check_rows(p.row_bytes, p.y, "y");
-  launch(on, "ep_low_return", p, p.group.shape.max_tokens * p.group.shape.ranks);
+  // How many rows there are, the device knows.
+  const proto::GroupShape& shape = p.group.shape;
+  launch(on, "ep_low_return", p, shape.max_tokens * shape.ranks * shape.max_local_experts,
+         kLowThreads);
 }
 
 void ep_low_reduce(const LaunchOn& on, const EpLowReduceParams& p) {
   check_rows(int64_t(p.elements) * 2, p.out, "out");
-  launch(on, "ep_low_reduce_bf16", p, p.tokens);
+  launch(on, "ep_low_reduce_bf16", p, p.tokens * chunks_of(int64_t(p.elements) * 2), kLowThreads);
 }
 
 }  // namespace dsk::launch

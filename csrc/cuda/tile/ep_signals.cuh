@@ -29,10 +29,9 @@ __device__ __forceinline__ EpNow begin_call(const EpGroup& g, EpKind kind) {
 }
 
 // Called by one thread; what its CTA, and those before it, stored must have been brought together
-// by a barrier or last_to_arrive.
+// by a barrier or last_to_arrive: the release takes all of it along.
 __device__ __forceinline__ void raise_at(const EpGroup& g, const EpNow& now, int peer,
                                          proto::Counter kind, int source) {
-  cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
   SystemWord(*signal_of(g, peer, kind, source)).store(now.epoch, cuda::memory_order_release);
 }
 
@@ -82,9 +81,9 @@ __device__ __forceinline__ bool last_to_arrive(const EpGroup& g, const EpNow& no
   uint32_t* arrivals = g.control->arrivals[now.kind] + phase;
   __syncthreads();
   if (threadIdx.x == 0) {
-    cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
+    cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_device);
     last = atomicAdd(arrivals, 1u) + 1 == gridDim.x;
-    cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_system);
+    cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_device);
   }
   __syncthreads();
   return last;
@@ -97,11 +96,31 @@ __device__ __forceinline__ void end_call(const EpGroup& g, const EpNow& now) {
   g.control->calls[now.kind] = now.epoch;
 }
 
-// One warp copies `bytes`, a multiple of 16.
-__device__ __forceinline__ void copy_row(uint8_t* to, const uint8_t* from, int64_t bytes) {
-  for (int64_t at = threadIdx.x % kEpWarp * 16; at < bytes; at += kEpWarp * 16) {
-    *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(from + at);
+constexpr int kEpChunk = kEpWarp * 16;  // bytes that a warp moves by one instruction
+constexpr int kEpInFlight = 4;          // how many of them are on their way at a time
+
+// One warp reads `bytes`, a multiple of 16, and calls use(at, 16 bytes): loads first, several of
+// them, since what `use` stores might be what the next one reads, for all the compiler knows.
+template <class Use>
+__device__ __forceinline__ void each_piece(const uint8_t* from, int64_t bytes, Use use) {
+  for (int64_t first = threadIdx.x % kEpWarp * 16; first < bytes; first += kEpInFlight * kEpChunk) {
+    uint4 piece[kEpInFlight] = {};
+#pragma unroll
+    for (int i = 0; i < kEpInFlight; ++i) {
+      const int64_t at = first + i * kEpChunk;
+      if (at < bytes) piece[i] = *reinterpret_cast<const uint4*>(from + at);
+    }
+#pragma unroll
+    for (int i = 0; i < kEpInFlight; ++i) {
+      const int64_t at = first + i * kEpChunk;
+      if (at < bytes) use(at, piece[i]);
+    }
   }
+}
+
+__device__ __forceinline__ void copy_row(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  each_piece(from, bytes,
+             [&](int64_t at, const uint4& piece) { *reinterpret_cast<uint4*>(to + at) = piece; });
 }
 
 }  // namespace dsk

@@ -306,9 +306,13 @@ def test_mla_prefill(compiled, target, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_moe_count_copy_unpermute(compiled, target, seed):
-    t, k, e, d = 70, 4, 33, 96
+    """Through a map of three replicas, some of which are not there, and with a shared expert."""
+    t, k, e, d, logical = 70, 4, 34, 96, 11
     generator = torch.Generator().manual_seed(seed)
-    topk_idx = torch.randint(-1, e, (t, k), generator=generator)
+    named = torch.randint(-1, logical, (t, k - 1), generator=generator)
+    table = torch.randperm(logical * 3, generator=generator).view(logical, 3)
+    table[torch.rand(table.shape, generator=generator) < 0.3] = -1
+    topk_idx, _ = ref_moe.expert_slots(named, torch.zeros(t, k - 1), e, table, 1)
     x = torch.randint(0, 256, (t, d), dtype=torch.uint8, generator=generator)
     x_perm, sizes, row_map = ref_moe.moe_permute(x, topk_idx, e)
 
@@ -316,7 +320,9 @@ def test_moe_count_copy_unpermute(compiled, target, seed):
     chunks = -(-topk_idx.numel() // count.constants["CHUNK"])
     counts = torch.full((chunks, e), -7, dtype=torch.int32)
     blocks = -(-e // count.constants["BLOCK"])
-    count((chunks, blocks), topk_idx, counts, topk_idx.numel(), e, seed=seed)
+    chosen, sizes_of = torch.full((t, k), -7), (topk_idx.numel(), k - 1, 1, 3, e)
+    count((chunks, blocks), named, table, chosen, counts, *sizes_of, seed=seed)
+    assert_bitwise_equal(chosen, topk_idx)
     assert_bitwise_equal(counts.sum(0), sizes)
     copied = torch.zeros_like(x_perm)
     copy = compiled("moe_copy_rows", target)
@@ -324,9 +330,10 @@ def test_moe_count_copy_unpermute(compiled, target, seed):
     assert_bitwise_equal(copied, x_perm)
 
     y = normal(x_perm.shape[0], d, seed=seed)
-    weights = torch.rand(t, k, generator=generator)
+    weights = torch.rand(t, k - 1, generator=generator)
     out = torch.full((t, d), torch.nan, dtype=torch.bfloat16)
-    compiled("moe_unpermute", target)((t, 1), y, row_map, weights, out, k, d, seed=seed)
+    compiled("moe_unpermute", target)((t, 1), y, row_map, weights, out, k, 1, d, seed=seed)
+    weights = torch.cat([weights, torch.ones(t, 1)], dim=1)
     assert_bitwise_equal(out, ref_moe.moe_unpermute(y, row_map, weights))
 
 
