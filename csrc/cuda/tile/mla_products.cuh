@@ -76,10 +76,10 @@ __device__ __forceinline__ void release(MlaDecodeSmem& smem, int buffer, MlaSide
   Ring<2>& ring = smem.kv_ring[buffer];
   const int lane = threadIdx.x % 32;
   if constexpr (Cache::kSharers == 1) {
-    if (lane == 0) ring.consume({side, phase[buffer]});
-  } else {  // as Ring::release, but for where the addresses are made: no register is left for them
+    ring.release({side, phase[buffer]});
+  } else if (lane < Cache::kSharers) {  // as StageRelease, for which no registers are left
     const uint32_t empty = shared_address(&ring.empty[side]);
-    if (lane < Cache::kSharers) ptx::mbarrier_arrive_remote(ptx::map_to_rank_here(empty, lane));
+    ptx::mbarrier_arrive_remote(ptx::map_shared_to_rank(empty, lane));
   }
 }
 
