@@ -121,13 +121,13 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "A single group is always chosen, so nobody is out of the running: slower, the same choice.",
     (
         "cuda/tile/mla_dequantize.cuh",
-        "if (block + 1 < piece.end) {",
-        "if (block + 1 <= piece.end) {",
-    ): "Behind the last block it only asks L2 for lines that nobody reads.",
+        "return block < piece.end && token < piece.length ? __ldg(table + token / p.page) : 0;",
+        "return block <= piece.end && token < piece.length ? __ldg(table + token / p.page) : 0;",
+    ): "Behind the piece, where the request goes on, it looks up a page that nobody follows.",
     (
         "cuda/tile/mla_dequantize.cuh",
-        "if (lane / 2 >= tokens.count) return;",
-        "if (lane / 2 > tokens.count) return;",
+        "if (lane / 2 >= min(tokens.count, kTurned)) return;",
+        "if (lane / 2 > min(tokens.count, kTurned)) return;",
     ): "One token more is a hint to L2, which reads nothing into the program.",
     (
         "cuda/tile/mla_columns.cuh",

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/ptx/control.cuh"
+#include "cuda/tile/cluster_sync.cuh"
 #include "cuda/tile/gemm_scheduler.cuh"
 #include "cuda/tile/ring.cuh"
 #include "cuda/tile/smem_layout.cuh"
@@ -125,18 +126,6 @@ __device__ __forceinline__ void load_tile(uint8_t* to, const TensorMapBytes& map
     const int32_t at[2] = {column, row};
     cp_async_bulk_tensor(space_cluster, space_global, to, &map, at, full);
   }
-}
-
-// Every CTA of the cluster has come here, and what one of them wrote the others see.
-__device__ __forceinline__ void sync_cluster() {
-  cuda::ptx::barrier_cluster_arrive(cuda::ptx::sem_release);
-  cuda::ptx::barrier_cluster_wait(cuda::ptx::sem_acquire);
-}
-
-// Every CTA of the cluster has come here, and no more: without the fences of a release.
-__device__ __forceinline__ void meet_cluster() {
-  cuda::ptx::barrier_cluster_arrive(cuda::ptx::sem_relaxed);
-  cuda::ptx::barrier_cluster_wait();
 }
 
 // Splits the CTA: the producer runs in one thread, compute(warpgroup) in each math thread. Every

@@ -68,7 +68,8 @@ struct Ring {
     announce(at, bytes);
   }
 
-  // The second half alone: for a stage that is known to be free.
+  // The second half alone: for a stage that is known to be free. Also one of the `producers`
+  // arrivals of those that bring some of its bytes by copies and the others by their own stores.
   __device__ __forceinline__ void announce(const Position& at, uint32_t bytes) {
     cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
                                          cuda::ptx::space_shared, &full[at.stage], bytes);
