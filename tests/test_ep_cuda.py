@@ -194,6 +194,41 @@ def test_ragged_width_and_many_ctas(seed):
         run_case(group, 2, n, 1168)
 
 
+def test_unequal_experts_and_a_rank_without_any(seed):
+    """The reference knows equal shares only: rows are derived here. Low-latency calls that nobody
+    combines: the rank without experts must not run ahead of those that still unpack."""
+    counts = [5, 0, 7]
+    group = make(3, experts=counts)
+    begin = [0, 5, 5, 12]
+    for n in range(4):
+        seed(n)
+        xs, idxs, weights = routing("holes", 3, 12, K, T, 256, n)
+        got = group.dispatch(xs, idxs, weights)
+        for r in range(3):
+            mine = range(begin[r], begin[r + 1])
+            rows = [[s, t] for s in range(3) for t, row in enumerate(idxs[s].tolist())
+                    if any(e in mine for e in row)]  # fmt: skip
+            assert got[r].source.tolist() == rows
+            for i, (s, t) in enumerate(rows):
+                same(got[r].x[i], xs[s][t], "x")
+        outs, _ = group.combine([g.x for g in got], got)
+        for r, idx in enumerate(idxs):
+            hosts = [len({0 if e < 5 else 2 for e in row if e >= 0}) for row in idx.tolist()]
+            times = torch.tensor(hosts, dtype=torch.float32)[:, None]
+            same(outs[r], (xs[r].float() * times + 0.0).bfloat16(), "combined")
+        low, hook = group.low_latency_dispatch(xs, idxs, use_fp8=False)
+        hook(wait=n % 2 == 1)
+        if n % 2 == 0:
+            group.wait()
+        for r in range(3):
+            for e in range(counts[r]):
+                rows = [(s, t) for s in range(3) for t, row in enumerate(idxs[s].tolist())
+                        if begin[r] + e in row]  # fmt: skip
+                assert low[r].count[e] == len(rows)
+                for i, (s, t) in enumerate(rows):
+                    same(low[r].x[e, i], xs[s][t], "low-latency x")
+
+
 def test_more_choices_than_loads_at_a_time(seed):
     group = PeerGroup(
         "emu", 2, num_experts=24, max_tokens=T, hidden=256, topk=11, num_sms=2

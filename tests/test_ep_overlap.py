@@ -284,3 +284,28 @@ def test_tiles_that_reach_into_the_next_expert_are_refused():
             kernels.grouped_gemm_on_arrival(
                 got[0].x, weights_of(0), got[0].arrived, poisoned(2)[0], on=(0, 0)
             )
+
+
+@pytest.mark.parametrize("on_arrival", [False, True])
+def test_the_schedules_that_the_benchmark_draws(on_arrival):
+    """A stream does one thing at a time, experts wait for their rows, sums for the experts."""
+    from bench.ep_overlap import Prices, apart, behind, length
+
+    prices = Prices(send=5, receive=8, experts=100, give_back=7, reduce=6, bytes=0)
+    bars = behind(prices, 20, 40, 4, on_arrival)
+    for stream in ("exchange", "experts"):
+        spans = sorted((b.begin, b.end) for b in bars if b.stream == stream)
+        assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:]))
+    at = {(b.name, b.batch): b for b in bars}
+    for batch in range(2):
+        receive, experts = at["receive", batch], at["experts", batch]
+        packed = receive.begin + 2 if on_arrival else receive.end  # the first of 4 experts
+        assert experts.begin >= packed and experts.end >= receive.end + 25
+        assert experts.end - experts.begin >= 100
+        assert at["return", batch].begin >= experts.end
+        assert at["reduce", batch].begin >= at["return", batch].begin + 40
+    alone = length(apart(prices, 20, 40))
+    assert alone == 2 * (20 + 8 + 100 + 40 + 6 + 2 * 1.5)
+    assert length(bars) < alone
+    hidden = behind(Prices(0, 0, 100, 0, 0, 0), 0, 0, 4, on_arrival)
+    assert length(hidden) == pytest.approx(200 + 2 * 1.5 + (1.5 if on_arrival else 0), abs=3)

@@ -3,7 +3,7 @@
 //
 // Bound by latency: 128 tokens to 8 experts each are 1024 messages of 7.4 KB (FP8), 7.6 MB or 17 us
 // of NVLink at 450 GB/s; the flags cost 1-2 us a trip. FP8 halves the bytes, so the cast is done
-// here, in flight: 56 groups of 128 values a message, four a warp at a time.
+// here, in flight: once a token, four of its 56 groups of 128 values a warp at a time.
 //
 // A message's slot at its expert is (source rank, place), place being how many earlier tokens of
 // this rank name the expert: known without asking anybody, and the same whatever runs first.
@@ -19,10 +19,16 @@ namespace dsk {
 // Latency is hidden by warps: CTAs are large, since a launch takes one an SM (num_sms).
 __device__ __forceinline__ int warps_of_cta() { return blockDim.x / kEpWarp; }
 
+// Numbers warps across CTAs first, so that a few items occupy many SMs.
+__device__ __forceinline__ int warp_of(int cta, int ctas) {
+  return threadIdx.x / kEpWarp * ctas + cta;
+}
+
 // The first of `count` rows that a warp takes when `before` rows have been dealt out in turn to
 // all.
-__device__ __forceinline__ int64_t first_turn(int warp, int warps, int64_t before) {
-  return (warp + warps - before % warps) % warps;
+__device__ __forceinline__ int first_turn(int warp, int warps, int before) {
+  const int turn = warp - before % warps;
+  return turn < 0 ? turn + warps : turn;
 }
 
 // Base of the low-latency slots in a rank's window.
@@ -35,33 +41,41 @@ __device__ __forceinline__ uint8_t* low_base(const EpGroup& g, int owner) {
 // How many of entries [0, end) of topk_idx name `expert`; by one warp.
 __device__ __forceinline__ int count_mentions(const int64_t* topk_idx, int end, int64_t expert) {
   int count = 0;
+#pragma unroll 4
   for (int i = threadIdx.x % kEpWarp; i < end; i += kEpWarp) count += topk_idx[i] == expert;
   return int(__reduce_add_sync(0xffffffffu, unsigned(count)));
 }
 
-// Where a choice of a token goes; data null: nowhere.
-struct EpMessage {
-  int token;
-  uint8_t* data;
-  float* scales;
-  uint64_t* source;
+// Where a token goes: lane k knows the slot of its k-th choice, and at whom; peer -1: nowhere.
+struct EpSlots {
+  int peer;
+  uint64_t slot;
 };
 
-__device__ __forceinline__ EpMessage message_of(const EpLowSendParams& p, const EpNow& now,
-                                                int entry) {
+__device__ __forceinline__ EpSlots slots_of(const EpLowSendParams& p, const EpNow& now, int token) {
   const EpGroup& g = p.group;
-  const int64_t expert = p.topk_idx[entry];
-  const int peer = expert < 0 ? 0 : g.experts.rank_of(expert);
-  if (expert < 0 || !proto::is_alive(now.alive, peer)) return {};
-  const int token = entry / p.row.topk, copy = proto::low_latency_copy(now.epoch);
-  const int place = count_mentions(p.topk_idx, token * p.row.topk, expert);
-  const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
-  const uint64_t slot =
-      proto::receive_slot(g.shape, copy, int(expert) - g.experts.begin[peer], g.rank, place);
-  uint8_t* base = low_base(g, peer);
-  return {token, base + low.x + slot * uint64_t(g.shape.max_row_bytes),
-          reinterpret_cast<float*>(base + low.scale + slot * uint64_t(g.shape.max_scale_bytes)),
-          reinterpret_cast<uint64_t*>(base + low.source) + slot};
+  const int lane = threadIdx.x % kEpWarp, topk = p.row.topk;
+  const int64_t* choices = p.topk_idx + int64_t(token) * topk;
+  const int64_t expert = lane < topk ? choices[lane] : -1;
+  int place = 0;
+  for (int k = 0; k < topk; ++k) {
+    const int count = count_mentions(p.topk_idx, token * topk, choices[k]);
+    if (lane == k) place = count;
+  }
+  const int peer = expert < 0 ? -1 : g.experts.rank_of(expert);
+  if (peer < 0 || !proto::is_alive(now.alive, peer)) return {-1, 0};
+  return {peer, proto::receive_slot(g.shape, proto::low_latency_copy(now.epoch),
+                                    int(expert) - g.experts.begin[peer], g.rank, place)};
+}
+
+// Calls use(base of the peer's slots, slot, k) for each choice that goes somewhere.
+template <class Use>
+__device__ __forceinline__ void each_slot(const EpLowSendParams& p, const EpSlots& to, Use use) {
+  for (int k = 0; k < p.row.topk; ++k) {
+    const int peer = __shfl_sync(0xffffffffu, to.peer, k);
+    const uint64_t slot = __shfl_sync(0xffffffffu, to.slot, k);
+    if (peer >= 0) use(low_base(p.group, peer), slot, k);
+  }
 }
 
 // Rows are sent in parts of kEpInFlight pieces, so that few messages occupy many warps.
@@ -71,51 +85,76 @@ __device__ __forceinline__ int parts_of_row(const EpLowSendParams& p) {
   return (pieces + kEpInFlight - 1) / kEpInFlight;
 }
 
-__device__ __forceinline__ void cast_part(const EpLowSendParams& p, const EpMessage& to, int part) {
+// Cast once, stored to all that want it.
+__device__ __forceinline__ void cast_part(const EpLowSendParams& p, const EpSlots& to, int token,
+                                          int part) {
+  const EpGroup& g = p.group;
+  const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
   const int lane = threadIdx.x % kEpWarp;
-  const auto* x = reinterpret_cast<const __nv_bfloat16*>(p.x) + int64_t(to.token) * p.elements;
+  const auto* x = reinterpret_cast<const __nv_bfloat16*>(p.x) + int64_t(token) * p.elements;
   const ScaleFormat format = p.ue8m0 ? ScaleFormat::kUe8m0 : ScaleFormat::kFp32;
-  float value[kEpInFlight][kValuesPerLane];
+  float value[kEpInFlight][kValuesPerLane], scale[kEpInFlight];
 #pragma unroll
   for (int i = 0; i < kEpInFlight; ++i) {  // behind the row's end: zeros, unread
     const int column = (part * kEpInFlight + i) * kQuantGroup + lane * kValuesPerLane;
     load_run(x + column, p.elements - column, value[i]);
   }
+  uint32_t word[kEpInFlight];
 #pragma unroll
   for (int i = 0; i < kEpInFlight; ++i) {
-    const int group = part * kEpInFlight + i, column = group * kQuantGroup + lane * kValuesPerLane;
-    if (group * kQuantGroup >= p.elements) break;
-    const float scale = block_scale(warp_max(largest(value[i])), kE4m3Max, format);
-    store_e4m3(to.data + column, p.elements - column, value[i], scale);
-    if (lane == 0) to.scales[group] = scale;
+    scale[i] = block_scale(warp_max(largest(value[i])), kE4m3Max, format);
+#pragma unroll
+    for (int j = 0; j < kValuesPerLane; ++j) value[i][j] = __fdiv_rn(value[i][j], scale[i]);
+    word[i] = cast_e4m3x4(value[i]);
   }
+  each_slot(p, to, [&](uint8_t* base, uint64_t slot, int) {
+    uint8_t* data = base + low.x + slot * uint64_t(g.shape.max_row_bytes);
+    auto* scales =
+        reinterpret_cast<float*>(base + low.scale + slot * uint64_t(g.shape.max_scale_bytes));
+#pragma unroll
+    for (int i = 0; i < kEpInFlight; ++i) {
+      const int group = part * kEpInFlight + i;
+      const int column = group * kQuantGroup + lane * kValuesPerLane;
+      // Rows are multiples of 16 values, so a lane's four are there or not.
+      if (column < p.elements) *reinterpret_cast<uint32_t*>(data + column) = word[i];
+      if (lane == 0 && group * kQuantGroup < p.elements) scales[group] = scale[i];
+    }
+  });
 }
 
-__device__ __forceinline__ void send_part(const EpLowSendParams& p, const EpMessage& to, int entry,
+__device__ __forceinline__ void copy_part(const EpLowSendParams& p, const EpSlots& to, int token,
                                           int part) {
-  if (p.row.scale_bytes > 0) {
-    cast_part(p, to, part);
-  } else {
-    constexpr int64_t kPart = kEpInFlight * kEpChunk;
-    const int64_t at = part * kPart;
-    copy_row(to.data + at, p.x + to.token * p.row.row_bytes + at, min(kPart, p.row.row_bytes - at));
-  }
-  if (part == 0 && threadIdx.x % kEpWarp == 0) {
-    *to.source = uint64_t(to.token) << 32 | uint64_t(entry % p.row.topk);
-  }
+  const EpGroup& g = p.group;
+  const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
+  constexpr int64_t kPart = kEpInFlight * kEpChunk;
+  const uint8_t* from = p.x + token * p.row.row_bytes;
+  each_slot(p, to, [&](uint8_t* base, uint64_t slot, int) {
+    uint8_t* data = base + low.x + slot * uint64_t(g.shape.max_row_bytes);
+    copy_row(data + part * kPart, from + part * kPart, min(kPart, p.row.row_bytes - part * kPart));
+  });
 }
 
-// A run of parts for each warp, so that it seeks the place of few messages.
-__device__ __forceinline__ void send_messages(const EpLowSendParams& p, const EpNow& now, int warp,
-                                              int warps) {
+// A run of parts for each warp, so that it seeks the places of few tokens.
+__device__ __forceinline__ void send_tokens(const EpLowSendParams& p, const EpNow& now, int warp,
+                                            int warps) {
+  const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(p.group.shape);
   const int parts = parts_of_row(p);
-  const int64_t items = int64_t(p.tokens) * p.row.topk * parts;
-  EpMessage to{};
+  const int64_t items = int64_t(p.tokens) * parts;
+  EpSlots to{};
   int sought = -1;
   for (int64_t item = items * warp / warps; item < items * (warp + 1) / warps; ++item) {
-    const int entry = int(item / parts);
-    if (entry != sought) to = message_of(p, now, sought = entry);
-    if (to.data != nullptr) send_part(p, to, entry, int(item % parts));
+    const int token = int(item / parts), part = int(item % parts);
+    if (token != sought) to = slots_of(p, now, sought = token);
+    if (p.row.scale_bytes > 0) {
+      cast_part(p, to, token, part);
+    } else {
+      copy_part(p, to, token, part);
+    }
+    if (part != 0) continue;
+    each_slot(p, to, [&](uint8_t* base, uint64_t slot, int k) {
+      if (threadIdx.x % kEpWarp != 0) return;
+      reinterpret_cast<uint64_t*>(base + low.source)[slot] = uint64_t(token) << 32 | uint64_t(k);
+    });
   }
 }
 
@@ -124,9 +163,9 @@ __device__ __forceinline__ void low_latency_send(const EpLowSendParams& p) {
   const EpNow now = begin_call(g, kEpLowSend);
   const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
   const int copy = proto::low_latency_copy(now.epoch), entries = p.tokens * p.row.topk;
-  const int warp = blockIdx.x * warps_of_cta() + threadIdx.x / kEpWarp;
+  const int warp = warp_of(blockIdx.x, gridDim.x);
   const int warps = gridDim.x * warps_of_cta();
-  send_messages(p, now, warp, warps);
+  send_tokens(p, now, warp, warps);
   for (int expert = warp; expert < g.experts.total; expert += warps) {
     const int peer = g.experts.rank_of(expert);
     if (!proto::is_alive(now.alive, peer)) continue;
@@ -169,7 +208,7 @@ __device__ __forceinline__ void receive_call(const EpLowReceiveParams& p, const 
   const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
   const int copy = proto::low_latency_copy(now.epoch);
   const int lane = threadIdx.x % kEpWarp, warps = parts * warps_of_cta();
-  const int warp = part * warps_of_cta() + threadIdx.x / kEpWarp;
+  const int warp = warp_of(part, parts);
   const int64_t slots = g.shape.ranks * g.shape.max_tokens;
   const uint8_t* base = low_base(g, g.rank);
   const auto* counts = reinterpret_cast<const uint32_t*>(base + low.count);
@@ -181,7 +220,7 @@ __device__ __forceinline__ void receive_call(const EpLowReceiveParams& p, const 
     if (part == 0 && threadIdx.x == 0) {
       p.layout_range[expert * g.shape.ranks + source] = begin << 32 | count;
     }
-    for (int64_t i = first_turn(warp, warps, begin); i < count; i += warps) {
+    for (int64_t i = first_turn(warp, warps, int(begin)); i < count; i += warps) {
       const uint64_t slot = proto::receive_slot(g.shape, copy, expert, source, i);
       const int64_t row = expert * slots + begin + i;
       copy_row(p.x + row * p.row.row_bytes, base + low.x + slot * uint64_t(g.shape.max_row_bytes),
@@ -216,23 +255,26 @@ __device__ __forceinline__ void low_latency_receive(const EpLowReceiveParams& p)
 
 // ---- return ----
 
-// The rows of one (expert, source), dealt to all warps of the launch in turn.
-__device__ __forceinline__ void return_run(const EpLowReturnParams& p, int copy, int run,
-                                           int64_t range, int64_t before) {
+// Row `i` of those that `source` sent to an expert, back to where it came from.
+__device__ __forceinline__ void return_row(const EpLowReturnParams& p, int copy, int run,
+                                           int64_t range, int i) {
   const EpGroup& g = p.group;
-  const int ranks = g.shape.ranks, expert = run / ranks, source = run % ranks;
-  const int warp = blockIdx.x * warps_of_cta() + threadIdx.x / kEpWarp;
-  const int warps = gridDim.x * warps_of_cta();
-  const int64_t begin = range >> 32, count = range & 0xffffffff;
+  const int ranks = g.shape.ranks, source = run % ranks;
+  const int64_t row = run / ranks * (ranks * g.shape.max_tokens) + (range >> 32) + i;
+  const uint64_t word = p.words[row];
+  const uint64_t slot =
+      proto::return_slot(g.shape, copy, int64_t(word >> 32), int(word & 0xffffffffu));
   uint8_t* returned = low_base(g, source) + proto::LowLatencyLayout::of(g.shape).returned;
-  for (int64_t i = first_turn(warp, warps, before); i < count; i += warps) {
-    const int64_t row = expert * ranks * g.shape.max_tokens + begin + i;
-    const uint64_t word = p.words[row];
-    const uint64_t slot =
-        proto::return_slot(g.shape, copy, int64_t(word >> 32), int(word & 0xffffffffu));
-    copy_row(returned + slot * uint64_t(g.shape.max_row_bytes), p.y + row * p.row_bytes,
-             p.row_bytes);
+  copy_row(returned + slot * uint64_t(g.shape.max_row_bytes), p.y + row * p.row_bytes, p.row_bytes);
+}
+
+// The sum of `value` over this lane and those before it.
+__device__ __forceinline__ int scan_warp(int value) {
+  for (int step = 1; step < kEpWarp; step *= 2) {
+    const int before = __shfl_up_sync(0xffffffffu, value, step);
+    if (int(threadIdx.x % kEpWarp) >= step) value += before;
   }
+  return value;
 }
 
 __device__ __forceinline__ void low_latency_return(const EpLowReturnParams& p) {
@@ -240,17 +282,22 @@ __device__ __forceinline__ void low_latency_return(const EpLowReturnParams& p) {
   const EpNow now = begin_call(g, kEpLowReturn);
   const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
   const int copy = proto::low_latency_copy(now.epoch), ranks = g.shape.ranks;
-  const int runs = g.experts.count(g.rank) * ranks;
-  int64_t before = 0;
+  const int runs = g.experts.count(g.rank) * ranks, lane = threadIdx.x % kEpWarp;
+  const int warp = warp_of(blockIdx.x, gridDim.x);
+  const int warps = gridDim.x * warps_of_cta();
+  int before = 0;
   for (int first = 0; first < runs; first += kEpWarp) {
-    const int mine = first + threadIdx.x % kEpWarp;
-    const int64_t range_of_lane = mine < runs ? p.layout_range[mine] : 0;
-    for (int run = first; run < min(first + kEpWarp, runs); ++run) {
-      const int64_t range = __shfl_sync(0xffffffffu, range_of_lane, run - first);
-      if (!proto::is_alive(now.alive, run % ranks)) continue;
-      return_run(p, copy, run, range, before);
-      before += range & 0xffffffff;
+    // A lane knows one (expert, source); the warp's rows among those of 32 are found by their ends.
+    const int mine = first + lane;
+    const int64_t range = mine < runs ? p.layout_range[mine] : 0;
+    const int count = proto::is_alive(now.alive, mine % ranks) ? int(range & 0xffffffff) : 0;
+    const int end = scan_warp(count), total = __shfl_sync(0xffffffffu, end, kEpWarp - 1);
+    for (int row = first_turn(warp, warps, before); row < total; row += warps) {
+      const int owner = __popc(__ballot_sync(0xffffffffu, end <= row));
+      const int begin = __shfl_sync(0xffffffffu, end - count, owner);
+      return_row(p, copy, first + owner, __shfl_sync(0xffffffffu, range, owner), row - begin);
     }
+    before += total;
   }
   if (last_to_arrive(g, now, 0)) raise_everywhere(g, now, proto::kLowReturned);
   end_call(g, now);
@@ -305,7 +352,7 @@ __device__ __forceinline__ void reduce_call(const EpLowReduceParams& p, const Ep
   if (!await_everyone(g, now, proto::kLowReturned)) return;
   const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
   const int chunks = (p.elements * 2 + kEpChunk - 1) / kEpChunk;
-  for (int item = blockIdx.x * warps_of_cta() + threadIdx.x / kEpWarp; item < p.tokens * chunks;
+  for (int item = warp_of(blockIdx.x, gridDim.x); item < p.tokens * chunks;
        item += gridDim.x * warps_of_cta()) {
     const int at = item % chunks * kEpChunk + threadIdx.x % kEpWarp * 16;
     if (at < p.elements * 2) reduce_piece(p, now, low, item / chunks, at);

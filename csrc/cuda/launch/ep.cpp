@@ -71,7 +71,7 @@ void ep_low_send(const LaunchOn& on, const EpLowSendParams& p) {
   check_fits("tokens", p.tokens, p.group.shape.max_tokens);
   const int64_t pieces =
       p.row.scale_bytes > 0 ? (p.elements + 127) / 128 : chunks_of(p.row.row_bytes);
-  launch(on, "ep_low_send", p, int64_t(p.tokens) * p.row.topk * ((pieces + 3) / 4), kLowThreads);
+  launch(on, "ep_low_send", p, p.tokens * ((pieces + 3) / 4), kLowThreads);
 }
 
 void ep_low_receive(const LaunchOn& on, const EpLowReceiveParams& p) {
