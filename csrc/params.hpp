@@ -109,6 +109,22 @@ struct GateParams {
   int threads = 1;
 };
 
+// Its gradients: of the weights and scores to those of x and weight.
+struct GateBackwardParams {
+  int64_t t = 0, d = 0, e = 0, k = 0;
+  Matrix x;                             // [t, d]
+  Matrix weight;                        // [e, d]
+  const int64_t* topk_idx = nullptr;    // [t, k]
+  const float* scores = nullptr;        // [t, e]
+  const float* grad_weights = nullptr;  // [t, k]
+  const float* grad_scores = nullptr;   // [t, e]
+  bool sigmoid = true, renormalize = true;
+  float scale = 1;
+  MutableMatrix dx;       // [t, d]
+  MutableMatrix dweight;  // [e, d]
+  int threads = 1;
+};
+
 // Copies of tokens sorted by expert. Rows are bytes: their type does not matter.
 struct PermuteParams {
   int64_t t = 0, k = 0, e = 0, row_bytes = 0;
@@ -164,6 +180,18 @@ struct DecodeParams {
   int threads = 1;
 };
 
+// Tokens into the cache. Of tokens that share a slot the last one stays.
+struct AppendParams {
+  int64_t t = 0, dl = 0, r = 0;
+  Matrix latent;          // [t, dl]
+  Matrix rope;            // [t, r]
+  char* cache = nullptr;  // [pages][page][row], strides in bytes below
+  CacheKind kind = CacheKind::kBF16;
+  int64_t page = 1, page_bytes = 0, row_bytes = 0;
+  const int64_t* slots = nullptr;  // [t]: page * page size + offset, -1: none
+  int threads = 1;
+};
+
 struct PrefillParams {
   int64_t requests = 0, h = 0;
   const char* q = nullptr;               // [t, h, dk]
@@ -179,6 +207,16 @@ struct PrefillParams {
   float* lse = nullptr;  // [h, t]
   int64_t lse_head = 0;
   int threads = 1;
+};
+
+// The gradients of q, k and v. forward.out and forward.lse are what the forward left.
+struct PrefillBackwardParams {
+  PrefillParams forward;
+  const char* grad = nullptr;             // [t, h, dv], forward.type
+  int64_t grad_token = 0, grad_head = 0;  // strides in bytes
+  const float* grad_lse = nullptr;        // [h, t] or null
+  int64_t grad_lse_head = 0;
+  void *dq = nullptr, *dk = nullptr, *dv = nullptr;  // of q's, k's and v's shape, contiguous
 };
 
 }  // namespace dsk

@@ -113,6 +113,24 @@ DSK_API int dsk_mla_prefill(const DLTensor* q, const DLTensor* k, const DLTensor
                             double softmax_scale, int causal, const DLTensor* out,
                             const DLTensor* lse, int num_threads);
 
+/* The gradients of q, k and v, contiguous and of their type, from grad [t, h, dv] of that type and
+ * grad_lse fp32 [h, t] (NULL: zeros). out and lse are what dsk_mla_prefill left; queries that
+ * attend nothing get 0. Rows behind the last request are left as they are. Does not depend on
+ * num_threads. */
+DSK_API int dsk_mla_prefill_backward(const DLTensor* grad, const DLTensor* grad_lse,
+                                     const DLTensor* q, const DLTensor* k, const DLTensor* v,
+                                     const DLTensor* out, const DLTensor* lse,
+                                     const DLTensor* cu_seqlens_q, const DLTensor* cu_seqlens_k,
+                                     double softmax_scale, int causal, const DLTensor* dq,
+                                     const DLTensor* dk, const DLTensor* dv, int num_threads);
+
+/* latent [t, dl], k_rope [t, r] (bf16 | fp16 | fp32) into cache [pages, page, row] at slots int64
+ * [t] = page index * page + offset (-1: none), in place: rows of dl + r bf16 | fp16 | fp32 values,
+ * or uint8 rows of FP8 (see dsk_mla_decode), the latent quantised. Of tokens that share a slot the
+ * last one stays. */
+DSK_API int dsk_mla_cache_append(const DLTensor* cache, const DLTensor* latent,
+                                 const DLTensor* k_rope, const DLTensor* slots, int num_threads);
+
 /* ---- moe ---- */
 
 /* x [t, d] (bf16 | fp16 | fp32), w13 packed [e, 2 i, d] = [gate; up], w2 packed [e, d, i], i a
@@ -132,6 +150,15 @@ DSK_API int dsk_moe_gate(const DLTensor* x, const DLTensor* weight, const DLTens
                          int64_t num_groups, int64_t topk_group, double scale, int softmax,
                          int group_by_sum, int renormalize, const DLTensor* topk_idx,
                          const DLTensor* topk_weights, const DLTensor* scores, int num_threads);
+
+/* Its gradients. grad_weights fp32 [t, k] and grad_scores fp32 [t, e] to dx [t, d] of x's type and
+ * dweight [e, d] of weight's; topk_idx and scores are what dsk_moe_gate left. The choice is a
+ * constant. */
+DSK_API int dsk_moe_gate_backward(const DLTensor* grad_weights, const DLTensor* grad_scores,
+                                  const DLTensor* x, const DLTensor* weight,
+                                  const DLTensor* topk_idx, const DLTensor* scores, double scale,
+                                  int softmax, int renormalize, const DLTensor* dx,
+                                  const DLTensor* dweight, int num_threads);
 
 /* A stable counting sort of topk_idx int64 [t, k] (-1: none) by expert -> counts int64 [e],
  * group_sizes int64 [e] (counts rounded up to alignment), row_map int64 [t, k] (-1: none). */

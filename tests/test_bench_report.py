@@ -37,7 +37,19 @@ def test_verdict_takes_our_faster_form_and_the_lower_roof():
     compute_bound = roofline.Ceilings(read_gbs=1000.0, gflops=200.0, product="x")
     assert report.judge(ROW, result(), compute_bound)["share"] == pytest.approx(0.5)
     alone = result(rows=result()["rows"][:2])
-    assert report.judge(ROW, alone, compute_bound)["vllm"] is None
+    verdict = report.judge(ROW, alone, compute_bound)
+    assert verdict["vllm"] is None and verdict["error"] is None
+
+
+def test_errors_are_compared_on_the_same_activations():
+    rows = result()["rows"]
+    for row, error in zip(rows, (3e-2, 2.5e-3, 2e-3, 4e-3)):
+        row["error"] = error
+    rows.append({"candidate": "torch fp32", "error": 1e-7})
+    assert report.error_ratio({"rows": rows}) == pytest.approx(1.25)
+    assert 'class="short">1.25x' in report.accuracy(1.25)
+    rows[1]["error"] = None
+    assert report.error_ratio({"rows": rows}) is None and "not measured" in report.accuracy(None)
 
 
 def test_nothing_lies_above_the_roof():

@@ -109,6 +109,32 @@ def test_decode_large_scores_and_special_values(target):
         assert not bool(got[0, 1].isfinite().all()), "the last query attends the last key"
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_decode_special_values_in_every_position(target, value):
+    """In q they stay in their head and token; in a cached row they show in whoever attends it."""
+    cache, table, lens = paged([70], 16, 48, torch.bfloat16)
+    q = torch.randn(1, 2, 3, 48, generator=torch.Generator().manual_seed(8)).bfloat16()
+    clean, _ = mla.mla_decode(q, cache, table, lens, head_dim_v=32)
+    for column in range(0, 48, 5):
+        poisoned = q.clone()
+        poisoned[0, 0, 1, column] = value
+        got, lse = mla.mla_decode(poisoned, cache, table, lens, head_dim_v=32)
+        hit = torch.zeros(1, 2, 3, dtype=torch.bool)
+        hit[0, 0, 1] = True
+        assert bool(got[hit].isnan().all()) and bool(lse.transpose(1, 2)[hit].isnan().all())
+        assert torch.equal(got[~hit], clean[~hit])
+    for token in range(0, 70, 3):
+        for column in (0, 31, 47):
+            poisoned = cache.clone()
+            poisoned[table[0, token // 16], token % 16, column] = value
+            got, _ = mla.mla_decode(q, poisoned, table, lens, head_dim_v=32)
+            want, _ = fp64(q, poisoned, table, lens, head_dim_v=32)
+            # Whoever attends it: fp64 is not finite, or knows that the row weighs nothing.
+            assert torch.equal(got.isfinite(), want.isfinite()), (token, column)
+            known = want.isfinite()
+            torch.testing.assert_close(got[known].double(), want[known], rtol=2e-2, atol=2e-2)
+
+
 def test_threads_and_splits_agree(target):
     cache, table, lens = paged([2000, 700], 64, 96, torch.bfloat16)
     q = torch.randn(2, 1, 8, 96, generator=torch.Generator().manual_seed(6)).bfloat16()

@@ -268,6 +268,167 @@ def test_permutation_is_bitwise_the_reference(target, dtype, alignment, t, k, e,
         torch.testing.assert_close(a[1], b[1], rtol=1e-2, atol=1e-3)
 
 
+def gate_gradients(tokens, d, router, x_type, weight_type, seed=0):
+    """Arguments of moe_gate_backward as the forward leaves them, gradients included."""
+    experts, groups, top, k, score, group_score = router
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, d + 3, generator=g).to(x_type)[:, :d]
+    weight = (torch.randn(experts, d, generator=g) * d**-0.5).to(weight_type)
+    modes = dict(n_group=groups, topk_group=top, topk=k, score=score, group_score=group_score)
+    idx, _, scores = ref.moe_gate(x, weight, None, **modes)
+    grads = torch.randn(tokens, k, generator=g), torch.randn(tokens, experts, generator=g)
+    return (*grads, x, weight, idx, scores, 2.5, score, score == "sigmoid")
+
+
+def check_gate_gradients(given_) -> None:
+    got = moe.moe_gate_backward(*given_)
+    wide = [t.double() if t.is_floating_point() else t for t in given_[:6]]
+    want = ref_backward.moe_gate_backward(*wide, *given_[6:])
+    for a, b, like in zip(got, want, given_[2:4]):
+        assert a.dtype == like.dtype and a.shape == like.shape
+        bound = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}[a.dtype]
+        assert (a.double() - b).norm() <= bound * b.norm() + 1e-6
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda r: f"e{r[0]}-{r[4]}")
+@pytest.mark.parametrize("tokens, d", [(0, 64), (1, 100), (70, 129)])
+def test_gate_gradients(target, router, tokens, d):
+    for x_type, weight_type in ((torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)):
+        check_gate_gradients(gate_gradients(tokens, d, router, x_type, weight_type))
+
+
+def test_gate_gradients_do_not_depend_on_threads(target):
+    given_ = gate_gradients(100, 200, ROUTERS[0], torch.bfloat16, torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 5):
+            torch.set_num_threads(threads)
+            results.append(moe.moe_gate_backward(*given_))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_gate_gradients_of_special_values(target):
+    """A NaN token reaches its own dx and every expert's dweight, and no other token."""
+    given_ = list(gate_gradients(9, 40, ROUTERS[1], torch.float32, torch.float32))
+    clean = moe.moe_gate_backward(*given_)
+    given_[0] = given_[0].clone()
+    given_[0][4, 0] = torch.nan
+    dx, dweight = moe.moe_gate_backward(*given_)
+    assert bool(dx[4].isnan().all()) and bool(dweight.isnan().all())
+    rest = [t for t in range(9) if t != 4]
+    assert torch.equal(dx[rest], clean[0][rest])
+    given_ = list(gate_gradients(9, 40, ROUTERS[1], torch.float32, torch.float32))
+    given_[2] = given_[2].clone()
+    given_[2][4, 7] = torch.inf
+    _, dweight = moe.moe_gate_backward(*given_)
+    assert not bool(dweight[:, 7].isfinite().any())
+    other = [d for d in range(40) if d != 7]
+    assert torch.equal(dweight[:, other], clean[1][:, other])
+
+
+def test_gradients_stay_in_their_outputs(target):
+    """Canaries round the gradients of the router and of unpermute."""
+    *grads, x, weight, idx, scores, scale, _, _ = gate_gradients(
+        5, 35, ROUTERS[3], torch.float32, torch.float32
+    )
+    idx = idx.contiguous()
+    dx, dx_intact = guarded((5, 35), torch.float32)
+    dweight, dweight_intact = guarded((7, 35), torch.float32)
+    _C.cpu.moe_gate_backward(*grads, x, weight, idx, scores, scale, False, True, dx, dweight, 3)
+    assert dx_intact() and dweight_intact()
+    row_map = torch.arange(15).reshape(5, 3)
+    y = torch.randn(15, 35)
+    dy, dy_intact = guarded((15, 35), torch.float32)
+    dweights, dweights_intact = guarded((5, 3), torch.float32)
+    slots = torch.rand(5, 3)
+    _C.cpu.moe_unpermute_backward(x[:, :35].contiguous(), y, row_map, slots, dy, dweights, 3)
+    assert dy_intact() and dweights_intact()
+    assert all(bool(t.isfinite().all()) for t in (dx, dweight, dy, dweights))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_experts_stay_in_their_output(target, tokens):
+    """Canaries round the output; x behind the ends of its rows is NaN."""
+    w13, w2 = (pack(w) for w in layer(3, 136, 64))
+    x = torch.full((tokens, 150), torch.nan, dtype=torch.bfloat16)
+    x[:, :136] = torch.randn(tokens, 136)
+    idx, weights = routing(tokens, 2, 3)
+    for quantize in (True, False):
+        out, intact = guarded((tokens, 136), torch.bfloat16)
+        _C.cpu.moe_experts(
+            *(x[:, :136], w13.data, w13.marks, w13.scale, w2.data, w2.marks, w2.scale),
+            *(idx, weights, 64, quantize, out, 3),
+        )
+        assert intact() and bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_special_values_in_every_position_of_experts(target, quantize):
+    """x, both weights and the routing weights: a token that meets one is not finite, others are."""
+    w13, w2 = layer(2, 128, 64)
+    x = torch.randn(6, 128, generator=torch.Generator().manual_seed(8)).bfloat16()
+    idx, weights = torch.arange(6)[:, None] % 2, torch.rand(6, 1) + 0.5
+    mine = idx[:, 0] == 1
+
+    def finite(x, w13, w2, weights):
+        modes = dict(quantize_activations=quantize)
+        return moe.moe_experts(x, w13, w2, idx, weights, **modes).isfinite()
+
+    for column in range(0, 128, 9):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            poisoned = x.clone()
+            poisoned[3, column] = value
+            kept = finite(poisoned, w13, w2, weights).all(1)
+            assert kept.tolist() == [token != 3 for token in range(6)], (column, value)
+    for which, (weight, rows) in enumerate(((w13, 128), (w2, 128))):
+        for row in range(0, rows, 27):
+            data = weight.data.clone()
+            data.view(torch.uint8)[1, row, row % weight.shape[-1]] = 0x7F
+            bad = type(weight)(data, weight.scale, weight.block)
+            pair = (bad, w2) if which == 0 else (w13, bad)
+            kept = finite(x, *pair, weights)
+            # A NaN in w13 reaches one hidden value, so every output of the tokens of that expert;
+            # one in w2 reaches the output of its row.
+            hit = kept.logical_not()
+            assert bool(hit[mine].all() if which == 0 else hit[mine][:, row].all()), (which, row)
+            assert not bool(hit[~mine].any())
+    for value in (torch.nan, torch.inf):
+        bad = weights.clone()
+        bad[2] = value
+        assert finite(x, w13, w2, bad).all(1).tolist() == [token != 2 for token in range(6)]
+
+
+gates = st.tuples(
+    st.integers(0, 130),  # tokens
+    st.integers(1, 200),  # d
+    st.sampled_from(ROUTERS),
+    st.sampled_from(FLOATS),
+    st.sampled_from(FLOATS),
+    st.integers(0, 999),
+)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(gates)
+def test_random_gate_gradients(case):
+    given_ = gate_gradients(*case)
+    for name in TARGETS:
+        with use_target(name):
+            check_gate_gradients(given_)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None)
+@given(gates)
+def test_many_random_gate_gradients(case):
+    given_ = gate_gradients(*case)
+    for name in TARGETS:
+        with use_target(name):
+            check_gate_gradients(given_)
+
+
 def test_a_row_named_twice_goes_to_the_reference():
     grad, y = torch.randn(2, 8), torch.randn(3, 8)
     row_map = torch.tensor([[1, 2], [1, -1]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpu_targets import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -209,6 +210,54 @@ def test_nothing_is_written_outside_the_outputs(target):
         raw[1:-1, 16 : 16 + k] = 0x55
         scales[1:-1, 1 : 1 + columns] = 7.0
         assert bool((raw == 0x55).all()) and bool((scales == 7.0).all())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_norm_swiglu_and_rope_stay_in_their_outputs(target, dtype):
+    """Canaries round every output; inputs behind the ends of their rows are NaN."""
+    for m, k in [(1, 2), (3, 18), (5, 130)]:
+        wide = torch.full((m, 2 * k + 9), torch.nan).to(dtype)
+        wide[:, : 2 * k] = torch.randn(m, 2 * k).to(dtype)
+        x, weight = wide[:, :k].clone(), torch.rand(k)
+        outputs = [guarded((m, k), dtype) for _ in range(5)]
+        (norm, _), (total, _), (gated, _), (turned, _), (single, _) = outputs
+        _C.cpu.rms_norm(x, weight, x, 1e-6, norm, total, 2)
+        _C.cpu.rms_norm(x, weight, None, 1e-6, single, None, 2)
+        _C.cpu.swiglu(wide[:, : 2 * k], gated, 2)
+        angles = torch.full((m, k), torch.nan)[:, : k // 2]
+        angles[:] = torch.rand(m, k // 2)
+        _C.cpu.rope(x[:, None], angles, angles, True, False, turned[:, None], 2)
+        assert all(intact() and bool(y.isfinite().all()) for y, intact in outputs)
+        for op in (_C.cpu.rms_norm_quantize, _C.cpu.swiglu_quantize):
+            data, data_intact = guarded((m, k), torch.float8_e4m3fn)
+            scale, scale_intact = guarded((m, -(-k // 128)), torch.float32)
+            if op is _C.cpu.swiglu_quantize:
+                op(wide[:, : 2 * k], data, scale, 0, 2)
+            else:
+                op(x, weight, None, 1e-6, data, scale, None, 0, 2)
+            assert data_intact() and scale_intact() and bool(scale.isfinite().all())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_special_values_in_every_position(target, value):
+    """Norm, SwiGLU and RoPE against the reference, the value in each column of a row in turn."""
+    k = 38
+    for dtype in FLOATS:
+        x = torch.randn(k, 2 * k, generator=torch.Generator().manual_seed(6)).to(dtype)
+        x.diagonal()[:] = value
+        up = x.roll(k, dims=1)  # the value among the second half, too
+        angle = torch.rand(k, 1, k)
+        weight = torch.rand(2 * k)
+        got, want = (
+            [f.rms_norm(x, weight), f.swiglu(x), f.swiglu(up)]
+            + [
+                f.rope(x[:, None], angle.cos()[:, 0], angle.sin()[:, 0], interleaved=i)
+                for i in (0, 1)
+            ]
+            for f in (rowwise, ref)
+        )
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, rtol=8e-3, atol=1e-6, equal_nan=True)
 
 
 def test_threads_give_the_same_bits(target):

@@ -69,6 +69,13 @@ def test_one_sm_takes_every_tile(bf16, kernel):
     check(bf16, got, ref.gemm, a, b)
 
 
+def test_more_rows_than_one_band_of_tiles(bf16, kernel):
+    """The schedule walks 8 blocks of rows for each column of tiles: one band and a short one."""
+    a, b = draw(8 * 64 + 70, 16), draw(136, 16)
+    got = dsk.gemm(on_device(a, bf16), on_device(b, bf16), backend=bf16)
+    check(bf16, got, ref.gemm, a, b)
+
+
 def test_c_and_bias_are_added_before_the_one_rounding(bf16):
     a, b, c, bias = draw(70, 136), draw(72, 136), torch.randn(70, 72), torch.randn(72).bfloat16()
     for options in ({"c": c}, {"bias": bias}, {"c": c, "bias": bias, "out_dtype": torch.float32}):

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from backend_axis import need, on_cpu, on_device
-from mla_cases import LATENT, assert_decoded, paged_case
+from mla_cases import LATENT, assert_decoded, paged_case, work_of
 
 import dskernels as dsk
 from dskernels.testing import assert_bitwise_equal
@@ -46,7 +46,8 @@ def test_pages_lengths_and_query_tokens(backend, page, heads, causal):
     check(backend, paged_case(BOUNDARIES, 2, heads, page), causal=causal)
 
 
-@pytest.mark.parametrize("page,heads", [(16, 35), (32, 3), (64, 15), (128, 35)])
+# 70, 6, 40 and 30 rows: two CTAs that share the dequantising, and the kernels of one.
+@pytest.mark.parametrize("page,heads", [(16, 35), (32, 3), (64, 20), (128, 15)])
 def test_fp8_cache(backend, page, heads):
     check(backend, paged_case(BOUNDARIES, 2, heads, page, fp8=True))
 
@@ -155,6 +156,18 @@ def test_a_token_that_outweighs_all_others_gives_its_value(machine, backend, hea
         assert_bitwise_equal(out[request, 0], want.expand(heads, -1).contiguous())
 
 
+def test_two_ctas_that_share_a_cache_give_the_bits_of_one(machine, backend):
+    """FP8 rows that the other CTA has dequantised are what this one would have made of them."""
+    need("mla_decode", backend)
+    q, cache, table, lens = (on_device(x, backend) for x in paged_case([200, 65], 1, 128, fp8=True))
+    schedule = machine.mla_schedule(lens, 128, num_sms=6)
+    out, lse = (on_cpu(x) for x in machine.mla_decode(q, cache, table, lens, schedule=schedule))
+    for half in (slice(0, 64), slice(64, 128)):
+        one = machine.mla_decode(q[:, :, half], cache, table, lens, schedule=schedule)
+        assert_bitwise_equal(on_cpu(one[0]), out[:, :, half].contiguous())
+        assert_bitwise_equal(on_cpu(one[1]), lse[:, half].contiguous())
+
+
 @pytest.mark.parametrize("heads", [3, 35])
 def test_splits_are_joined_without_the_neighbours(machine, backend, heads):
     """The next request's weights are 2^300 times this one's."""
@@ -167,6 +180,17 @@ def test_splits_are_joined_without_the_neighbours(machine, backend, heads):
     out, lse = (on_cpu(x) for x in got)
     assert lse[1].min() > lse[0].max() + 200
     assert_decoded((out[:1], lse[:1]), (case[0][:1], case[1], case[2][:1], case[3][:1]))
+
+
+@pytest.mark.parametrize("heads,kernel", [(3, "mla_decode_bf16_16"), (35, "mla_decode_bf16")])
+def test_a_full_block_is_neither_masked_nor_cleared(heads, kernel):
+    need("mla_decode", "emu")
+    partly, fully = (
+        work_of(lambda n=n: decode(paged_case([n], 1, heads), "emu"))[kernel] for n in (63, 64)
+    )
+    scores = 64 * (64 if heads > 32 else 16)
+    assert partly["logic"] - fully["logic"] >= scores / 32  # a thread selects each of its own
+    assert partly["sync"] - fully["sync"] >= 8  # eight warps meet
 
 
 def test_more_splits_than_a_warp_has_lanes(machine, backend):
@@ -248,10 +272,22 @@ def test_schedules_cover_every_block_once(machine, deterministic, num_sms):
                     assert all(end % made.split_blocks == 0 for end in ends[:-1])
 
 
-def greedy(blocks, num_parts, split_blocks, piece_cost=5):
-    """What the schedule has to be: every part takes pieces in order while they fit its share."""
+PIECE_COST = 3  # of 64 rows, in blocks
+
+
+def greedy(blocks, num_parts, split_blocks):
+    """What the schedule has to be: every part takes pieces in order while they fit its share, the
+    smallest one for which the parts suffice."""
     pieces = sum(max(1, -(-n // split_blocks)) if split_blocks else 1 for n in blocks)
-    share = -(-(sum(blocks) + piece_cost * pieces) // num_parts) + piece_cost + split_blocks
+    share = -(-(sum(blocks) + PIECE_COST * pieces) // num_parts)
+    while True:
+        parts, num_splits = dealt(blocks, num_parts, split_blocks, share)
+        if len(num_splits) == len(blocks) + 1:
+            return parts, num_splits
+        share += 1
+
+
+def dealt(blocks, num_parts, split_blocks, share, piece_cost=PIECE_COST):
     parts, num_splits = [], [0]
     request = block = split = 0
     for _ in range(num_parts):
@@ -296,12 +332,12 @@ def test_schedules_balance(machine, lengths):
     work = []
     for part in made.parts.tolist():
         mine = walk([part], [0], lengths, 0)
-        work.append(sum(end - begin + 5 for _, begin, end, _ in mine))
-    assert max(work) <= (total + 5 * len(lengths)) / 132 + 6
+        work.append(sum(end - begin + PIECE_COST for _, begin, end, _ in mine))
+    assert max(work) <= (total + PIECE_COST * len(lengths)) / 132 + PIECE_COST + 1
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("heads", [5, 12, 20])
+@pytest.mark.parametrize("heads", [5, 12, 20, 35])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_schedules_of_the_machine(machine, backend, monkeypatch, seed, heads, fp8):
     """Another order of warps, CTAs and copies: no hazard, the same bits."""

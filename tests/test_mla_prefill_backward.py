@@ -4,6 +4,7 @@ to twice the error of PyTorch's own fused bf16 attention, both against fp64."""
 import pytest
 import torch
 from backend_axis import need, on_cpu, on_device
+from mla_cases import work_of
 from test_mla_prefill import operands
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -209,6 +210,30 @@ def test_bits_do_not_depend_on_the_schedule(monkeypatch):
         monkeypatch.setenv("DSK_EMU_SEED", str(seed))
         for got, want in zip(gradients("emu", given, grad), first):
             assert_bitwise_equal(got, want)
+
+
+def test_work_that_is_not_needed_is_not_done():
+    need("mla_prefill", "emu")
+
+    def work(queries, keys, causal):
+        given = operands([queries], [keys], heads=1)
+        grad = torch.randn(queries, 1, 128).bfloat16()
+        done = work_of(lambda: gradients("emu", given, grad, causal=causal))
+        return done["mla_prefill_backward_keys"], done["mla_prefill_backward_queries"]
+
+    scores = 64 * 64 / 32  # of a warpgroup's block, by warp: a thread selects each of its own
+    partly, fully = (work(64, keys, False)[1] for keys in (63, 64))
+    assert partly["logic"] - fully["logic"] >= 2 * scores
+    assert partly["sync"] - fully["sync"] >= 8  # eight warps meet behind what they clear
+    partly, fully = (work(64, keys, True)[0] for keys in (191, 192))
+    assert partly["logic"] - fully["logic"] >= scores
+    one, two, under, whole = (
+        [side["tensor"] for side in work(length, length, causal)]
+        for length, causal in ((64, False), (128, False), (200, True), (200, False))
+    )
+    # Of 2 x 4 blocks of 64 x 128 two are behind the diagonal.
+    assert whole[0] - under[0] == 2 * (two[0] - one[0]) > 0
+    assert whole[1] - under[1] == 2 * (two[1] - one[1]) > 0
 
 
 @pytest.mark.parametrize("lengths", [([0, 0], [0, 3]), ([0, 4], [0, 0]), ([0], [0])], ids=str)

@@ -118,6 +118,30 @@ void mla_prefill(py::handle q, py::handle k, py::handle v, py::handle cu_seqlens
   });
 }
 
+void mla_prefill_backward(py::handle grad, py::handle grad_lse, py::handle q, py::handle k,
+                          py::handle v, py::handle out, py::handle lse, py::handle cu_seqlens_q,
+                          py::handle cu_seqlens_k, double scale, bool causal, py::handle dq,
+                          py::handle dk, py::handle dv, int threads) {
+  const TensorArg grad_("grad", grad), grad_lse_("grad_lse", grad_lse), q_("q", q), k_("k", k);
+  const TensorArg v_("v", v), out_("out", out), lse_("lse", lse);
+  const TensorArg ends_q("cu_seqlens_q", cu_seqlens_q), ends_k("cu_seqlens_k", cu_seqlens_k);
+  const TensorArg dq_("dq", dq, true), dk_("dk", dk, true), dv_("dv", dv, true);
+  without_gil([&] {
+    return dsk_mla_prefill_backward(grad_.get(), grad_lse_.get(), q_.get(), k_.get(), v_.get(),
+                                    out_.get(), lse_.get(), ends_q.get(), ends_k.get(), scale,
+                                    causal, dq_.get(), dk_.get(), dv_.get(), threads);
+  });
+}
+
+void mla_cache_append(py::handle cache, py::handle latent, py::handle k_rope, py::handle slots,
+                      int threads) {
+  const TensorArg cache_("kv_cache", cache, true), latent_("latent", latent);
+  const TensorArg k_rope_("k_rope", k_rope), slots_("slots", slots);
+  without_gil([&] {
+    return dsk_mla_cache_append(cache_.get(), latent_.get(), k_rope_.get(), slots_.get(), threads);
+  });
+}
+
 void moe_experts(py::handle x, py::handle w13, py::handle marks13, py::handle scale13,
                  py::handle w2, py::handle marks2, py::handle scale2, py::handle topk_idx,
                  py::handle topk_weights, int64_t intermediate, bool quantize, py::handle out,
@@ -143,6 +167,21 @@ void moe_gate(py::handle x, py::handle weight, py::handle bias, int64_t num_grou
     return dsk_moe_gate(x_.get(), weight_.get(), bias_.get(), num_groups, topk_group, scale,
                         softmax, group_by_sum, renormalize, idx_.get(), weights_.get(),
                         scores_.get(), threads);
+  });
+}
+
+void moe_gate_backward(py::handle grad_weights, py::handle grad_scores, py::handle x,
+                       py::handle weight, py::handle topk_idx, py::handle scores, double scale,
+                       bool softmax, bool renormalize, py::handle dx, py::handle dweight,
+                       int threads) {
+  const TensorArg grad_weights_("grad_weights", grad_weights), x_("x", x);
+  const TensorArg grad_scores_("grad_scores", grad_scores), weight_("weight", weight);
+  const TensorArg idx_("topk_idx", topk_idx), scores_("scores", scores);
+  const TensorArg dx_("dx", dx, true), dweight_("dweight", dweight, true);
+  without_gil([&] {
+    return dsk_moe_gate_backward(grad_weights_.get(), grad_scores_.get(), x_.get(), weight_.get(),
+                                 idx_.get(), scores_.get(), scale, softmax, renormalize, dx_.get(),
+                                 dweight_.get(), threads);
   });
 }
 
@@ -217,7 +256,10 @@ void dsk::api::bind_cpu(pybind11::module_& m) {
   cpu.def("gemm", &gemm);
   cpu.def("mla_decode", &mla_decode);
   cpu.def("mla_prefill", &mla_prefill);
+  cpu.def("mla_prefill_backward", &mla_prefill_backward);
+  cpu.def("mla_cache_append", &mla_cache_append);
   cpu.def("moe_gate", &moe_gate);
+  cpu.def("moe_gate_backward", &moe_gate_backward);
   cpu.def("moe_layout", &moe_layout);
   cpu.def("moe_permute", &moe_permute);
   cpu.def("moe_unpermute", &moe_unpermute);

@@ -261,6 +261,7 @@ void bind_emu_timing(py::module_& root) {
                              [](const Recording& r) { return r.clusters.size(); })
       .def_property_readonly("warp_instructions",
                              [](const Recording& r) { return r.launch.warp_instructions; })
+      .def_property_readonly("hazards", [](const Recording& r) { return r.launch.hazards; })
       .def_property_readonly("host_seconds", [](const Recording& r) { return r.launch.seconds; })
       .def("instructions", &instructions)
       .def("bytes", &bytes_dict)

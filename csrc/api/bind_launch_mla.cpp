@@ -13,7 +13,8 @@ int mla_num_parts(const std::string& machine, int ordinal, int rows, int num_sms
 }
 
 void mla_schedule(const std::string& machine, int ordinal, uint64_t stream, uint64_t seq_lens,
-                  uint64_t parts, uint64_t num_splits, int b, int num_parts, int split_blocks) {
+                  uint64_t parts, uint64_t num_splits, int b, int num_parts, int split_blocks,
+                  int rows) {
   launch::MlaScheduleArgs args;
   args.seq_lens = pointer<int32_t>(seq_lens);
   args.parts = pointer<int32_t>(parts);
@@ -21,6 +22,7 @@ void mla_schedule(const std::string& machine, int ordinal, uint64_t stream, uint
   args.b = b;
   args.num_parts = num_parts;
   args.split_blocks = split_blocks;
+  args.rows = rows;
   launch::mla_schedule(context_of(machine, ordinal), args, stream_of(stream));
 }
 
@@ -66,7 +68,7 @@ void bind_launch_mla(py::module_& launch) {
   launch.def("mla_num_parts", &mla_num_parts, "machine"_a, "ordinal"_a, "rows"_a, "num_sms"_a = 0,
              "Rows of an MLA schedule that fill the machine.");
   launch.def("mla_schedule", &mla_schedule, "machine"_a, "ordinal"_a, "stream"_a, "seq_lens"_a,
-             "parts"_a, "num_splits"_a, "b"_a, "num_parts"_a, "split_blocks"_a, release);
+             "parts"_a, "num_splits"_a, "b"_a, "num_parts"_a, "split_blocks"_a, "rows"_a, release);
   launch.def("mla_decode", &mla_decode, "machine"_a, "ordinal"_a, "stream"_a, "q"_a, "kv"_a,
              "block_table"_a, "seq_lens"_a, "parts"_a, "num_splits"_a, "out"_a, "lse"_a,
              "out_partial"_a, "lse_partial"_a, "b"_a, "s"_a, "h"_a, "pages"_a, "page"_a,

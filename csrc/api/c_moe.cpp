@@ -152,6 +152,42 @@ extern "C" int dsk_moe_gate(const DLTensor* x, const DLTensor* weight, const DLT
   });
 }
 
+extern "C" int dsk_moe_gate_backward(const DLTensor* grad_weights, const DLTensor* grad_scores,
+                                     const DLTensor* x, const DLTensor* weight,
+                                     const DLTensor* topk_idx, const DLTensor* scores, double scale,
+                                     int softmax, int renormalize, const DLTensor* dx,
+                                     const DLTensor* dweight, int num_threads) {
+  return guarded([&] {
+    const Arg input("x", x), router("weight", weight), idx("topk_idx", topk_idx);
+    GateBackwardParams p;
+    p.x = input.shape({-1, -1}).matrix(kFloats);
+    p.t = input.size(0);
+    p.d = input.size(1);
+    p.weight = router.shape({-1, p.d}).matrix(kFloats);
+    p.e = router.size(0);
+    p.topk_idx = indices(idx, "topk_idx", p.t, p.e);
+    p.k = idx.size(1);
+    for (int64_t j = 0; j < p.t * p.k; ++j) {
+      DSK_CHECK(p.topk_idx[j] >= 0, "topk_idx[", j / p.k, ", ", j % p.k, "]: expected 0 .. ",
+                p.e - 1, ", got ", p.topk_idx[j]);
+    }
+    const Arg all("scores", scores), chosen("grad_weights", grad_weights);
+    const Arg rest("grad_scores", grad_scores);
+    for (const Arg* arg : {&all, &rest}) arg->shape({p.t, p.e}).contiguous().type({Type::kF32});
+    chosen.shape({p.t, p.k}).contiguous().type({Type::kF32});
+    p.scores = all.data<const float>();
+    p.grad_weights = chosen.data<const float>();
+    p.grad_scores = rest.data<const float>();
+    p.sigmoid = softmax == 0;
+    p.renormalize = renormalize != 0;
+    p.scale = static_cast<float>(scale);
+    p.dx = Arg("dx", dx).shape({p.t, p.d}).output({p.x.type});
+    p.dweight = Arg("dweight", dweight).shape({p.e, p.d}).output({p.weight.type});
+    p.threads = cpu::resolve_threads(num_threads);
+    cpu::kernels().moe_gate_backward(p);
+  });
+}
+
 extern "C" int dsk_moe_layout(const DLTensor* topk_idx, int64_t alignment, const DLTensor* counts,
                               const DLTensor* group_sizes, const DLTensor* row_map) {
   return guarded([&] {

@@ -16,7 +16,10 @@ struct Kernels {
   void (*gemm)(const GemmParams&);
   void (*mla_decode)(const DecodeParams&);
   void (*mla_prefill)(const PrefillParams&);
+  void (*mla_prefill_backward)(const PrefillBackwardParams&);
+  void (*mla_cache_append)(const AppendParams&);
   void (*moe_gate)(const GateParams&);
+  void (*moe_gate_backward)(const GateBackwardParams&);
   void (*moe_permute)(const PermuteParams&);
   void (*moe_unpermute)(const UnpermuteParams&);
   void (*moe_unpermute_backward)(const UnpermuteParams&);

@@ -330,6 +330,9 @@ class WarpRunner {
       }
       g.dirty[r] = 1;
     }
+    if (!g.use.watches()) return;
+    const u64 next = w_.cta->cluster->next_async_id;
+    if (const Hazard* race = g.use.touch(info.reads, info.writes, next)) throw HazardError({*race});
   }
 
   // True: go on with the next instruction. False: the split waits.

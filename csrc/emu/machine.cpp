@@ -1,6 +1,7 @@
 // What the parts of the machine share: reports, mbarriers, asynchronous operations.
 #include "emu/machine.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "emu/system.hpp"
@@ -41,6 +42,71 @@ std::string role_of(const Warp& w) {
 
 }  // namespace
 
+void ResultUse::issue(const std::vector<u32>& registers, u64 id, bool accumulate) {
+  if (!accumulate) trust(registers);
+  auto tile = std::find_if(tiles_.begin(), tiles_.end(), [&](const Tile& t) {
+    return t.registers == &registers || *t.registers == registers;
+  });
+  if (tile == tiles_.end()) tile = tiles_.insert(tile, Tile{&registers});
+  if (!accumulate) tile->begun = id;
+  if (!tile->unread) ++unread_;
+  tile->unread = true;
+}
+
+const Hazard* ResultUse::touch(const std::vector<u32>& reads, const std::vector<u32>& writes,
+                               u64 id) {
+  for (const u32 r : reads) {
+    if (r < suspect_.size() && suspect_[r] != 0) return &suspects_[suspect_[r] - 1u];
+    for (Tile& tile : tiles_) {
+      const auto& own = *tile.registers;
+      if (!tile.unread || std::find(own.begin(), own.end(), r) == own.end()) continue;
+      tile.used = id;
+      tile.unread = false;
+      --unread_;
+    }
+  }
+  trust(writes);
+  return nullptr;
+}
+
+void ResultUse::distrust(const std::vector<u32>& registers, u64 id, const Hazard& hazard) {
+  constexpr std::size_t kSuspects = 64;
+  for (const Tile& tile : tiles_) {  // the results are gone
+    if (*tile.registers == registers && tile.begun > id) return;
+  }
+  const u32 last = *std::max_element(registers.begin(), registers.end());
+  if (suspect_.size() <= last) suspect_.resize(last + 1, 0);
+  auto known = std::find_if(suspects_.begin(), suspects_.end(), [&](const Hazard& h) {
+    return h.ptx_line == hazard.ptx_line && h.message == hazard.message;
+  });
+  if (known == suspects_.end()) {
+    if (suspects_.size() == kSuspects) suspects_.pop_back();
+    known = suspects_.insert(suspects_.end(), hazard);
+  }
+  const auto place = static_cast<u8>(known - suspects_.begin() + 1);
+  for (const u32 r : registers) {
+    num_suspect_ += suspect_[r] == 0;
+    suspect_[r] = place;
+  }
+}
+
+bool ResultUse::used_since(const std::vector<u32>& registers, u64 id) const {
+  return std::any_of(tiles_.begin(), tiles_.end(), [&](const Tile& tile) {
+    if (tile.used <= id) return false;
+    return std::find_first_of(tile.registers->begin(), tile.registers->end(), registers.begin(),
+                              registers.end()) != tile.registers->end();
+  });
+}
+
+void ResultUse::trust(const std::vector<u32>& registers) {
+  if (num_suspect_ == 0) return;
+  for (const u32 r : registers) {
+    if (r >= suspect_.size() || suspect_[r] == 0) continue;
+    suspect_[r] = 0;
+    if (--num_suspect_ == 0) suspects_.clear();
+  }
+}
+
 Hazard make_hazard(const Warp& w, u32 pc, u32 lanes, const char* kind, const std::string& message) {
   const Grid& grid = *w.cta->cluster->grid;
   const InstInfo& info = grid.program->info[pc];
@@ -67,7 +133,8 @@ void fail(const Warp& w, u32 lanes, const char* kind, const std::string& message
 
 void note_formal(Grid& grid, Hazard hazard) {
   const bool usual = hazard.kind == "formal-proxy-order";
-  const Strict least = hazard.kind == "uninitialized-read" ? Strict::All : Strict::Order;
+  const bool lenient = hazard.kind == "uninitialized-read" || hazard.kind == "early-arrival";
+  const Strict least = lenient ? Strict::All : Strict::Order;
   if (!usual && grid.config.strict >= least) throw HazardError({std::move(hazard)});
   hazard.severity = Severity::Formal;
   const std::lock_guard<std::mutex> lock(grid.mutex);

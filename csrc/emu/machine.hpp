@@ -80,6 +80,39 @@ struct WgmmaOp {
   std::vector<u32> a_regs;  // A fragments captured at issue: [register][lane]
 };
 
+// Whether a warp uses what its wgmmas computed. A tile of fewer rows than the instruction's 64 lets
+// some warps compute from bytes that are none of the tile's, where other agents may be writing: a
+// race that matters only if the results are used.
+class ResultUse {
+ public:
+  // A wgmma whose results may be such is issued.
+  void issue(const std::vector<u32>& registers, u64 id, bool accumulate);
+  // The program reads and writes registers, the next wgmma being `id`. Returns the race that a
+  // result which is read comes from, if any.
+  const Hazard* touch(const std::vector<u32>& reads, const std::vector<u32>& writes, u64 id);
+  // What wgmma `id` puts in these registers comes from a race.
+  void distrust(const std::vector<u32>& registers, u64 id, const Hazard& hazard);
+  // Whether anything in these registers has been read since wgmma `id` was issued.
+  bool used_since(const std::vector<u32>& registers, u64 id) const;
+  // Whether touch() must be told.
+  bool watches() const { return unread_ != 0 || num_suspect_ != 0; }
+
+ private:
+  struct Tile {  // the accumulators of some wgmma
+    const std::vector<u32>* registers = nullptr;
+    u64 begun = 0;  // the last wgmma that did not accumulate
+    u64 used = 0;   // the wgmma that came next when one was read last
+    bool unread = false;
+  };
+  std::vector<Tile> tiles_;
+  u32 unread_ = 0;  // tiles
+  std::vector<Hazard> suspects_;
+  std::vector<u8> suspect_;  // per virtual register: 1 + the place of its hazard in suspects_
+  std::size_t num_suspect_ = 0;
+
+  void trust(const std::vector<u32>& registers);
+};
+
 struct WgmmaState {
   std::vector<WgmmaOp> open;
   std::deque<std::vector<WgmmaOp>> groups;  // committed, not yet complete
@@ -88,7 +121,8 @@ struct WgmmaState {
   std::vector<u8> dirty;     // per virtual register: written since the last wgmma.fence
   std::vector<u16> pending;  // per virtual register: wgmmas in flight that write it
   std::vector<u16> reading;  // per virtual register: wgmmas in flight that read it (A fragments)
-  bool idle() const { return open.empty() && groups.empty(); }
+  ResultUse use;
+  bool idle() const { return open.empty() && groups.empty() && !use.watches(); }
 };
 
 struct Warp {

@@ -65,6 +65,7 @@ struct Footprint {
   u32 rank = 0;     // Shared: CTA of the cluster
   u64 address = 0;  // Shared: offset; Global: host address
   u64 bytes = 0;
+  u8 quarter = 0;  // of wgmma's A, 1 to 4: the rows that the results of one warp come from
 };
 
 struct AsyncInfo {

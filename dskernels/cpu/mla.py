@@ -15,11 +15,12 @@ from ..ref import mla as ref
 from ..types import Unsupported
 from . import prefill
 from .mla_fused import mla_absorb_output, mla_absorb_queries, mla_latents
-from .prefill import mla_prefill_backward
+from .prefill import mla_prefill, mla_prefill_backward
 
 __all__ = [
     "mla_absorb_output",
     "mla_absorb_queries",
+    "mla_cache_append",
     "mla_decode",
     "mla_latents",
     "mla_prefill",
@@ -64,39 +65,15 @@ def mla_decode(
     return out, lse
 
 
-def mla_prefill(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    *,
-    causal: bool = True,
-    softmax_scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k [t, h, dqk], v [t, h, dv] -> out [t, h, dv], lse fp32 [h, t]; see `ref.mla_prefill`.
-
-    Requests of one length that attend themselves (training) run on PyTorch's fused kernel, every
-    other batch on ours.
-    """
-    fixed = dict(causal=causal, softmax_scale=softmax_scale)
-    try:
-        return prefill.mla_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, **fixed)
-    except Unsupported:
-        return _ragged_prefill(q, k, v, cu_seqlens_q, cu_seqlens_k, **fixed)
-
-
-def _ragged_prefill(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *, causal, softmax_scale
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in _FLOATS and q.dim() == 3):
-        return ref.mla_prefill(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, softmax_scale=softmax_scale
-        )
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=q.dtype)
-    lse = torch.full((q.shape[1], q.shape[0]), torch.inf)
-    rows = [x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k, v)]
-    ends = [x.to(torch.int32).contiguous() for x in (cu_seqlens_q, cu_seqlens_k)]
-    _C.cpu.mla_prefill(*rows, *ends, scale, causal, out, lse, torch.get_num_threads())
-    return out, lse
+def mla_cache_append(
+    kv_cache: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """latent [t, dl], k_rope [t, r] into the cache at slots [t]: see `ref.mla_cache_append`."""
+    for name, x in (("latent", latent), ("k_rope", k_rope)):
+        if x.dtype not in _FLOATS:
+            raise Unsupported(f"{name}: expected one of {_FLOATS}, got {x.dtype}")
+    if kv_cache.dtype not in (*_FLOATS, torch.uint8) or kv_cache.stride(-1) != 1:
+        raise Unsupported(f"kv_cache: expected dense rows of a float type, got {kv_cache.dtype}")
+    rows = (prefill._rows(x) for x in (latent, k_rope))
+    where = slots.to(torch.int64).contiguous()
+    _C.cpu.mla_cache_append(kv_cache.detach(), *rows, where, torch.get_num_threads())

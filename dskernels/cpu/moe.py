@@ -2,10 +2,9 @@
 
 Letters: t tokens, d model width, e experts, k experts of a token, i expert width.
 
-Native in bf16, fp16 and fp32: the router, permutation and its way back with gradients, and FP8
-experts. Plain experts and their gradients are PyTorch's products of the weights as they are, with
-native steps between them. On the reference functions: fp64, the router's gradient (two dense fp32
-products) and the balance losses.
+Native in bf16, fp16 and fp32: the router, permutation and its way back, all with gradients, and
+FP8 experts. Plain experts and their gradients are PyTorch's products of the weights as they are,
+with native steps between them. On the reference functions: fp64 and the balance losses.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ __all__ = [
     "moe_experts",
     "moe_experts_backward",
     "moe_gate",
+    "moe_gate_backward",
     "moe_permute",
     "moe_unpermute",
     "moe_unpermute_backward",
@@ -72,6 +72,29 @@ def moe_gate(
     if sequences is None:
         return topk_idx, weights, scores
     return topk_idx, weights, scores, *ref.gate_statistics(topk_idx, scores, sequences)
+
+
+def moe_gate_backward(
+    grad_weights: torch.Tensor,
+    grad_scores: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    topk_idx: torch.Tensor,
+    scores: torch.Tensor,
+    scale: float,
+    score: str,
+    renormalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad_weights [t, k], grad_scores [t, e] -> gradients of x [t, d] and weight [e, d]; see
+    `ref.moe_backward.moe_gate_backward`. Products in fp32 whatever the types of x and weight."""
+    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(weight.shape, dtype=weight.dtype)
+    _C.cpu.moe_gate_backward(
+        *(t.detach().float().contiguous() for t in (grad_weights, grad_scores)),
+        *(_rows("x", x), _rows("weight", weight), topk_idx.to(torch.int64).contiguous()),
+        *(scores.detach().float().contiguous(), scale, score != "sigmoid", renormalize),
+        *(dx, dweight, torch.get_num_threads()),
+    )
+    return dx, dweight
 
 
 def moe_permute(

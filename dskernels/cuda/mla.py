@@ -114,6 +114,7 @@ def on(machine: str):
             b=b,
             num_parts=num_parts,
             split_blocks=split_blocks,
+            rows=rows,
         )
         return Schedule(parts, num_splits, split_blocks)
 

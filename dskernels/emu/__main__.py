@@ -137,8 +137,11 @@ def _schedules(options: argparse.Namespace, launch) -> tuple:
 
 def _execute(options: argparse.Namespace) -> None:
     text = options.file.read_text()
-    ptx = emu.compile(text) if options.file.suffix == ".cu" else text
-    module = emu.Module(ptx, options.file.name)
+    if options.file.suffix == ".cu":  # reports name the user's file, not the compiler's copy
+        text = emu.compile(
+            f'#line 1 "{options.file}"\n{text}', options=(f"-I{options.file.parent}",)
+        )
+    module = emu.Module(text, options.file.name)
     if options.command in ("stat", "trace") and options.kernel is None:
         raise emu.EmuError(f"--kernel: expected one of {', '.join(module.kernels)}")
     if options.command == "trace" and options.out is None and options.png is None:
@@ -161,7 +164,7 @@ def _execute(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 fine, 1 a finding of the emulator."""
+    """Exit status: 0 fine, 1 a finding of the emulator, 2 bad arguments."""
     options = _parse(argv)
     if options.command == "table":
         print(emu.instruction_table_markdown(), end="")
@@ -174,6 +177,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(error, file=sys.stderr)
         return 1
+    except (OSError, TypeError, ValueError) as error:  # the file, or what the launch was given
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

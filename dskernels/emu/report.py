@@ -15,6 +15,7 @@ _STATES = {
     "cluster barrier": "waiting at the cluster barrier", "wgmma": "waiting for wgmma",
     "copies": "waiting for copy groups", "memory": "waiting for a load",
     "result": "waiting for arithmetic", "busy": "held back by other warps",
+    "fence": "waiting for a fence",
 }  # fmt: skip
 
 

@@ -126,6 +126,11 @@ class LaunchProfile:
         """(clusters that ran, clusters of the grid)."""
         return self._recording.clusters_recorded, self._recording.clusters_total
 
+    @property
+    def hazards(self) -> list:
+        """Formal findings in the CTAs that ran, as LaunchStats.hazards; none without check=True."""
+        return self._recording.hazards
+
     @cached_property
     def instructions(self) -> list[dict]:
         """One dict per PTX instruction that ran: where it is, how often it ran, shared-memory

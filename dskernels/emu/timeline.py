@@ -25,6 +25,7 @@ _KINDS = (
     ("result", "waits for arithmetic", "#b9d9a0"),
     ("busy", "held back by other warps", "#e9d66b"),
     ("copies", "waits for its stores (copy groups)", "#3aa6a6"),
+    ("fence", "waits for a fence", "#7a7a7a"),
 )
 _COLOURS = {key: colour for key, _, colour in _KINDS}
 _TENSOR = ("#274b85", "#6c9bd9")  # by warpgroup, in turn

@@ -66,6 +66,7 @@ class Timeline:
             "issue": "issues", "wgmma": "waits for wgmma", "copies": "waits for copy groups",
             "cluster barrier": "waits at the cluster barrier", "memory": "waits for a load",
             "result": "waits for arithmetic", "busy": "held back by other warps",
+            "fence": "waits for a fence",
         }[state]  # fmt: skip
 
     def chrome(self) -> dict:

@@ -133,6 +133,95 @@ std::vector<float> decode(int threads) {
   return out;
 }
 
+// dq, dk and dv behind one another. One request of two heads: both ways to cut the work are met.
+std::vector<float> prefill_gradients(int threads) {
+  constexpr int64_t t = 150, h = 2, dk = 24, dv = 16;
+  std::vector<float> q(t * h * dk), k(q.size()), v(t * h * dv), grad(v.size()), out(v.size());
+  std::vector<float> lse(h * t), grads(2 * q.size() + v.size());
+  for (size_t i = 0; i < q.size(); ++i) {
+    q[i] = static_cast<float>(i * 11 % 13) / 8 - 1;
+    k[i] = static_cast<float>(i * 17 % 19) / 8 - 1;
+  }
+  for (size_t i = 0; i < v.size(); ++i) {
+    v[i] = static_cast<float>(i * 23 % 29) / 16 - 1;
+    grad[i] = static_cast<float>(i * 31 % 37) / 16 - 1;
+  }
+  const int32_t starts[] = {0, t};
+  PrefillBackwardParams b;
+  PrefillParams& p = b.forward;
+  p.requests = 1, p.h = h;
+  p.q = reinterpret_cast<const char*>(q.data());
+  p.q_token = h * dk * 4, p.q_head = dk * 4;
+  p.type = Type::kF32;
+  p.kv.kind = CacheKind::kF32;
+  p.kv.keys = reinterpret_cast<const char*>(k.data());
+  p.kv.values = reinterpret_cast<const char*>(v.data());
+  p.kv.key_row = h * dk * 4, p.key_head = dk * 4;
+  p.kv.value_row = h * dv * 4, p.value_head = dv * 4;
+  p.kv.dk = dk, p.kv.dv = dv;
+  p.starts_q = p.starts_k = starts;
+  p.out = out.data();
+  p.lse = lse.data();
+  p.lse_head = t;
+  p.threads = threads;
+  portable::kTable.mla_prefill(p);
+  b.grad = reinterpret_cast<const char*>(grad.data());
+  b.grad_token = h * dv * 4, b.grad_head = dv * 4;
+  b.dq = grads.data();
+  b.dk = grads.data() + q.size();
+  b.dv = grads.data() + 2 * q.size();
+  portable::kTable.mla_prefill_backward(b);
+  return grads;
+}
+
+// dx and dweight behind one another.
+std::vector<float> router_gradients(int threads) {
+  constexpr int64_t t = 70, d = 130, e = 16, k = 2;
+  std::vector<float> x(t * d), weight(e * d), scores(t * e, 0.25f), chosen(t * k, 0.5f);
+  std::vector<float> grads(static_cast<size_t>((t + e) * d));
+  std::vector<int64_t> idx(t * k);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i * 31 % 23) / 8 - 1;
+  for (size_t i = 0; i < weight.size(); ++i) weight[i] = static_cast<float>(i * 13 % 19) / 16;
+  for (size_t i = 0; i < idx.size(); ++i) idx[i] = static_cast<int64_t>(i * 5 % e);
+  GateBackwardParams p;
+  p.t = t, p.d = d, p.e = e, p.k = k;
+  p.x = {x.data(), d, Type::kF32};
+  p.weight = {weight.data(), d, Type::kF32};
+  p.topk_idx = idx.data();
+  p.scores = p.grad_scores = scores.data();
+  p.grad_weights = chosen.data();
+  p.dx = {grads.data(), d, Type::kF32};
+  p.dweight = {grads.data() + t * d, d, Type::kF32};
+  p.threads = threads;
+  portable::kTable.moe_gate_backward(p);
+  return grads;
+}
+
+// A cache after two appends: rising slots, which threads share, and slots that repeat.
+std::vector<float> append(int threads) {
+  constexpr int64_t t = 200, dl = 20, r = 4, page = 16, pages = 13;
+  std::vector<float> latent(t * dl, 1), rope(t * r, 2), cache(pages * page * (dl + r));
+  std::vector<int64_t> slots(t);
+  AppendParams p;
+  p.t = t, p.dl = dl, p.r = r;
+  p.latent = {latent.data(), dl, Type::kF32};
+  p.rope = {rope.data(), r, Type::kF32};
+  p.cache = reinterpret_cast<char*>(cache.data());
+  p.kind = CacheKind::kF32;
+  p.page = page;
+  p.row_bytes = (dl + r) * 4, p.page_bytes = page * p.row_bytes;
+  p.slots = slots.data();
+  p.threads = threads;
+  for (int64_t step : {1, 7}) {
+    for (int64_t i = 0; i < t; ++i) {
+      slots[static_cast<size_t>(i)] = i * step % (pages * page);
+      latent[static_cast<size_t>(i * dl)] = static_cast<float>(i * step);
+    }
+    portable::kTable.mla_cache_append(p);
+  }
+  return cache;
+}
+
 }  // namespace
 
 int main() {
@@ -143,6 +232,8 @@ int main() {
 
   Product product(50, 200, 300);
   const std::vector<float> want = product.run(1), scores = route(1), attended = decode(1);
+  const std::vector<float> prefilled = prefill_gradients(1), routed = router_gradients(1);
+  const std::vector<float> cached = append(1);
   std::vector<std::thread> callers;
   for (int caller = 0; caller < 4; ++caller) {
     callers.emplace_back([&, caller] {
@@ -151,6 +242,9 @@ int main() {
         count_once(20, threads);
         expect(product.run(threads) == want, "a product does not depend on threads");
         expect(route(threads) == scores, "the router does not depend on threads");
+        expect(prefill_gradients(threads) == prefilled, "prefill's gradients do not, either");
+        expect(router_gradients(threads) == routed, "nor do the router's");
+        expect(append(threads) == cached, "nor does the cache");
         const std::vector<float> out = decode(threads);
         for (size_t i = 0; i < out.size(); ++i) {
           const float error = out[i] - attended[i];

@@ -20,5 +20,4 @@ def test_every_row_is_executed(request, record_rows, record_property):
     rows = [row["pattern"] for row in emu.instruction_table()]
     unused = [rows[k] for k in range(len(rows)) if k not in record_rows]
     record_property("rows", f"{len(rows) - len(unused)} of {len(rows)}")
-    print(f"instruction table: {len(rows) - len(unused)} of {len(rows)} rows executed")
     assert sorted(unused) == sorted(NOT_EXECUTED), "\n".join(unused)

@@ -169,3 +169,125 @@ st.shared.b32 [%r1 + 512], 1;
 LATER:"""
     for seed in SEEDS:
         launch(wgmma_case(alone), [], seed, threads=128)
+
+
+# --- one lane that arrives at an mbarrier for its warp
+
+OTHER = "setp.ge.u32 %p2, %t, 32; @%p2 bra OTHER;\n"
+ARRIVE = "@%p9 mbarrier.arrive.shared.b64 _, [%r91]; // BUG\n"
+
+
+def handed_over(first, arrive, then, empty=1):
+    """Warp 0 does `first` and `arrive`, warp 1 `then` once the barrier's phase is complete."""
+    barriers = (
+        BARRIERS.format(empty=empty)
+        + "mad.lo.u32 %r1, %t, 4, %s;\nst.shared.b32 [%r1], 0;\nfence.proxy.async;\n"
+    )
+    wait = removable_wait("L", "%r91").replace(" // WAIT", "")
+    return (
+        barriers
+        + "bar.sync 0;\n"
+        + OTHER
+        + first
+        + arrive
+        + "bra END;\nOTHER:"
+        + wait
+        + then
+        + "\nEND:"
+    )
+
+
+SYNC = "bar.warp.sync 0xffffffff; // FIX\n"
+
+
+@pytest.mark.parametrize(
+    "first, then",
+    [
+        ("st.shared.b32 [%r1], %t; // VICTIM\n", "ld.shared.b32 %r4, [%r1 - 128];"),
+        ("st.shared.b32 [%r1], %t; // VICTIM\n", "st.shared.b32 [%r1 - 128], 7;"),
+        ("ld.shared.b32 %r4, [%r1]; // VICTIM\n", "st.shared.b32 [%r1 - 128], 7;"),
+    ],
+)
+def test_one_lane_arrives_for_its_warp(first, then):
+    formal(handed_over(first, SYNC + ARRIVE, then), [], "early-arrival")
+
+
+def test_one_lane_arrives_and_a_copy_overwrites():
+    first = "ld.shared.b32 %r4, [%r1]; // VICTIM\n"
+    then = "setp.eq.u32 %p9, %t, 32;" + LOAD + removable_wait("M", "%r90").replace(" // WAIT", "")
+    body = handed_over(first, SYNC + ARRIVE, then)
+    for seed in SEEDS:
+        args = [np.zeros(64, np.uint32)]
+        kinds = {h.kind for h in launch(body, args, seed).hazards}
+        assert kinds == {"formal-proxy-order"}
+        found = launch(drop(body, "FIX"), args, seed).hazards
+        assert {h.kind for h in found} == {"formal-proxy-order", "early-arrival"}
+
+
+@pytest.mark.parametrize(
+    "first, arrive, then, empty",
+    [
+        ("st.shared.b32 [%r1], %t;", "mbarrier.arrive.shared.b64 _, [%r91];", "ld", 32),
+        ("@%p9 st.shared.b32 [%r1], %t;", ARRIVE, "ld.shared.b32 %r4, [%s];", 1),
+        ("ld.shared.b32 %r4, [%r1];", ARRIVE, "ld.shared.b32 %r4, [%r1 - 128];", 1),
+        ("st.shared.b32 [%r1], %t;", ARRIVE + "bar.sync 1, 64;", "bar.sync 1, 64;ld", 1),
+    ],
+    ids=["every lane arrives", "its own store", "nobody writes", "a barrier later"],
+)
+def test_arrival_that_leaves_nothing_out(first, arrive, then, empty):
+    then = then if "[" in then else then + ".shared.b32 %r4, [%r1 - 128];"
+    body = handed_over(first + "\n", arrive + "\n", then, empty)
+    for seed in SEEDS:
+        assert launch(body, [], seed, check="strict").hazards == []
+
+
+# --- a tile of fewer rows than wgmma takes: what lies behind it may change meanwhile
+
+
+def rows_case(use, offset=1024):
+    """A copy overwrites 8 rows of A (rows 32 to 39 for offset 1024: the third warp's) that a
+    warpgroup multiplies, and waits for nobody without the FIX; `use` comes after the results."""
+    d = ",".join(f"%r{20 + k}" for k in range(4))
+    zero = "".join(f"mov.b32 %r{20 + k}, 0;" for k in range(4))
+    stores = "".join(f"@!%p2 st.shared.b32 [%r1 + {512 * k}], 0;" for k in range(5))
+    fix = removable_wait("E", "%r91").replace("// WAIT", "// FIX")
+    load = LOAD.replace("[%s], [%P0]", f"[%s + {offset}], [%P0]") + " // VICTIM"
+    done = removable_wait("L", "%r90").replace(" // WAIT", "")
+    return (
+        BARRIERS.format(empty=128)
+        + f"""
+setp.ge.u32 %p2, %t, 128; mad.lo.u32 %r1, %t, 4, %s; {stores}
+fence.proxy.async;
+bar.sync 0;
+@%p2 bra COPY;
+cvt.u64.u32 %d9, %s; shr.u64 %d9, %d9, 4;
+mov.b64 %d0, {128 >> 4 << 16 | 256 >> 4 << 32}; add.u64 %d0, %d0, %d9;
+add.u64 %d1, %d0, 128; setp.ne.b32 %p1, 0, 0; {zero}
+wgmma.fence.sync.aligned;
+wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{{d}}}, %d0, %d1, %p1, 1, 1, 0, 0; // BUG
+wgmma.commit_group.sync.aligned;
+wgmma.wait_group.sync.aligned 0;
+{use}
+mbarrier.arrive.shared.b64 _, [%r91];
+bra END;
+COPY: setp.eq.u32 %p9, %t, 128;{fix}{load}{done}END:"""
+    )
+
+
+USE = "mov.b32 %r60, %r22;"
+
+
+@pytest.mark.parametrize("use", ["", "setp.lt.u32 %p3, %t, 64; @%p3 " + USE])
+def test_race_of_rows_whose_results_nobody_uses(use):
+    formal(rows_case(use), [np.zeros(64, np.uint32)], "shared-race", threads=160)
+
+
+@pytest.mark.parametrize("use", [USE, "setp.eq.u32 %p3, %t, 64; @%p3 " + USE])
+def test_race_of_rows_whose_results_are_used(use):
+    args = [np.zeros(64, np.uint32)]
+    planted(rows_case(use), args, "shared-race", "FIX", threads=160)
+
+
+def test_race_of_the_first_rows_is_an_error():
+    args = [np.zeros(64, np.uint32)]
+    planted(rows_case("", 0), args, "shared-race", "FIX", threads=160)

@@ -27,7 +27,7 @@ def num():
 def available_isas() -> list[str]:
     """Instruction sets that this machine can force, best last."""
     found = []
-    for name in ("scalar", "avx2", "avx512"):
+    for name in ("scalar", "avx2", "avx512", "avx512bf16"):
         try:
             NUM.force_isa(name)
         except ValueError:

@@ -91,6 +91,27 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "for (int i = threadIdx.x; i <= kPermuteWarps * p.experts; i += kMoeChunk) {",
     ): "The element more lies in the first row's place, which is written behind two barriers.",
     (
+        "cuda/kernels/moe_unpermute.cuh",
+        "for (int first = 0; first < p.topk; first += kRowsInFlight<T>) {",
+        "for (int first = 0; first <= p.topk; first += kRowsInFlight<T>) {",
+    ): "A run of choices behind the last has no row: it loads nothing and adds nothing.",
+    (
+        "cuda/kernels/moe_unpermute.cuh",
+        "for (int column = threadIdx.x % kWarp * 4; column < p.depth; column += kWarp * 4) {",
+        "for (int column = threadIdx.x % kWarp * 4; column <= p.depth; column += kWarp * 4) {",
+    ): "A run with nothing left of the row loads zeros without reading, and stores nothing.",
+    (
+        "cuda/tile/gate_choice.cuh",
+        "__syncwarp();  // nobody still reads what is overwritten",
+        ";  // nobody still reads what is overwritten",
+    ): "The reductions before it need what every lane has read, so nobody still reads. It stays, "
+    "because PTX orders memory at barriers only.",
+    (
+        "cuda/tile/gate_choice.cuh",
+        "for (int e = lane; e < p.experts; e += kWarp) value[e] = __fdiv_rn(value[e], sum);",
+        "for (int e = lane; e <= p.experts; e += kWarp) value[e] = __fdiv_rn(value[e], sum);",
+    ): "The one element more is behind the scores, or the first key, which is written afterwards.",
+    (
         "cuda/tile/gate_choice.cuh",
         "for (int e = lane; e < p.experts; e += kWarp) value[e] = sigmoid(value[e]);",
         "for (int e = lane; e <= p.experts; e += kWarp) value[e] = sigmoid(value[e]);",
@@ -102,13 +123,13 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "A single group is always chosen, so nobody is out of the running: slower, the same choice.",
     (
         "cuda/tile/mla_dequantize.cuh",
-        "if (block + 1 < piece.end) {",
-        "if (block + 1 <= piece.end) {",
-    ): "Behind the last block it only asks L2 for lines that nobody reads.",
+        "return block < piece.end && token < piece.length ? __ldg(table + token / p.page) : 0;",
+        "return block <= piece.end && token < piece.length ? __ldg(table + token / p.page) : 0;",
+    ): "Behind the piece, where the request goes on, it looks up a page that nobody follows.",
     (
         "cuda/tile/mla_dequantize.cuh",
-        "if (lane / 2 >= tokens.count) return;",
-        "if (lane / 2 > tokens.count) return;",
+        "if (lane / 2 >= min(tokens.count, kTurned)) return;",
+        "if (lane / 2 > min(tokens.count, kTurned)) return;",
     ): "One token more is a hint to L2, which reads nothing into the program.",
     (
         "cuda/tile/mla_columns.cuh",
@@ -120,16 +141,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes);",
         "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes - 16);",
     ): "The distance between tiles of 64 rows; wgmma's A has 64 rows, one tile.",
-    (
-        "cuda/tile/mla_columns.cuh",
-        "if (first + kMlaBlock <= seen_by_all) return;",
-        "if (first + kMlaBlock < seen_by_all) return;",
-    ): "The mask is then computed for one block more, and hides nothing there.",
-    (
-        "cuda/tile/mla_softmax.cuh",
-        "if (first + kMlaBlock <= first_end_) return;",
-        "if (first + kMlaBlock < first_end_) return;",
-    ): "The mask is then computed for one block more, and hides nothing there.",
     (
         "cuda/tile/mla_softmax.cuh",
         "*reinterpret_cast<uint4*>(tiles[tile] + swizzle128(row, chunk)) = uint4{0, 0, 0, 0};",
@@ -161,16 +172,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     "parted for one agent, as they are in step on hardware; PTX asks for the barrier.",
     (
         "cuda/kernels/mla_prefill.cuh",
-        "if (first + kPrefillBlock <= job.first_keys()) return;",
-        "if (first + kPrefillBlock < job.first_keys()) return;",
-    ): "The mask is then computed for one block more, and hides nothing there.",
-    (
-        "cuda/kernels/mla_prefill.cuh",
-        "if (filled >= kPrefillBlock) return;",
-        "if (filled > kPrefillBlock) return;",
-    ): "A block that is just full then waits for the other warpgroup, and clears no row.",
-    (
-        "cuda/kernels/mla_prefill.cuh",
         "*reinterpret_cast<uint4*>(smem.v[at.stage][tile] + swizzle128(row, chunk)) =",
         "*reinterpret_cast<uint4*>(smem.v[at.stage][tile] + (swizzle128(row, chunk) ^ 16)) =",
     ): "All chunks of the row are cleared, in another order.",
@@ -190,11 +191,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "job.key = request <= p.b ? __ldg(p.cu_seqlens_k + request) : 0;",
     ): "Rows behind the last request attend nothing, wherever their keys would begin.",
     (
-        "cuda/tile/prefill_job.cuh",
-        "job.blocks = (max(0, min(last, job.length)) + kPrefillBlock - 1) / kPrefillBlock;",
-        "job.blocks = (max(0, (job.length)) + kPrefillBlock - 1) / kPrefillBlock;",
-    ): "Blocks behind the diagonal are then multiplied and masked: slower, the same values.",
-    (
         "cuda/kernels/mla_prefill_backward.cuh",
         "if (row < job.kept_length) own[i] = p.statistics[at];",
         "if (row <= job.kept_length) own[i] = p.statistics[at];",
@@ -202,34 +198,14 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     "inside the workspace, whose requests are padded to 64 rows and which has 64 more.",
     (
         "cuda/kernels/mla_prefill_backward.cuh",
-        "if (filled >= kBackwardBlock) return;",
-        "if (filled > kBackwardBlock) return;",
-    ): "A block that is just full then waits for the other warpgroup, and clears no row.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
         "*reinterpret_cast<uint4*>(to + swizzle128(row, i % 8)) = uint4{0, 0, 0, 0};",
         "*reinterpret_cast<uint4*>(to + (swizzle128(row, i % 8) ^ 16)) = uint4{0, 0, 0, 0};",
     ): "All chunks of the row are cleared, in another order.",
     (
         "cuda/kernels/mla_prefill_backward.cuh",
-        "if (!p.causal || half_row + kBackwardBlock <= block * kBackwardBlock + job.shift) return;",
-        "if (!p.causal || half_row + kBackwardBlock < block * kBackwardBlock + job.shift) return;",
-    ): "The mask is then computed for one block more, and hides nothing there.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
-        "if ((block + 1) * kBackwardBlock <= met) return;",
-        "if ((block + 1) * kBackwardBlock < met) return;",
-    ): "The mask is then computed for one block more, and hides nothing there.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
         "smem.kept_ring.init(1);",
         "smem.kept_ring.init(1 + 1);",
     ): "The kept rows are loaded once: nobody waits for their place to be free.",
-    (
-        "cuda/tile/prefill_backward_job.cuh",
-        "job.first = max(0, job.kept - job.shift) / kBackwardBlock;",
-        "job.first = (0) / kBackwardBlock;",
-    ): "Blocks before the diagonal are then multiplied and masked: slower, the same values.",
     (
         "cuda/kernels/mla_prefill.cuh",
         "ptx::named_barrier_sync(kPrefillWarpgroupOnly + half, kPrefillWarpgroup);",
@@ -299,6 +275,22 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     "starts a run or ends one.",
     (
         "cuda/tile/gemm_promote.cuh",
+        "for (uint32_t skipped = (1u << at_.stage) - 1; end > 0; skipped = 0) {",
+        "for (uint32_t skipped = (1u << at_.stage) - 1; end >= 0; skipped = 0) {",
+    ): "One more round in which no stage is the tile's: it leaves the position where it was.",
+    (
+        "cuda/tile/gemm_promote.cuh",
+        "const uint32_t mine = ((1u << min(end, kStages)) - 1) & ~skipped;",
+        "const uint32_t mine = ((1u << (end)) - 1) & ~skipped;",
+    ): "Only bits below kStages are looked at, and PTX's shift by 32 or more gives zero, of which all "
+    "bits below are set after the subtraction. The minimum is for C++, where that is undefined.",
+    (
+        "cuda/tile/gemm_scheduler.cuh",
+        "if (num_m_blocks > 1) {  // else no divisions",
+        "if (num_m_blocks >= 1) {  // else no divisions",
+    ): "With one block of rows the divisions find what was set without them.",
+    (
+        "cuda/tile/gemm_promote.cuh",
         "constexpr bool kOverlapsItself = kN <= 64 || (kN <= 128 && kMathWarpgroups == 1);",
         "constexpr bool kOverlapsItself = kN < 64 || (kN <= 128 && kMathWarpgroups == 1);",
     ): "Only how many products are under way at once: each k block's sums, and their order, are the "
@@ -309,5 +301,11 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "constexpr bool kOverlapsItself = kN <= 64 || (kN < 128 && kMathWarpgroups == 1);",
     ): "Only how many products are under way at once: each k block's sums, and their order, are the "
     "same.",
+    (
+        "cuda/tile/gemm_scales.cuh",
+        "const int block_row = tile.group * block_rows + min(row[i], block_rows - 1);",
+        "const int block_row = tile.group * block_rows + (row[i]);",
+    ): "A row behind the group's last scales columns that D does not have: whatever is read there, "
+    "the next group's scales or TMA's zeros, is stored nowhere.",
 }
 EXPLAINED.update({mutant: why for why, mutants in OF_EP.items() for mutant in mutants})

@@ -58,6 +58,7 @@ __device__ __forceinline__ void running_sum(Stages& ring, typename Stages::Posit
   for (float& value : sum) value = 0.f;
   constexpr bool kTransposed = kRight == ptx::Major::kMn;
   typename Stages::Position last = at;
+  const StageRelease release(ring, sharers);
 
   for (int k_block = k_begin; k_block < k_end; ++k_block) {
     ring.await(at);
@@ -77,13 +78,13 @@ __device__ __forceinline__ void running_sum(Stages& ring, typename Stages::Posit
     ptx::fence_accumulators(sum);
     // All but this block's products are done: nobody reads the last block's stage any more.
     ptx::wgmma_wait_group<1>();
-    if (k_block > k_begin) ring.release(last, sharers);
+    if (k_block > k_begin) release(last.stage);
     last = at;
     at.advance();
   }
   ptx::wgmma_wait_group<0>();
   ptx::fence_accumulators(sum);
-  if (k_begin < k_end) ring.release(last, sharers);
+  if (k_begin < k_end) release(last.stage);
 }
 
 template <class Shape>

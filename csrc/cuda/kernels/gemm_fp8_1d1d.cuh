@@ -54,13 +54,14 @@ template <class Shape>
 class RowAndColumnScales {
  public:
   __device__ __forceinline__ RowAndColumnScales(const GemmFp8ColumnSmem<Shape>& smem, int warpgroup)
-      : smem_(smem) {
-    row_ = warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-  }
+      : sfa_(kept(smem.sfa[0][warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 +
+                              threadIdx.x % 32 / 4])),
+        sfb_(kept(smem.sfb[0][threadIdx.x % 4 * 2])) {}
 
   __device__ __forceinline__ void read(int stage) {
-    row_scale_[0] = smem_.sfa[stage][row_];
-    row_scale_[1] = smem_.sfa[stage][row_ + 8];
+    const float* rows = &sfa_ + stage * Shape::kBlockM;
+    row_scale_[0] = rows[0];
+    row_scale_[1] = rows[8];
     read_columns<0>(stage);
   }
 
@@ -87,15 +88,16 @@ class RowAndColumnScales {
 
   template <int kFirst>
   __device__ __forceinline__ void read_columns(int stage) {
-    const float* columns = smem_.sfb[stage] + threadIdx.x % 4 * 2;
+    const float* columns = &sfb_ + stage * Shape::kBlockN;
 #pragma unroll
     for (int i = kFirst; i < kFirst + kColumns / 2; ++i) {
       column_scale_[i] = *reinterpret_cast<const float2*>(columns + i * 8);
     }
   }
 
-  const GemmFp8ColumnSmem<Shape>& smem_;
-  int row_;
+  // Of this thread's first row and column, in the first stage.
+  const float& sfa_;
+  const float& sfb_;
   float row_scale_[2];
   float2 column_scale_[kColumns];
 };
@@ -123,14 +125,17 @@ __device__ __forceinline__ void gemm_fp8_1d1d(const GemmFp8Params& p) {
   };
   const auto compute = [&](int warpgroup) {
     constexpr int kN = Shape::kBlockN;
-    const auto left = [&](int stage) { return smem.a[stage] + warpgroup * kMmaM * kFp8BlockK; };
-    const auto right = [&](int stage) { return smem.b[stage]; };
+    const StageDescriptors left(smem.a[0] + warpgroup * kMmaM * kFp8BlockK,
+                                smem.a[1] + warpgroup * kMmaM * kFp8BlockK);
+    const StageDescriptors right(smem.b[0], smem.b[1]);
+    auto& ring = kept(smem.ring);
+    const StageRelease release(ring, sharers);
     RingPosition<Shape::kNumStages> at;
+    RowAndColumnScales<Shape> scales(smem, warpgroup);
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[kN / 2];
-      RowAndColumnScales<Shape> scales(smem, warpgroup);
       promoted_sum<kN, kOverlapsItself<kN, Shape::kMathWarpgroups>>(
-          smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum,
+          ring, at, release, tile.k_begin, tile.k_end, left, right, scales, sum,
           [&] { await_panels(warpgroup); });
       const int row = tile.a_row + warpgroup * kMmaM;
       const ResultPlace place{int64_t(tile.group) * p.extent.m + row,

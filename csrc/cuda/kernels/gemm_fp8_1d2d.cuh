@@ -56,22 +56,23 @@ struct alignas(1024) GemmFp8Smem {
   __device__ Partial& partial() { return *reinterpret_cast<Partial*>(a); }
 };
 
-// The scales of one tile: A's by row, B's for its columns up to a boundary and behind it.
+// The scales of a tile at n_start: A's by row, B's for its columns up to a boundary and behind it.
 template <class Shape>
 class RowAndBlockScales {
  public:
-  __device__ __forceinline__ RowAndBlockScales(const GemmTile& tile, const GemmFp8Smem<Shape>& smem,
-                                               int warpgroup)
-      : smem_(smem) {
-    row_ = warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-    boundary_ = 128 - tile.n_start % 128;
-  }
+  __device__ __forceinline__ RowAndBlockScales(const GemmFp8Smem<Shape>& smem, int warpgroup)
+      : sfb_(kept(smem.sfb)),
+        sfa_(kept(smem.sfa[0][warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 +
+                              threadIdx.x % 32 / 4])) {}
+
+  __device__ __forceinline__ void place(int n_start) { boundary_ = 128 - n_start % 128; }
 
   __device__ __forceinline__ void read(int stage) {
-    const float sa[2] = {smem_.sfa[stage][row_], smem_.sfa[stage][row_ + 8]};
+    const float* rows = &sfa_ + stage * Shape::kBlockM;
+    const float sa[2] = {rows[0], rows[8]};
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const float sb = smem_.sfb[stage].row[row][0];
+      const float sb = sfb_[stage].row[row][0];
       scale_[row][0] = __fmul_rn(sa[0], sb);
       scale_[row][1] = __fmul_rn(sa[1], sb);
     }
@@ -83,9 +84,11 @@ class RowAndBlockScales {
                                           const float (&partial)[Shape::kBlockN / 2]) const {
 #pragma unroll
     for (int column = 0; column < Shape::kBlockN; column += 8) {
-      // Tiles start at multiples of a panel, so the scale changes between panels, if at all.
+      // Tiles start at multiples of a panel, so the scale changes between panels, if at all, and
+      // behind the first and by the 128th column.
       constexpr int kPanel = gemm_panel_columns(Shape::kBlockN);
-      const bool second = kRows > 1 && column / kPanel * kPanel >= boundary_;
+      const int panel = column / kPanel * kPanel;
+      const bool second = kRows > 1 && panel > 0 && (panel >= 128 || panel >= boundary_);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // rows r and r + 8 of the fragment
         const float scale = second ? scale_[kRows - 1][half] : scale_[0][half];
@@ -99,9 +102,9 @@ class RowAndBlockScales {
  private:
   static constexpr int kRows = Shape::kRowsOfScales;
 
-  const GemmFp8Smem<Shape>& smem_;
-  int row_;
-  int boundary_;  // the tile's columns from here on use the next row of scales
+  const typename Shape::ScalesOfB (&sfb_)[Shape::kNumStages];
+  const float& sfa_;  // of this thread's first row, in the first stage
+  int boundary_ = 0;  // the tile's columns from here on use the next row of scales
   float scale_[kRows][2];
 };
 
@@ -134,15 +137,19 @@ __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
   const auto compute = [&](int warpgroup) {
     constexpr int kN = Shape::kBlockN;
     const int first_row = warpgroup * kMmaM;
-    const auto left = [&](int stage) { return smem.a[stage] + first_row * kFp8BlockK; };
-    const auto right = [&](int stage) { return smem.b[stage]; };
+    const StageDescriptors left(smem.a[0] + first_row * kFp8BlockK,
+                                smem.a[1] + first_row * kFp8BlockK);
+    const StageDescriptors right(smem.b[0], smem.b[1]);
+    auto& ring = kept(smem.ring);
+    const StageRelease release(ring, sharers);
     RingPosition<Shape::kNumStages> at;
+    RowAndBlockScales<Shape> scales(smem, warpgroup);
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[kN / 2];
-      RowAndBlockScales<Shape> scales(tile, smem, warpgroup);
+      scales.place(tile.n_start);
       ResultPlace place;
       promoted_sum<kN, kOverlapsItself<kN, Shape::kMathWarpgroups>>(
-          smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum, [&] {
+          ring, at, release, tile.k_begin, tile.k_end, left, right, scales, sum, [&] {
             place = {tile.a_row, tile.row_end - tile.a_row, tile.n_start, tile.group,
                      ends_with_map(p.extent, tile)};
             await_panels(warpgroup);

@@ -44,7 +44,8 @@ struct alignas(1024) GemmFp8SwappedSmem {
   uint8_t a[Shape::kNumStages][Shape::kTokens * kFp8BlockK];
   alignas(1024) TokenPanel<Shape::kTokens> d[Shape::kMathWarpgroups];
   // A TMA copy lands on a multiple of 128 bytes.
-  alignas(128) float sfa[Shape::kNumStages][Shape::kTokens < 32 ? 32 : Shape::kTokens];
+  static constexpr int kScales = Shape::kTokens < 32 ? 32 : Shape::kTokens;
+  alignas(128) float sfa[Shape::kNumStages][kScales];
   StageScales<1> sfb[Shape::kNumStages];
   Ring<Shape::kNumStages> ring;
   TileQueue queue;
@@ -59,11 +60,11 @@ template <class Shape>
 class BlockAndColumnScales {
  public:
   __device__ __forceinline__ explicit BlockAndColumnScales(const GemmFp8SwappedSmem<Shape>& smem)
-      : smem_(smem) {}
+      : sfa_(kept(smem.sfa[0][threadIdx.x % 4 * 2])), sfb_(kept(smem.sfb)) {}
 
   __device__ __forceinline__ void read(int stage) {
-    const float sb = smem_.sfb[stage].row[0][0];
-    const float* tokens = smem_.sfa[stage] + threadIdx.x % 4 * 2;
+    const float sb = sfb_[stage].row[0][0];
+    const float* tokens = &sfa_ + stage * GemmFp8SwappedSmem<Shape>::kScales;
 #pragma unroll
     for (int i = 0; i < Shape::kTokens / 8; ++i) {
       const float2 sa = *reinterpret_cast<const float2*>(tokens + i * 8);
@@ -83,7 +84,8 @@ class BlockAndColumnScales {
   }
 
  private:
-  const GemmFp8SwappedSmem<Shape>& smem_;
+  const float& sfa_;  // of this thread's first token, in the first stage
+  const StageScales<1> (&sfb_)[Shape::kNumStages];
   float2 scale_[Shape::kTokens / 8];
 };
 
@@ -109,15 +111,18 @@ __device__ __forceinline__ void gemm_fp8_swapped(const GemmFp8Params& p) {
   const auto compute = [&](int warpgroup) {
     constexpr int kN = Shape::kTokens;
     const int first_column = warpgroup * kMmaM;
-    const auto left = [&](int stage) { return smem.b[stage] + first_column * kFp8BlockK; };
-    const auto right = [&](int stage) { return smem.a[stage]; };
+    const StageDescriptors left(smem.b[0] + first_column * kFp8BlockK,
+                                smem.b[1] + first_column * kFp8BlockK);
+    const StageDescriptors right(smem.a[0], smem.a[1]);
+    auto& ring = kept(smem.ring);
+    const StageRelease release(ring, kSharers);
     RingPosition<Shape::kNumStages> at;
+    BlockAndColumnScales<Shape> scales(smem);
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[kN / 2];
-      BlockAndColumnScales<Shape> scales(smem);
       ResultPlace place;
       promoted_sum<kN, kOverlapsItself<kN, Shape::kMathWarpgroups>>(
-          smem.ring, at, kSharers, tile.k_begin, tile.k_end, left, right, scales, sum, [&] {
+          ring, at, release, tile.k_begin, tile.k_end, left, right, scales, sum, [&] {
             place = {tile.a_row, min(tile.row_end - tile.a_row, kN), tile.n_start, tile.group,
                      ends_with_map(p.extent, tile)};
             await_panels(warpgroup);

@@ -62,19 +62,19 @@ struct alignas(1024) GemmSwigluSmem {
 template <class Shape, class Smem>
 class SwigluScales {
  public:
-  __device__ __forceinline__ SwigluScales(const GemmFp8Params& p, const GemmTile& tile,
-                                          const Smem& smem, int warpgroup)
-      : smem_(smem) {
-    row_ = threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-    const int up = (p.extent.n + tile.n_start) / 2;
-    boundary_ = 128 - up % 128 - warpgroup * Shape::kColumns;
-  }
+  __device__ __forceinline__ explicit SwigluScales(const Smem& smem)
+      : sfb_(kept(smem.sfb)),
+        sfa_(kept(smem.sfa[0][threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4])) {}
+
+  // `up`: the up-projection's first row of the tile in B; `column`: the warpgroup's first.
+  __device__ __forceinline__ void place(int up, int column) { boundary_ = 128 - up % 128 - column; }
 
   __device__ __forceinline__ void read(int stage) {
-    const float sa[2] = {smem_.sfa[stage][row_], smem_.sfa[stage][row_ + 8]};
+    const float* rows = &sfa_ + stage * Shape::kBlockM;
+    const float sa[2] = {rows[0], rows[8]};
 #pragma unroll
     for (int which = 0; which < 3; ++which) {
-      const float sb = smem_.sfb[stage].row[which][0];
+      const float sb = sfb_[stage].row[which][0];
       scale_[which][0] = __fmul_rn(sa[0], sb);
       scale_[which][1] = __fmul_rn(sa[1], sb);
     }
@@ -100,9 +100,9 @@ class SwigluScales {
   }
 
  private:
-  const Smem& smem_;
-  int row_;
-  int boundary_;  // the columns from here on use the up-projection's next row of scales
+  const StageScales<3> (&sfb_)[Shape::kNumStages];
+  const float& sfa_;  // of this thread's first row, in the first stage
+  int boundary_;      // the columns from here on use the up-projection's next row of scales
   float scale_[3][2];
 };
 
@@ -225,16 +225,19 @@ __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
     load_scales<3>(smem.sfb[stage], p, tile, {gate_row, up_row, up_row + 1}, k_block, full);
   };
   const auto compute = [&](int warpgroup) {
-    const auto left = [&](int stage) { return smem.a[stage]; };
-    const auto right = [&](int stage) { return smem.b[stage][warpgroup][0]; };
+    const StageDescriptors left(smem.a[0], smem.a[1]);
+    const StageDescriptors right(smem.b[0][warpgroup][0], smem.b[1][warpgroup][0]);
+    auto& ring = kept(smem.ring);
+    const StageRelease release(ring, sharers);
     RingPosition<Shape::kNumStages> at;
+    SwigluScales<Shape, Smem> scales(smem);
     int parity = 0;
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[2 * Shape::kColumns / 2];
-      SwigluScales<Shape, Smem> scales(p, tile, smem, warpgroup);
+      scales.place((p.extent.n + tile.n_start) / 2, warpgroup * Shape::kColumns);
       promoted_sum<2 * Shape::kColumns,
                    kOverlapsItself<2 * Shape::kColumns, Shape::kMathWarpgroups>>(
-          smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, scales, sum, [] {});
+          ring, at, release, tile.k_begin, tile.k_end, left, right, scales, sum, [] {});
       float h[Shape::kColumns / 2];
       swiglu(sum, h);
       ResultPlace place{tile.a_row, min(tile.row_end - tile.a_row, Shape::kBlockM),

@@ -32,6 +32,7 @@
 #include "cuda/mla_shape.hpp"
 #include "cuda/params/mla.hpp"
 #include "cuda/ptx/control.cuh"
+#include "cuda/tile/cluster_sync.cuh"
 #include "cuda/tile/mla_dequantize.cuh"
 #include "cuda/tile/mla_load.cuh"
 #include "cuda/tile/mla_pieces.cuh"
@@ -43,6 +44,7 @@
 namespace dsk {
 
 // A pair of blocks, seen by the left warpgroup. `second` is whether there is a second block.
+template <class Cache>
 __device__ __forceinline__ void mla_left_pair(MlaDecodeSmem& smem, const MlaPiece& piece,
                                               const MlaMask& mask, int block, bool second,
                                               float scale, uint32_t (&phase)[2], MlaRows& rows,
@@ -58,25 +60,26 @@ __device__ __forceinline__ void mla_left_pair(MlaDecodeSmem& smem, const MlaPiec
     publish(smem, kLeft, rows, p);
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::named_barrier_arrive(kMlaFirstReady, kMlaMathThreads);
-    mask.clear_tail(smem.kv[0], block, kLeft);
+    mask.clear_tail<Cache>(smem.kv[0], block, kLeft);
     rescale(o, factor);
     multiply_registers(o, p, smem.kv[0]);
   }
   finish(o);
-  release(smem, 0, kLeft, phase);
+  release<Cache>(smem, 0, kLeft, phase);
   if (!second) return;
 
   ptx::named_barrier_sync(kMlaSecondReady, kMlaMathThreads);
   rows.follow(smem.row_max[1], factor);
-  mask.clear_tail(smem.kv[1], block + 1, kLeft);
+  mask.clear_tail<Cache>(smem.kv[1], block + 1, kLeft);
   smem.kv_ring[1].await({kLeft, phase[1]});
   rescale(o, factor);
   multiply_shared(o, smem.kv[1][kMlaRopeTile], smem.kv[1]);
   finish(o);
-  release(smem, 1, kLeft, phase);
+  release<Cache>(smem, 1, kLeft, phase);
 }
 
 // The same, seen by the right one.
+template <class Cache>
 __device__ __forceinline__ void mla_right_pair(MlaDecodeSmem& smem, const MlaMask& mask, int block,
                                                bool second, float scale, uint32_t (&phase)[2],
                                                MlaRows& rows, float (&o)[128]) {
@@ -88,13 +91,13 @@ __device__ __forceinline__ void mla_right_pair(MlaDecodeSmem& smem, const MlaMas
   }
   ptx::named_barrier_sync(kMlaFirstReady, kMlaMathThreads);
   rows.follow(smem.row_max[0], factor);
-  mask.clear_tail(smem.kv[0] + 4, block, kRight);
+  mask.clear_tail<Cache>(smem.kv[0] + 4, block, kRight);
   smem.kv_ring[0].await({kRight, phase[0]});
   rescale(o, factor);
   multiply_shared(o, smem.kv[0][kMlaRopeTile], smem.kv[0] + 4);
   if (!second) {
     finish(o);
-    release(smem, 0, kRight, phase);
+    release<Cache>(smem, 0, kRight, phase);
     return;
   }
 
@@ -102,20 +105,20 @@ __device__ __forceinline__ void mla_right_pair(MlaDecodeSmem& smem, const MlaMas
   mask.apply(s, block + 1);  // while P0 V0 runs
   softmax(s, scale, false, rows, factor, p);
   finish(o);
-  release(smem, 0, kRight, phase);
+  release<Cache>(smem, 0, kRight, phase);
   publish(smem, kRight, rows, p);
   cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
   ptx::named_barrier_arrive(kMlaSecondReady, kMlaMathThreads);
-  mask.clear_tail(smem.kv[1] + 4, block + 1, kRight);
+  mask.clear_tail<Cache>(smem.kv[1] + 4, block + 1, kRight);
   rescale(o, factor);
   multiply_registers(o, p, smem.kv[1] + 4);
   finish(o);
-  release(smem, 1, kRight, phase);
+  release<Cache>(smem, 1, kRight, phase);
 }
 
 // One side's work on a piece whose queries are there: wgmma's rows are up to 64 query rows.
 struct MlaManyRows {
-  template <MlaSide kSide>
+  template <class Cache, MlaSide kSide>
   __device__ static __forceinline__ void run(const MlaDecodeParams& p, const MlaPiece& piece,
                                              MlaDecodeSmem& smem, uint32_t (&phase)[2]) {
     MlaRows rows;
@@ -126,9 +129,9 @@ struct MlaManyRows {
     for (int block = piece.begin; block < piece.end; block += 2) {
       const bool second = block + 1 < piece.end;
       if constexpr (kSide == kLeft) {
-        mla_left_pair(smem, piece, mask, block, second, p.scale_log2, phase, rows, o);
+        mla_left_pair<Cache>(smem, piece, mask, block, second, p.scale_log2, phase, rows, o);
       } else {
-        mla_right_pair(smem, mask, block, second, p.scale_log2, phase, rows, o);
+        mla_right_pair<Cache>(smem, mask, block, second, p.scale_log2, phase, rows, o);
       }
       phase[0] ^= 1;
       if (second) phase[1] ^= 1;
@@ -137,7 +140,7 @@ struct MlaManyRows {
   }
 };
 
-template <class Tile, MlaSide kSide>
+template <class Cache, class Tile, MlaSide kSide>
 __device__ __forceinline__ void mla_math(const MlaDecodeParams& p, MlaDecodeSmem& smem) {
   MlaPieces pieces(p);
   MlaPiece piece;
@@ -147,7 +150,7 @@ __device__ __forceinline__ void mla_math(const MlaDecodeParams& p, MlaDecodeSmem
     if (kSide == kLeft && threadIdx.x == 0) load_queries(p, piece, smem, q_at);
     __syncwarp();
     smem.q_ring.await(q_at);
-    Tile::template run<kSide>(p, piece, smem, phase);
+    Tile::template run<Cache, kSide>(p, piece, smem, phase);
     if (threadIdx.x % 32 == 0) smem.q_ring.consume(q_at);
     q_at.advance();
   }
@@ -161,23 +164,25 @@ __device__ __forceinline__ void mla_decode(const MlaDecodeParams& p) {
   // 65536 registers, of which a launch of 384 threads gets 168 each.
   static_assert(2 * Cache::kMathRegisters + Cache::kProducerRegisters <= 3 * 168);
   if (threadIdx.x == 0) {
-    smem.kv_ring[0].init(kMlaWarpgroup / 32, Cache::kProducers);
-    smem.kv_ring[1].init(kMlaWarpgroup / 32, Cache::kProducers);
+    smem.kv_ring[0].init(kMlaWarpgroup / 32, Cache::kProducers, Cache::kSharers);
+    smem.kv_ring[1].init(kMlaWarpgroup / 32, Cache::kProducers, Cache::kSharers);
     smem.q_ring.init(kMlaMathThreads / 32);
   }
-  __syncthreads();
+  Cache::kSharers == 1 ? __syncthreads() : sync_cluster();
 
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kMlaWarpgroup, 0);
   if (warpgroup == 0) {
     ptx::setmaxnreg_inc<Cache::kMathRegisters>();
-    mla_math<Tile, kLeft>(p, smem);
+    mla_math<Cache, Tile, kLeft>(p, smem);
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_inc<Cache::kMathRegisters>();
-    mla_math<Tile, kRight>(p, smem);
+    mla_math<Cache, Tile, kRight>(p, smem);
   } else {
     ptx::setmaxnreg_dec<Cache::kProducerRegisters>();
     Cache::produce(p, smem);
   }
+  // Until here the other CTA writes to this one's shared memory and arrives at its barriers.
+  if constexpr (Cache::kSharers > 1) meet_cluster();
 }
 
 }  // namespace dsk

@@ -17,7 +17,7 @@
 namespace dsk {
 
 // One side's share of a pair of blocks. The left side scores the first, the right side the second.
-template <int kN, MlaSide kSide>
+template <class Cache, int kN, MlaSide kSide>
 class MlaFew {
  public:
   __device__ MlaFew(const MlaDecodeParams& p, MlaDecodeSmem& smem) : p_(p), smem_(smem) {}
@@ -75,10 +75,10 @@ class MlaFew {
   template <int kBuffer>
   __device__ __forceinline__ void multiply(const MlaPiece& piece, int block, uint32_t (&phase)[2],
                                            const float (&factor)[kN / 4], float (&o)[4][kN / 2]) {
-    mla_clear_tail(smem_.kv[kBuffer] + kTile, piece.length - block * kMlaBlock, kSide);
+    mla_clear_tail<Cache>(smem_.kv[kBuffer] + kTile, piece.length - block * kMlaBlock, kSide);
     rescale_columns<kN>(o, factor);
     multiply_latents<kN>(o, mla_few_weights(smem_, kBuffer), smem_.kv[kBuffer] + kTile);
-    release(smem_, kBuffer, kSide, phase);
+    release<Cache>(smem_, kBuffer, kSide, phase);
   }
 
   const MlaDecodeParams& p_;
@@ -87,10 +87,10 @@ class MlaFew {
 
 template <int kN>
 struct MlaFewRows {
-  template <MlaSide kSide>
+  template <class Cache, MlaSide kSide>
   __device__ static __forceinline__ void run(const MlaDecodeParams& p, const MlaPiece& piece,
                                              MlaDecodeSmem& smem, uint32_t (&phase)[2]) {
-    MlaFew<kN, kSide>(p, smem).run(piece, phase);
+    MlaFew<Cache, kN, kSide>(p, smem).run(piece, phase);
   }
 };
 

@@ -2,18 +2,17 @@
 //
 // One warp, a few microseconds, on the device: lengths never visit the host, so that a CUDA graph
 // can be replayed with new ones, and a model's layers share one schedule. Cost is counted in blocks
-// of 64 tokens; a piece of a request costs kMlaPieceCost blocks more (loading Q, writing results).
+// of 64 tokens; a piece of a request costs piece_cost blocks more (loading Q, writing results).
 //
 // Freely balanced, a part takes blocks until its share is full, so where a request is cut depends
 // on its neighbours. With split_blocks it is cut at multiples of that only: its sums, and so its
-// bits, are then the same in any batch.
+// bits, are then the same in any batch. Each lane deals for a share of its own; the smallest one
+// for which the parts suffice is taken.
 #pragma once
 
 #include "cuda/tile/mla_pieces.cuh"
 
 namespace dsk {
-
-constexpr int kMlaPieceCost = 5;
 
 // Blocks the next piece takes of a request with `left` blocks to go, in a part with `room` for that
 // many after the piece's own cost; -1: none fits.
@@ -21,6 +20,40 @@ __device__ __forceinline__ int mla_take(int left, int room, int split_blocks) {
   const int take = split_blocks ? min(split_blocks, left) : min(left, room);
   const bool fits = room >= take && room >= 0 && (take > 0 || left == 0);
   return fits ? take : -1;
+}
+
+// Deals all blocks to parts of that share, and says whether the parts suffice.
+template <bool kWrite>
+__device__ __forceinline__ bool mla_deal(const MlaScheduleParams& p, const int32_t* blocks,
+                                         int share) {
+  int request = 0, split = 0, splits_before = 0;
+  int whole = p.b > 0 ? blocks[0] : 0, left = whole;
+  int following = p.b > 1 ? blocks[1] : 0;  // loaded a request ahead: nobody waits for it
+  if (kWrite) p.num_splits[0] = 0;
+  for (int i = 0; i < p.num_parts; ++i) {
+    MlaPart part{request, whole - left, 0, 0, split, {}};
+    int room = share - p.piece_cost;
+    while (request < p.b) {
+      const int take = mla_take(left, room, p.split_blocks);
+      if (take < 0) break;
+      room -= take + p.piece_cost;
+      left -= take;
+      ++split;
+      if (left == 0) {
+        ++request;
+        splits_before += split;
+        if (kWrite) p.num_splits[request] = splits_before;
+        split = 0;
+        whole = left = following;
+        following = blocks[min(request + 1, p.b - 1)];
+      }
+    }
+    if (!kWrite && request == p.b) break;
+    part.end_request = request;
+    part.end_block = request < p.b ? whole - left : 0;
+    if (kWrite) p.parts[i] = part;
+  }
+  return request == p.b;
 }
 
 __device__ __forceinline__ void mla_schedule_requests(const MlaScheduleParams& p) {
@@ -31,40 +64,21 @@ __device__ __forceinline__ void mla_schedule_requests(const MlaScheduleParams& p
     blocks[i] = mla_num_blocks(p.seq_lens[i]);
     const int pieces =
         p.split_blocks ? max(1, (blocks[i] + p.split_blocks - 1) / p.split_blocks) : 1;
-    total += blocks[i] + pieces * kMlaPieceCost;
+    total += blocks[i] + pieces * p.piece_cost;
   }
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     total += __shfl_xor_sync(0xffffffffu, total, offset);
   }
   __syncwarp();
-  if (lane != 0) return;
 
-  // A part may leave less than one piece's cost (or one split) unused; with that on top, the parts
-  // always suffice.
-  const int share = (total + p.num_parts - 1) / p.num_parts + kMlaPieceCost + p.split_blocks;
-  int request = 0, block = 0, split = 0, splits_before = 0;
-  p.num_splits[0] = 0;
-  for (int i = 0; i < p.num_parts; ++i) {
-    MlaPart part{request, block, 0, 0, split, {}};
-    int remaining = share;
-    while (request < p.b) {
-      const int take = mla_take(blocks[request] - block, remaining - kMlaPieceCost, p.split_blocks);
-      if (take < 0) break;
-      remaining -= take + kMlaPieceCost;
-      block += take;
-      ++split;
-      if (block == blocks[request]) {
-        splits_before += split;
-        p.num_splits[++request] = splits_before;
-        block = 0;
-        split = 0;
-      }
-    }
-    part.end_request = request;
-    part.end_block = block;
-    p.parts[i] = part;
-  }
+  // Less than an equal share cannot do. A part may leave less than one piece's cost (or one split)
+  // unused: with that on top, which the last lane has, the parts always suffice.
+  const int equal = (total + p.num_parts - 1) / p.num_parts;
+  const int enough = equal + p.piece_cost + p.split_blocks;
+  const int share = lane == 31 ? enough : min(equal + lane, enough);
+  const uint32_t suffices = __ballot_sync(0xffffffffu, mla_deal<false>(p, blocks, share));
+  if (lane == __ffs(suffices) - 1) mla_deal<true>(p, blocks, share);
 }
 
 }  // namespace dsk

@@ -95,13 +95,14 @@ __device__ __forceinline__ void quantize_group(const MoePermuteQuantizeParams& p
   float value[kValuesPerLane];
   load_run(static_cast<const T*>(p.x) + token * p.ld_x + column, left, value);
   const float scale = block_scale(warp_max(largest(value)), kE4m3Max, p.format);
+  const uint32_t word = scaled_e4m3x4(value, scale);
   const int groups = (p.depth + kQuantGroup - 1) / kQuantGroup;
   for (int i = begin; i < end; ++i) {
     const int row = rows[i];
     if (row < 0) continue;
-    store_e4m3(p.data + int64_t(row) * p.depth + column, left, value, scale);
+    store_bytes(p.data + int64_t(row) * p.depth + column, left, word);
     if (lane != 0) continue;
-    const int plane = row / p.plane_rows;
+    const int plane = row < p.plane_rows ? 0 : row / p.plane_rows;
     const int64_t line = int64_t(plane) * groups + group;
     p.scale[line * p.ld_scale + row - plane * p.plane_rows] = scale;
   }
@@ -119,13 +120,14 @@ __device__ __forceinline__ void permute_quantized(const MoePermuteQuantizeParams
   const int groups = (p.depth + kQuantGroup - 1) / kQuantGroup;
   const int first_piece = int(blockIdx.y) * kPermuteWarps + int(threadIdx.x) / kWarp;
   for (int i = first_piece; i < tokens * groups; i += int(gridDim.y) * kPermuteWarps) {
-    const int token = first_token + i / groups;
+    const int within = i / groups, group = i - within * groups;
+    const int token = first_token + within;
     const int begin = max(token * topk, first) - first;
     const int end = min((token + 1) * topk, last) - first;
     if (p.type == WideType::kBfloat16) {
-      quantize_group<__nv_bfloat16>(p, smem.row, begin, end, token, i % groups);
+      quantize_group<__nv_bfloat16>(p, smem.row, begin, end, token, group);
     } else {
-      quantize_group<float>(p, smem.row, begin, end, token, i % groups);
+      quantize_group<float>(p, smem.row, begin, end, token, group);
     }
   }
 }

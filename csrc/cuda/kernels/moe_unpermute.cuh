@@ -1,8 +1,9 @@
 // Each token's rows, weighted and summed in fp32 in the order of its choices, rounded once.
 //
 // Bound by memory: 4096 tokens x 8 rows of 7168 bf16 are 470 MB read and 59 MB written, 158 us at
-// 3.35 TB/s. A CTA takes 1024 columns of a token, a thread 4 of them, and has up to 8 rows (fp32: 4)
-// on their way before it adds the first; more would cost registers, and so CTAs. Product and sum are rounded separately: the reference's bits.
+// 3.35 TB/s. A CTA takes 1024 columns of a token, a thread 4 of them, and has up to 8 rows (fp32:
+// 4) on their way before it adds the first; more would cost registers, and so CTAs. Product and sum
+// are rounded separately: the reference's bits.
 #pragma once
 
 #include "cuda/params/moe.hpp"

@@ -73,11 +73,29 @@ MlaDecodeParams make_params(const Context& context, const MlaDecodeArgs& args) {
   return params;
 }
 
+struct DecodeKernel {
+  const char* name;
+  unsigned cluster;  // CTAs: neighbouring tiles of rows, which attend the same tokens
+};
+
 // The instance for so many query rows of a request.
-const char* decode_kernel(bool fp8, int rows) {
-  if (rows > 32) return fp8 ? "mla_decode_fp8" : "mla_decode_bf16";
-  if (fp8) return "mla_decode_fp8_32";
-  return rows <= 16 ? "mla_decode_bf16_16" : "mla_decode_bf16_32";
+DecodeKernel decode_kernel(bool fp8, int rows) {
+  if (fp8) {
+    if (rows <= 32) return {"mla_decode_fp8_32", 1};
+    // An odd number of tiles stays alone: an idle tile would cost more than it saves.
+    const bool pairs = ceil_div(rows, kMlaRows) % 2 == 0;
+    return pairs ? DecodeKernel{"mla_decode_fp8_pair", 2} : DecodeKernel{"mla_decode_fp8", 1};
+  }
+  if (rows > 32) return {"mla_decode_bf16", 1};
+  return {rows <= 16 ? "mla_decode_bf16_16" : "mla_decode_bf16_32", 1};
+}
+
+// What a piece of a request costs beside its blocks, in blocks: a modelled H800's times of the same
+// tokens in one and in several requests, BF16.
+int piece_cost(int rows) {
+  if (rows <= 16) return 1;
+  if (rows <= 32) return 2;
+  return rows <= kMlaRows ? 3 : 4;
 }
 
 template <typename Params>
@@ -107,9 +125,10 @@ void mla_schedule(Context& context, const MlaScheduleArgs& args, cu::Stream stre
   HostLoan lens(context, args.seq_lens, args.b * sizeof(int32_t), true);
   HostLoan parts(context, args.parts, args.num_parts * sizeof(MlaPart), false);
   HostLoan splits(context, args.num_splits, (args.b + 1) * sizeof(int32_t), false);
-  const MlaScheduleParams params{args.seq_lens,   reinterpret_cast<MlaPart*>(args.parts),
-                                 args.num_splits, args.b,
-                                 args.num_parts,  args.split_blocks};
+  const MlaScheduleParams params{args.seq_lens,        reinterpret_cast<MlaPart*>(args.parts),
+                                 args.num_splits,      args.b,
+                                 args.num_parts,       args.split_blocks,
+                                 piece_cost(args.rows)};
   launch(context, "mla_schedule",
          shape_of(1, 1, kScheduleThreads, std::max(args.b, 1) * sizeof(int32_t)), params, stream);
   if (context.emulated()) context.device().synchronize(stream);
@@ -134,15 +153,19 @@ void mla_decode(Context& context, const MlaDecodeArgs& args, cu::Stream stream) 
   HostLoan out_partial(context, args.out_partial, split_rows * kMlaLatent * 4, false);
   HostLoan lse_partial(context, args.lse_partial, split_rows * 4, false);
 
-  launch(
-      context, decode_kernel(args.fp8, rows),
-      shape_of(ceil_div(rows, kMlaRows), args.num_parts, kDecodeThreads, mla_decode_shared_bytes()),
-      make_params(context, args), stream);
-  const MlaCombineParams combine{
-      args.num_splits, args.out_partial, args.lse_partial, args.out, args.lse, args.s, args.h};
+  const DecodeKernel kernel = decode_kernel(args.fp8, rows);
+  device::LaunchShape shape =
+      shape_of(ceil_div(rows, kMlaRows), args.num_parts, kDecodeThreads, mla_decode_shared_bytes());
+  shape.cluster.x = kernel.cluster;
+  launch(context, kernel.name, shape, make_params(context, args), stream);
+  // Rows of many splits are few: four warps each, so that their sums take a quarter of the time.
+  const bool quarters = args.num_parts >= 8 * args.b;
+  const MlaCombineParams combine{args.num_splits, args.out_partial, args.lse_partial, args.out,
+                                 args.lse,        args.s,           args.h,           quarters};
   launch(context, "mla_combine",
-         shape_of(ceil_div(rows, kCombineThreads / 32), args.b, kCombineThreads, 0), combine,
-         stream);
+         shape_of(ceil_div(rows * (quarters ? 4 : 1), kCombineThreads / 32), args.b,
+                  kCombineThreads, 0),
+         combine, stream);
   if (context.emulated()) context.device().synchronize(stream);
 }
 

@@ -19,6 +19,7 @@ struct MlaScheduleArgs {
   int b = 0;
   int num_parts = 0;
   int split_blocks = 0;  // 0: cut where it balances; else every so many blocks of 64 tokens
+  int rows = 1;          // query rows of a request
 };
 
 struct MlaDecodeArgs {

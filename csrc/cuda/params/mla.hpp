@@ -28,6 +28,7 @@ struct MlaScheduleParams {
   int32_t b;
   int32_t num_parts;
   int32_t split_blocks;  // 0: cut where the load balances; else cut every so many blocks
+  int32_t piece_cost;    // of a piece of a request beside its blocks, in blocks
 };
 
 struct MlaDecodeParams {
@@ -61,6 +62,7 @@ struct MlaCombineParams {
   float* lse;                 // [b, h, s]
   int32_t s;
   int32_t h;
+  int32_t quarters;  // whether a warp takes a quarter of a row, or a whole one
 };
 
 }  // namespace dsk

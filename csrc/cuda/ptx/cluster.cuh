@@ -24,4 +24,11 @@ __device__ __forceinline__ T* map_to_rank(T* own, int rank) {
   return static_cast<T*>(__cluster_map_shared_rank(own, uint32_t(rank)));
 }
 
+// mapa.shared::cluster.u32 d, a, rank;   the same of an address in shared memory's own window
+__device__ __forceinline__ uint32_t map_shared_to_rank(uint32_t own, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(own), "r"(rank));
+  return address;
+}
+
 }  // namespace dsk::ptx

@@ -28,12 +28,23 @@ __device__ __forceinline__ void named_barrier_arrive(uint32_t id, uint32_t threa
 }
 
 // mbarrier.arrive.shared::cluster.b64 _, [a];   PTX ISA 8.0; a barrier of any CTA of the cluster,
-// as map_to_rank gives it. Release at the default scope, the CTA's own: .release.cluster, which
-// libcu++ wraps, compiles to MEMBAR.ALL.GPU. Enough where the arrival only says that reads are
-// over.
-__device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* barrier) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+// as map_shared_to_rank gives it. Release at the default scope, the CTA's own: .release.cluster,
+// which libcu++ wraps, compiles to MEMBAR.ALL.GPU. Enough where the arrival only says that reads
+// are over.
+__device__ __forceinline__ void mbarrier_arrive_remote(uint32_t address) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
+}
+
+// mbarrier.arrive.shared.b64 _, [a];   libcu++'s wrapper takes a pointer, which costs its
+// conversion
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t address) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(address) : "memory");
+}
+
+// No instruction: the value stays in its register, and is not computed anew where it is used.
+__device__ __forceinline__ uint32_t keep(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // mov.b64 d, {low, high};

@@ -41,12 +41,13 @@ __device__ __forceinline__ int warp_arg_max(const float* value, int count) {
   return int(__reduce_min_sync(0xffffffffu, uint32_t(key == top ? at : count)));
 }
 
-// Take the `count` best of `values`, one after another; each becomes NaN.
+// Take the `count` best of `values`, one after another; each becomes NaN. A lane reads the values
+// lane, lane + 32, ... only, until the first is taken.
 template <class Take>
 __device__ __forceinline__ void take_best(float* value, int size, int count, Take&& take) {
   for (int i = 0; i < count; ++i) {
     const int best = warp_arg_max(value, size);
-    __syncwarp();
+    __syncwarp();  // nobody still reads what is overwritten
     if (threadIdx.x % kWarp == 0) value[best] = not_a_number();
     __syncwarp();
     take(i, best);
@@ -95,13 +96,11 @@ __device__ __forceinline__ void limit_groups(const MoeGateParams& p, GateChoiceS
     }
     s.group[g] = p.top2 && size > 1 ? __fadd_rn(first, second) : first;
   }
-  __syncwarp();
   take_best(s.group, p.num_groups, p.topk_group, [](int, int) {});
   for (int e = lane; e < p.experts; e += kWarp) {
     const float group = s.group[e / size];
     if (group == group) s.key[e] = not_a_number();
   }
-  __syncwarp();
 }
 
 constexpr float kWeightSumFloor = 1e-20f;  // keeps the division finite when all scores are 0

@@ -34,93 +34,112 @@ class PromotingLoop {
   using Position = typename Stages::Position;
   using Sums = float[kN / 2];  // in the wgmma accumulator layout
 
-  __device__ __forceinline__ PromotingLoop(Stages& ring, Position& at, int sharers,
+  __device__ __forceinline__ PromotingLoop(Stages& ring, Position& at, const StageRelease& release,
                                            const StageDescriptors& left,
                                            const StageDescriptors& right, Scales& scales, Sums& sum)
       : ring_(ring),
-        next_(at),
-        done_(at),
-        sharers_(sharers),
+        at_(at),
+        release_(release),
         left_(left),
         right_(right),
         scales_(scales),
         sum_(sum) {}
 
-  // Starts the products of the next stage.
-  __device__ __forceinline__ void start(Sums& partial) {
-    ring_.await(next_);
+  // Starts the products of the next stage, and returns its number.
+  __device__ __forceinline__ int start_next(Sums& partial) {
+    const int stage = at_.stage;
+    start(at_, partial);
+    at_.advance();
+    return stage;
+  }
+
+  __device__ __forceinline__ void start(const Position& at, Sums& partial) {
+    const int stage = at.stage;
+    ring_.await(at);
     ptx::fence_accumulators(partial);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kFp8BlockK; k += kFp8MmaK) {
-      ptx::WgmmaE4m3<kN>::mma(partial, left_.at(next_.stage, k), right_.at(next_.stage, k), k != 0);
+      ptx::WgmmaE4m3<kN>::mma(partial, left_.at(stage, k), right_.at(stage, k), k != 0);
     }
     ptx::wgmma_commit_group();
     ptx::fence_accumulators(partial);
-    next_.advance();
   }
 
-  // Waits for the oldest products, of which at most kPending newer ones are under way; frees their
-  // stage and adds them to the sums.
+  // Waits for the oldest products, which `stage` holds and of which at most kPending newer ones are
+  // under way; frees the stage and adds them to the sums.
   template <int kPending>
-  __device__ __forceinline__ void finish(Sums& partial) {
-    scales_.read(done_.stage);
+  __device__ __forceinline__ void finish(int stage, Sums& partial) {
+    scales_.read(stage);
     ptx::wgmma_wait_group<kPending>();
     ptx::fence_accumulators(partial);
-    scales_.read_rest(done_.stage);
-    ring_.release(done_, sharers_);
-    done_.advance();
+    scales_.read_rest(stage);
+    release_(stage);
     scales_.promote(sum_, partial);
+  }
+
+  // One block at a time, round after round of the ring: stages, and with them all addresses, are
+  // constants.
+  __device__ __forceinline__ void round_after_round(int blocks) {
+    constexpr int kStages = Stages::kStages;
+    int end = at_.stage + blocks;  // counted from this round's stage 0
+    for (uint32_t skipped = (1u << at_.stage) - 1; end > 0; skipped = 0) {
+      const uint32_t mine = ((1u << min(end, kStages)) - 1) & ~skipped;
+#pragma unroll
+      for (int stage = 0; stage < kStages; ++stage) {
+        if ((mine >> stage & 1) == 0) continue;
+        float partial[kN / 2];
+        start({stage, at_.phase}, partial);
+        finish<0>(stage, partial);
+      }
+      at_.stage = end;
+      end -= kStages;
+      if (end >= 0) at_.stage = 0, at_.phase ^= 1;
+    }
   }
 
  private:
   Stages& ring_;
-  Position& next_;  // to be started
-  Position done_;   // to be finished
-  const int sharers_;
-  const StageDescriptors left_, right_;
+  Position& at_;  // to be started
+  const StageRelease& release_;
+  const StageDescriptors &left_, &right_;
   Scales& scales_;
   Sums& sum_;
 };
 
-// sum = one warpgroup's sums over k blocks [k_begin, k_end). left(stage) and right(stage) are the
-// stage's operands: 64 and kN swizzled rows. prepare() gets ready for what follows: where warps
-// wait for the last products anyway, if they wait at all.
-template <int kN, bool kOverlapped, class Stages, class Left, class Right, class Scales,
-          class Prepare>
+// sum = one warpgroup's sums over k blocks [k_begin, k_end) of operands `left` (64 swizzled rows)
+// and `right` (kN). prepare() gets ready for what follows: where warps wait for the last products
+// anyway, if they wait at all.
+template <int kN, bool kOverlapped, class Stages, class Scales, class Prepare>
 __device__ __forceinline__ void promoted_sum(Stages& ring, typename Stages::Position& at,
-                                             int sharers, int k_begin, int k_end, Left left,
-                                             Right right, Scales& scales, float (&sum)[kN / 2],
-                                             Prepare prepare) {
+                                             const StageRelease& release, int k_begin, int k_end,
+                                             const StageDescriptors& left,
+                                             const StageDescriptors& right, Scales& scales,
+                                             float (&sum)[kN / 2], Prepare prepare) {
 #pragma unroll
   for (float& value : sum) value = 0.f;
-  PromotingLoop<kN, Stages, Scales> loop(ring, at, sharers, {left(0), left(1)},
-                                         {right(0), right(1)}, scales, sum);
+  PromotingLoop<kN, Stages, Scales> loop(ring, at, release, left, right, scales, sum);
   if constexpr (!kOverlapped) {
-    for (int left_over = k_end - k_begin; left_over > 0; --left_over) {
-      float partial[kN / 2];
-      loop.start(partial);
-      loop.template finish<0>(partial);
-    }
+    loop.round_after_round(k_end - k_begin);
     prepare();
   } else if (k_begin < k_end) {
     float even[kN / 2], odd[kN / 2];
-    loop.start(even);
+    int in_even = loop.start_next(even);  // the stage
     int left_over = k_end - k_begin - 1;  // to be started
     for (; left_over >= 2; left_over -= 2) {
-      loop.start(odd);
-      loop.template finish<1>(even);
-      loop.start(even);
-      loop.template finish<1>(odd);
+      const int in_odd = loop.start_next(odd);
+      loop.template finish<1>(in_even, even);
+      in_even = loop.start_next(even);
+      loop.template finish<1>(in_odd, odd);
     }
     if (left_over == 1) {
-      loop.start(odd);
-      loop.template finish<1>(even);
+      const int in_odd = loop.start_next(odd);
+      loop.template finish<1>(in_even, even);
       prepare();
-      loop.template finish<0>(odd);
+      loop.template finish<0>(in_odd, odd);
     } else {
       prepare();
-      loop.template finish<0>(even);
+      loop.template finish<0>(in_even, even);
     }
   } else {
     prepare();

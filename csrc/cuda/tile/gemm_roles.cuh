@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/ptx/control.cuh"
+#include "cuda/tile/cluster_sync.cuh"
 #include "cuda/tile/gemm_scheduler.cuh"
 #include "cuda/tile/ring.cuh"
 #include "cuda/tile/smem_layout.cuh"
@@ -18,9 +19,8 @@ constexpr int kMmaM = 64;        // rows of one warpgroup's wgmma
 
 // Named barriers; 0 is __syncthreads.
 enum GemmBarrier : uint32_t {
-  kStartBarrier = 1,     // all math warps, and two of the producer's warpgroup
-  kMathBarrier = 2,      // all math warpgroups
-  kEpilogueBarrier = 3,  // one for each math warpgroup from here on
+  kMathBarrier = 1,      // all math warpgroups
+  kEpilogueBarrier = 2,  // one for each math warpgroup from here on
 };
 
 // Tiles on their way from the producer, which walks the schedule, to the math warps, which look
@@ -104,7 +104,7 @@ __device__ __forceinline__ void for_each_tile(TileQueue& queue, Body body) {
     if (tile.group == kNoMoreTiles) return;
     body(tile);
     __syncwarp();
-    queue.ring.release(slot, 1);
+    queue.ring.release(slot);
     slot.advance();
     __syncwarp();  // or the lane that released walks the loop by itself
   }
@@ -128,18 +128,6 @@ __device__ __forceinline__ void load_tile(uint8_t* to, const TensorMapBytes& map
   }
 }
 
-// Every CTA of the cluster has come here, and what one of them wrote the others see.
-__device__ __forceinline__ void sync_cluster() {
-  cuda::ptx::barrier_cluster_arrive(cuda::ptx::sem_release);
-  cuda::ptx::barrier_cluster_wait(cuda::ptx::sem_acquire);
-}
-
-// Every CTA of the cluster has come here, and no more: without the fences of a release.
-__device__ __forceinline__ void meet_cluster() {
-  cuda::ptx::barrier_cluster_arrive(cuda::ptx::sem_relaxed);
-  cuda::ptx::barrier_cluster_wait();
-}
-
 // Splits the CTA: the producer runs in one thread, compute(warpgroup) in each math thread. Every
 // math warp releases a stage once. setmaxnreg moves registers from the producer to the math
 // warpgroups.
@@ -152,33 +140,24 @@ __device__ __forceinline__ void run_roles(Smem& smem, int sharers, Producer prod
   constexpr int kMathThreads = kMathWarpgroups * kWarpgroup;
   constexpr int kProducerRegisters = 40;
   constexpr int kMathRegisters = kMathWarpgroups == 1 ? 248 : 232;
-  constexpr int kStarting = kMathThreads + 2 * 32;  // they meet at the start
-  const int warp = threadIdx.x / 32;
-  const auto start = [&] {  // init_by_warp's fence has made the barriers visible
-    if (sharers == 1) {
-      ptx::named_barrier_sync(kStartBarrier, kStarting);
-    } else {
-      meet_cluster();
-    }
-  };
-  if (warp < kMathThreads / 32) {
-    ptx::setmaxnreg_inc<kMathRegisters>();
-    start();
-    compute(__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0));
+  if (threadIdx.x == kMathThreads) {
+    producer.prepare();
+  } else if (threadIdx.x / 32 == kMathThreads / 32 + 1) {
+    smem.ring.init_by_warp(kMathThreads / 32, 1, sharers);
+    smem.queue.ring.init_by_warp(kMathThreads / 32);
+  }
+  if (sharers == 1) {
+    __syncthreads();
   } else {
+    meet_cluster();  // init_by_warp's fence has made the barriers visible
+  }
+
+  if (threadIdx.x >= kMathThreads) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
-    if (warp == kMathThreads / 32) {
-      const bool producing = threadIdx.x == kMathThreads;
-      if (producing) producer.prepare();
-      start();
-      if (producing) producer.run();
-    } else if (warp == kMathThreads / 32 + 1) {
-      smem.ring.init_by_warp(kMathThreads / 32, 1, sharers);
-      smem.queue.ring.init_by_warp(kMathThreads / 32);
-      start();
-    } else if (sharers > 1) {
-      meet_cluster();
-    }
+    if (threadIdx.x == kMathThreads) producer.run();
+  } else {
+    ptx::setmaxnreg_inc<kMathRegisters>();
+    compute(__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0));
   }
   // The peer may still write into this CTA's stages, or arrive on its barriers.
   if (sharers > 1) meet_cluster();

@@ -26,6 +26,8 @@ struct MlaBf16Cache {
   static constexpr int kMathRegisters = 232;
   static constexpr int kProducerRegisters = 40;
   static constexpr int kProducers = 1;
+  static constexpr int kSharers = 1;        // CTAs that share blocks
+  static constexpr bool kZeroTail = false;  // rows of V behind a request's end are left as they are
 
   // One warp: lane i loads the i-th page (or piece of a page) of a block.
   __device__ static __forceinline__ void produce(const MlaDecodeParams& p, MlaDecodeSmem& smem) {

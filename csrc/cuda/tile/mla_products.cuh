@@ -1,6 +1,8 @@
 // The matrix products of MLA decode, one warpgroup each: Q K^T, and P V on half of V's columns.
 #pragma once
 
+#include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/control.cuh"
 #include "cuda/ptx/wgmma_bf16.cuh"
 #include "cuda/tile/mla_smem.cuh"
 
@@ -67,10 +69,18 @@ __device__ __forceinline__ void finish(float (&accumulators)[kCount]) {
   ptx::fence_accumulators(accumulators);
 }
 
-// Lets the producer load this side's half of a block again.
+// Lets the producers of all CTAs that share blocks write this side's half of a block again.
+template <class Cache>
 __device__ __forceinline__ void release(MlaDecodeSmem& smem, int buffer, MlaSide side,
                                         const uint32_t (&phase)[2]) {
-  if (threadIdx.x % 32 == 0) smem.kv_ring[buffer].consume({side, phase[buffer]});
+  Ring<2>& ring = smem.kv_ring[buffer];
+  const int lane = threadIdx.x % 32;
+  if constexpr (Cache::kSharers == 1) {
+    ring.release({side, phase[buffer]});
+  } else if (lane < Cache::kSharers) {  // as StageRelease, for which no registers are left
+    const uint32_t empty = shared_address(&ring.empty[side]);
+    ptx::mbarrier_arrive_remote(ptx::map_shared_to_rank(empty, lane));
+  }
 }
 
 }  // namespace dsk

@@ -13,6 +13,7 @@ constexpr int kMlaWarpgroup = 128;
 constexpr int kMlaMathThreads = 2 * kMlaWarpgroup;
 constexpr int kMlaTiles = kMlaWidth / 64;  // a row is nine tiles of 64 columns, 128 bytes each
 constexpr int kMlaRopeTile = 8;            // the RoPE columns; later P of the same block
+constexpr int kMlaHalfTiles = 4;           // tiles of V in either half of a block
 constexpr int kMlaTileBytes = kMlaRows * kSwizzleBytes;
 
 // The half of O's (and V's) columns that a math warpgroup owns, and of a block's tiles that it
@@ -30,7 +31,7 @@ enum MlaBarrier : uint32_t {
 struct alignas(1024) MlaDecodeSmem {
   uint8_t q[kMlaTiles][kMlaTileBytes];      // 64 rows; at a piece's end tiles 0-7 take its result
   uint8_t kv[2][kMlaTiles][kMlaTileBytes];  // 64 tokens each
-  uint4 fp8_stage[4][4][32];                // FP8 caches: for each warp, four tokens' latents
+  uint4 fp8_stage[4][4][32];                // FP8 caches: for each warp, the latents on their way
   float row_max[2][kMlaRows];               // running maximum after the first, the second block
   float column[2][4][32];                   // few rows: statistics of a side's warps
   float row_sum[2][kMlaRows];               // by side

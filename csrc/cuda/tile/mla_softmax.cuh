@@ -103,9 +103,10 @@ __device__ __forceinline__ void rescale(float (&o)[128], const float (&factor)[2
 }
 
 // Zeroes the rows of V from `filled` on, in one side's four tiles. By that warpgroup.
+template <class Cache>
 __device__ __forceinline__ void mla_clear_tail(uint8_t (*tiles)[kMlaTileBytes], int filled,
                                                MlaSide side) {
-  if (filled >= kMlaBlock) return;
+  if (Cache::kZeroTail || filled >= kMlaBlock) return;
   const int thread = threadIdx.x % kMlaWarpgroup;
   const int tile = thread / 8 % 4, chunk = thread % 8;
   for (int row = filled + thread / 32; row < kMlaBlock; row += 4) {
@@ -138,9 +139,10 @@ class MlaMask {
     }
   }
 
+  template <class Cache>
   __device__ __forceinline__ void clear_tail(uint8_t (*tiles)[kMlaTileBytes], int block,
                                              MlaSide side) const {
-    mla_clear_tail(tiles, length_ - block * kMlaBlock, side);
+    mla_clear_tail<Cache>(tiles, length_ - block * kMlaBlock, side);
   }
 
  private:

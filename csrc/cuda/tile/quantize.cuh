@@ -166,16 +166,23 @@ __device__ __forceinline__ void store_run(T* at, int left, const float (&value)[
   store_raw(at, left, element);
 }
 
-// Divide a lane's run by its block's scale, cast, store.
-__device__ __forceinline__ void store_e4m3(uint8_t* at, int left, const float (&value)[4],
-                                           float scale) {
+// A lane's run divided by its block's scale, and cast.
+__device__ __forceinline__ uint32_t scaled_e4m3x4(const float (&value)[4], float scale) {
   float quotient[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) quotient[i] = __fdiv_rn(value[i], scale);
-  const uint32_t word = cast_e4m3x4(quotient);
+  return cast_e4m3x4(quotient);
+}
+
+__device__ __forceinline__ void store_bytes(uint8_t* at, int left, uint32_t word) {
   alignas(4) const uint8_t element[4] = {uint8_t(word), uint8_t(word >> 8), uint8_t(word >> 16),
                                          uint8_t(word >> 24)};
   store_raw(at, left, element);
+}
+
+__device__ __forceinline__ void store_e4m3(uint8_t* at, int left, const float (&value)[4],
+                                           float scale) {
+  store_bytes(at, left, scaled_e4m3x4(value, scale));
 }
 
 __device__ __forceinline__ void store_e5m6(uint16_t* at, int left, const float (&value)[4],

@@ -31,6 +31,7 @@ struct RingPosition {
 template <int kNumStages>
 struct Ring {
   using Position = RingPosition<kNumStages>;
+  static constexpr int kStages = kNumStages;
 
   uint64_t full[kNumStages];
   uint64_t empty[kNumStages];
@@ -67,7 +68,8 @@ struct Ring {
     announce(at, bytes);
   }
 
-  // The second half alone: for a stage that is known to be free.
+  // The second half alone: for a stage that is known to be free. Also one of the `producers`
+  // arrivals of those that bring some of its bytes by copies and the others by their own stores.
   __device__ __forceinline__ void announce(const Position& at, uint32_t bytes) {
     cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
                                          cuda::ptx::space_shared, &full[at.stage], bytes);
@@ -92,15 +94,9 @@ struct Ring {
                                cuda::ptx::space_shared, &empty[at.stage]);
   }
 
-  // Consumer, by a whole warp: its arrival in each of the CTAs that share. The stage has only been
-  // read, and is only written by TMA, so nothing has to become visible to the other CTA.
-  __device__ __forceinline__ void release(const Position& at, int sharers) {
-    const int lane = threadIdx.x % 32;
-    if (sharers == 1) {
-      if (lane == 0) consume(at);
-    } else if (lane < sharers) {
-      ptx::mbarrier_arrive_remote(ptx::map_to_rank(&empty[at.stage], lane));
-    }
+  // Consumer, by a whole warp: its one arrival.
+  __device__ __forceinline__ void release(const Position& at) {
+    if (threadIdx.x % 32 == 0) consume(at);
   }
 
  private:
@@ -108,6 +104,30 @@ struct Ring {
     while (!cuda::ptx::mbarrier_try_wait_parity(barrier, parity)) {
     }
   }
+};
+
+// How a consumer's warp lets go of stages of a ring, of its own CTA or of both in a pair: the
+// addresses are looked up once. The stage has only been read, and is only written by TMA, so
+// nothing has to become visible to the other CTA.
+class StageRelease {
+ public:
+  template <int kNumStages>
+  __device__ __forceinline__ StageRelease(Ring<kNumStages>& ring, int sharers) {
+    const int lane = threadIdx.x % 32;
+    alone_ = ptx::keep(sharers == 1 && lane == 0);
+    paired_ = ptx::keep(sharers > 1 && lane < sharers);
+    own_ = static_cast<uint32_t>(__cvta_generic_to_shared(ring.empty));
+    remote_ = paired_ ? ptx::map_shared_to_rank(own_, lane) : own_;
+  }
+
+  __device__ __forceinline__ void operator()(int stage) const {
+    if (alone_) ptx::mbarrier_arrive_at(own_ + stage * sizeof(uint64_t));
+    if (paired_) ptx::mbarrier_arrive_remote(remote_ + stage * sizeof(uint64_t));
+  }
+
+ private:
+  uint32_t alone_, paired_;  // this lane arrives here; or in the CTA of its rank
+  uint32_t own_, remote_;
 };
 
 }  // namespace dsk

@@ -14,6 +14,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same object, by an address that stays in a register instead of being computed anew.
+template <class T>
+__device__ __forceinline__ T& kept(T& shared) {
+  return *static_cast<T*>(__cvta_shared_to_generic(ptx::keep(shared_address(&shared))));
+}
+
 // Byte offset of 16-byte chunk `chunk` (0..7) of `row` in a 128B-swizzled tile whose base is
 // aligned to 1024 bytes: the chunk index is XORed with the row index modulo 8.
 __device__ __forceinline__ uint32_t swizzle128(uint32_t row, uint32_t chunk) {

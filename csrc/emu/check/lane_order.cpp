@@ -6,16 +6,6 @@
 
 namespace dsk::emu::check {
 
-struct LaneTable {
-  struct Word {
-    u32 written = 0, read = 0;  // the interval of the last write, of the last read
-    u32 writers = 0, readers = 0;
-    u32 write_pc = 0, read_pc = 0;
-  };
-  std::vector<Word> words;
-  u32 intervals = 0;  // given out
-};
-
 namespace {
 
 constexpr u32 kWord = 4;

@@ -7,8 +7,11 @@
 // and barriers order memory, but lanes that have met have issued what came before.
 #pragma once
 
+#include <algorithm>
+#include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "emu/observer.hpp"
 
@@ -16,7 +19,15 @@ namespace dsk::emu::check {
 
 // Tables are as large as shared memory and expensive to touch first: one goes from CTA to CTA,
 // stale entries never match.
-struct LaneTable;
+struct LaneTable {
+  struct Word {
+    u32 written = 0, read = 0;  // the interval of the last write, of the last read
+    u32 writers = 0, readers = 0;
+    u32 write_pc = 0, read_pc = 0;
+  };
+  std::vector<Word> words;
+  u32 intervals = 0;  // given out
+};
 
 class LaneOrder {
  public:
@@ -39,8 +50,13 @@ class LaneOrder {
   std::optional<Finding> access(u32 warp, u32 pc, u32 mask, const Access& access, const u64* place);
   // One lane hands [offset, offset + bytes) to an asynchronous copy that reads it.
   std::optional<Finding> source(u32 warp, u32 lane, u32 offset, u32 bytes) const;
-  // Lanes that have touched shared memory in the warp's interval.
+  // Lanes that have touched shared memory in the warp's interval, and the interval's number.
   u32 touched(u32 warp) const { return touched_[warp]; }
+  u32 now(u32 warp) const { return interval_[warp]; }
+  // Calls visit(interval, finding) for the last write and the last read of each word of
+  // [offset, offset + bytes) since interval `oldest` began, until it returns true.
+  template <typename Visit>
+  void for_each_since(u32 oldest, u32 offset, u32 bytes, Visit visit) const;
 
  private:
   u32 interval(u32 warp);
@@ -50,5 +66,23 @@ class LaneOrder {
   std::vector<u32> interval_;  // of each warp; 0: none begun
   std::vector<u32> touched_;
 };
+
+template <typename Visit>
+void LaneOrder::for_each_since(u32 oldest, u32 offset, u32 bytes, Visit visit) const {
+  constexpr u32 kWord = 4;
+  if (!table_) return;
+  const u32 end = std::min((offset + bytes + kWord - 1) / kWord, words_);
+  for (u32 at = offset / kWord; at < end; ++at) {
+    const LaneTable::Word& word = table_->words[at];
+    if (word.written >= oldest &&
+        visit(word.written, Finding{at * kWord, word.write_pc, word.writers, true})) {
+      return;
+    }
+    if (word.read >= oldest &&
+        visit(word.read, Finding{at * kWord, word.read_pc, word.readers, false})) {
+      return;
+    }
+  }
+}
 
 }  // namespace dsk::emu::check

@@ -1,7 +1,6 @@
 #include "emu/check/race.hpp"
 
 #include <bit>
-#include <cstdio>
 #include <map>
 #include <optional>
 #include <set>
@@ -9,7 +8,7 @@
 
 #include "emu/check/agents.hpp"
 #include "emu/check/global_side.hpp"
-#include "emu/check/lane_order.hpp"
+#include "emu/check/lane_side.hpp"
 #include "emu/check/runs.hpp"
 #include "emu/check/shadow.hpp"
 #include "emu/check/shared_life.hpp"
@@ -21,13 +20,13 @@ namespace {
 
 class RaceChecker : public ClusterObserver {
  public:
-  explicit RaceChecker(const Cluster& cluster) : cluster_(cluster), life_(cluster.ctas.size()) {
+  explicit RaceChecker(const Cluster& cluster)
+      : cluster_(cluster), life_(cluster.ctas.size()), lanes_(cluster) {
     for (const auto& cta : cluster.ctas) {
       first_agent_.push_back(num_warps_);
       num_warps_ += static_cast<u32>(cta->warps.size());
       shadows_.emplace_back(cta->shared_bytes);
       written_.push_back(std::make_unique<InitBits>(0, cta->shared_bytes));
-      lanes_.push_back(std::make_unique<LaneOrder>(cta->shared_bytes, cta->warps.size()));
     }
     warps_.resize(num_warps_);
     first_slot_ = num_warps_ + 1;  // between them: the grid that griddepcontrol.wait waits for
@@ -63,9 +62,14 @@ class RaceChecker : public ClusterObserver {
       note_shared(w, access.kind, pc, cta, offset, bytes);
       if (cta != w.cta->rank) life_.visit(cta, touch.when, w, pc);
       shadows_[cta].access(access.kind, touch, offset, bytes, state.knowledge, findings_);
+      lanes_.relies(w, pc, {agent, state.knowledge.happened}, access.kind, cta, offset, bytes);
       if (strong && access.kind != AccessKind::Read) release_access(agent, access, cta, offset);
     });
-    check_lanes(w, pc, mask, access, place, rank, strong);
+    if (strong) {
+      meet(w);
+    } else {
+      lanes_.access(w, pc, mask, access, place, rank);
+    }
     if (!hold(mask, access, place, rank)) return report(w, pc, mask, access.kind, "");
     held_.hazards = errors_of(w, pc, mask, access.kind, "");
   }
@@ -89,14 +93,14 @@ class RaceChecker : public ClusterObserver {
     settle();
     switch (event.kind) {
       case SyncKind::WarpSync:
-        lanes_[cta]->meet(w.index);
+        meet(w);
         break;
       case SyncKind::BarArrive:
         state.drain(agent);
         release(agent, named_[{cta, event.a, event.b}]);
         break;
       case SyncKind::BarPass:
-        lanes_[cta]->meet(w.index);
+        meet(w);
         state.knowledge.join(named_[{cta, event.a, event.b}]);
         if (event.b > 0) named_.erase({cta, event.a, event.b - 1});
         break;
@@ -104,7 +108,7 @@ class RaceChecker : public ClusterObserver {
         cluster_arrive(agent, event);
         break;
       case SyncKind::ClusterPass:
-        lanes_[cta]->meet(w.index);
+        meet(w);
         state.knowledge.join(cluster_phase_[event.a]);
         executed_.join(cluster_executed_[event.a]);
         break;
@@ -117,10 +121,14 @@ class RaceChecker : public ClusterObserver {
           life_.visit(static_cast<u32>(event.a), {agent, state.knowledge.happened.of(agent)}, w,
                       event.pc);
         }
+        if (landing_.clock == 0) {
+          const Epoch when{agent, state.knowledge.happened.of(agent)};
+          lanes_.arrive(w, when, event.mask, event.pc);
+        }
         arrive(agent, barriers_[{event.a, event.b}].gathering);
         break;
       case SyncKind::MbarPass:
-        lanes_[cta]->meet(w.index);
+        meet(w);
         pass(state, {event.a, event.b}, event.c);
         break;
       case SyncKind::FenceProxyAsync:
@@ -134,7 +142,7 @@ class RaceChecker : public ClusterObserver {
         tick(agent);
         break;
       case SyncKind::Fence:
-        lanes_[cta]->meet(w.index);
+        meet(w);
         fence(state, global_->home(w.cta->rank), static_cast<Scope>(event.b), global_->refused());
         tick(agent);
         break;
@@ -187,14 +195,17 @@ class RaceChecker : public ClusterObserver {
       if (part.space != Space::Shared || part.rank >= shadows_.size()) continue;
       Touch touch{when, info.pc, 0, async, info.kind == AsyncKind::StAsync};
       touch.matrix = info.kind == AsyncKind::Wgmma;
+      if (part.quarter > 1) touch.rows = static_cast<u32>(info.id);
       const std::size_t before = findings_.size();
       note_shared(*info.warp, part.kind, info.pc, part.rank, static_cast<u32>(part.address),
                   static_cast<u32>(part.bytes));
       const bool own = part.rank == info.warp->cta->rank;
       if (!own || outlives(info.kind, part.kind)) life_.visit(part.rank, when, *info.warp, info.pc);
-      if (own) check_source(info, part);
+      if (own && joins_bulk_group(info)) lanes_.source(info, part);
       shadows_[part.rank].access(part.kind, touch, static_cast<u32>(part.address),
                                  static_cast<u32>(part.bytes), state.knowledge, findings_);
+      lanes_.relies(*info.warp, info.pc, {issuer, state.knowledge.happened}, part.kind, part.rank,
+                    static_cast<u32>(part.address), static_cast<u32>(part.bytes));
       if (findings_.size() > before) kind = part.kind;
     }
     report(*info.warp, info.pc, 1u << info.lane, kind, name_of(info.kind));
@@ -329,6 +340,9 @@ class RaceChecker : public ClusterObserver {
     for (; index < slots_.size(); ++index) {
       const Slot& slot = slots_[index];
       const Epoch last{first_slot_ + static_cast<Agent>(index), slot.clock};
+      // Results of a wgmma are its warp's to use: its slots stay with the warp.
+      const bool matrix = slot.kind == AsyncKind::Wgmma || info.kind == AsyncKind::Wgmma;
+      if (matrix && (slot.kind != info.kind || slot.warp != info.warp)) continue;
       if (!slot.busy && issuer.happened.knows(last)) break;
     }
     if (index == slots_.size()) slots_.emplace_back();
@@ -407,40 +421,9 @@ class RaceChecker : public ClusterObserver {
     }
   }
 
-  // --- lanes of one warp among themselves
-  void check_lanes(const Warp& w, u32 pc, u32 mask, const Access& access, const u64* place,
-                   const u32* rank, bool strong) {
-    LaneOrder& lanes = *lanes_[w.cta->rank];
-    if (strong) return lanes.meet(w.index);
-    if (access.pattern == Pattern::Scattered && cluster_.ctas.size() > 1) {
-      for (u32 m = mask; m != 0; m &= m - 1) {
-        if (rank[std::countr_zero(m)] != w.cta->rank) return;
-      }
-    }
-    if (const auto found = lanes.access(w.index, pc, mask, access, place)) {
-      add_lanes(w, pc, mask, *found, access.kind == AccessKind::Read ? "reads" : "writes");
-    }
-  }
-  // A copy reads what one lane of its warp may give away: its own words.
-  void check_source(const AsyncInfo& info, const Footprint& part) {
-    if (part.kind != AccessKind::Read || !joins_bulk_group(info)) return;
-    const auto found = lanes_[part.rank]->source(
-        info.warp->index, info.lane, static_cast<u32>(part.address), static_cast<u32>(part.bytes));
-    if (found) add_lanes(*info.warp, info.pc, 1u << info.lane, *found, "reads");
-  }
-  void add_lanes(const Warp& w, u32 pc, u32 mask, const LaneOrder::Finding& found,
-                 const char* act) {
-    if (!formal_.insert({pc, found.pc}).second) return;
-    const InstInfo& info = cluster_.grid->program->info[found.pc];
-    char lanes[16];
-    std::snprintf(lanes, sizeof lanes, "0x%08x", found.lanes);
-    std::string text = std::string(act) + " shared offset " +
-                       std::to_string(found.offset - kSharedReserved) + ", which lanes " + lanes +
-                       " of the same warp " + (found.wrote ? "wrote" : "read") + " (PTX line " +
-                       std::to_string(info.ptx_line);
-    if (info.source.line) text += ", source line " + std::to_string(info.source.line);
-    add_formal(make_hazard(w, pc, mask, "missing-warp-sync",
-                           text + ") and no __syncwarp or other meeting of the lanes between"));
+  void meet(const Warp& w) {
+    const Agent agent = agent_of(w);
+    lanes_.meet(w, {agent, warps_[agent].knowledge.happened.of(agent)});
   }
 
   // --- stores that race with stores of the same bytes
@@ -487,15 +470,12 @@ class RaceChecker : public ClusterObserver {
     const Agent agent = finding.earlier.when.agent;
     const bool is_warp = agent < num_warps_;
     const Warp* warp = is_warp ? warp_at(agent) : slots_[agent - first_slot_].warp;
-    const InstInfo& info = cluster_.grid->program->info[finding.earlier.pc];
     std::string text =
         is_warp ? ""
                 : std::string("a ") + name_of(slots_[agent - first_slot_].kind) + " issued by ";
     text += "warp " + std::to_string(warp->index);
     if (cluster_.ctas.size() > 1) text += " of cluster CTA " + std::to_string(warp->cta->rank);
-    text += " (PTX line " + std::to_string(info.ptx_line);
-    if (info.source.line) text += ", source line " + std::to_string(info.source.line);
-    return text + ")";
+    return text + place_of(*cluster_.grid, finding.earlier.pc);
   }
 
   const Warp* warp_at(Agent agent) const {
@@ -511,6 +491,23 @@ class RaceChecker : public ClusterObserver {
     if (findings_.empty()) return;
     std::vector<Hazard> errors = errors_of(w, pc, lanes, kind, what);
     if (!errors.empty()) throw HazardError(std::move(errors));
+  }
+
+  // A race of rows of A that the results of one warp alone come from: an error if it has used them,
+  // or once it does. A tile shorter than the instruction's 64 rows reads what lies behind it and
+  // drops the results.
+  bool harmless(const Warp& w, u32 pc, const Finding& finding, Hazard hazard) {
+    const Warp& reader =
+        finding.earlier_wrote ? w : *slots_[finding.earlier.when.agent - first_slot_].warp;
+    const Inst& wgmma =
+        cluster_.grid->program->code[finding.earlier_wrote ? pc : finding.earlier.pc];
+    ResultUse& use = cluster_.ctas[reader.cta->rank]->warps[reader.index]->wgmma.use;
+    if (use.used_since(wgmma.ext->matrix_writes, finding.rows)) return false;
+    use.distrust(wgmma.ext->matrix_writes, finding.rows, hazard);
+    if (!formal_.insert({pc, finding.earlier.pc}).second) return true;
+    hazard.message += " (rows whose results are not used)";
+    add_formal(std::move(hazard));
+    return true;
   }
 
   // The findings in words; formal ones go to the launch's statistics.
@@ -529,7 +526,7 @@ class RaceChecker : public ClusterObserver {
       Hazard hazard = make_hazard(w, pc, lanes, kind_of(finding.conflict), text);
       if (formal) {
         add_formal(std::move(hazard));
-      } else {
+      } else if (finding.rows == 0 || !harmless(w, pc, finding, hazard)) {
         errors.push_back(std::move(hazard));
       }
     }
@@ -558,7 +555,7 @@ class RaceChecker : public ClusterObserver {
   std::map<Key, Word> words_;               // of shared memory
   std::vector<Finding> findings_;
   std::set<std::pair<u32, u32>> formal_;
-  std::vector<std::unique_ptr<LaneOrder>> lanes_;  // of each CTA
+  LaneSide lanes_;
   HeldStore held_;
   std::set<std::pair<u32, std::string>> equal_;
 };

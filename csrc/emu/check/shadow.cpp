@@ -30,7 +30,11 @@ bool conflicts(const Touch& earlier, bool earlier_wrote, AccessKind kind, const 
 
 void report(std::vector<Finding>& findings, const Finding& finding) {
   for (const Finding& known : findings) {
-    if (known.conflict == finding.conflict && known.earlier.pc == finding.earlier.pc) return;
+    // Whether results of rows are used is a question to each wgmma.
+    if (known.conflict == finding.conflict && known.earlier.pc == finding.earlier.pc &&
+        known.rows == finding.rows) {
+      return;
+    }
   }
   findings.push_back(finding);
 }
@@ -43,6 +47,7 @@ void find_conflicts(const std::vector<Touch>& earlier, bool wrote, AccessKind ki
     if (!conflicts(e, wrote, kind, touch, knowledge, finding.conflict)) continue;
     finding.earlier = e;
     finding.earlier_wrote = wrote;
+    finding.rows = wrote ? touch.rows : e.rows;
     finding.offset = offset;
     report(findings, finding);
   }
@@ -54,6 +59,7 @@ void remember_read(std::vector<Touch>& reads, const Touch& touch, const Knowledg
     // ordered after that one too. The proxies differ in what else they need, so they do not cover
     // one another.
     if (read.async != touch.async || !knowledge.happened.knows(read.when)) continue;
+    if (touch.rows != 0 && read.rows == 0) continue;  // it may turn out harmless, the other not
     const bool same_agent = read.when.agent == touch.when.agent;
     if (!same_agent && (read.bytes & ~touch.bytes) != 0) continue;
     const u8 bytes = same_agent ? read.bytes | touch.bytes : touch.bytes;
@@ -72,7 +78,7 @@ void forget(std::vector<Touch>& touches, u8 bytes) {
 
 u32 form_of(AccessKind kind, const Touch& touch) {
   return static_cast<u32>(kind) | u32{touch.bytes} << 2 | u32{touch.async} << 6 |
-         u32{touch.strong} << 7;
+         u32{touch.strong} << 7 | u32{touch.matrix} << 8 | u32{touch.rows != 0} << 9;
 }
 
 }  // namespace

@@ -26,6 +26,7 @@ struct Touch {
   bool async = false;   // by the asynchronous proxy (TMA, wgmma)
   bool strong = false;  // atomic, volatile, relaxed, acquire or release: may meet its like
   bool matrix = false;  // by wgmma
+  u32 rows = 0;         // the wgmma that reads rows of A which the first warp does not; 0: none
 };
 
 // What is wrong between an earlier access and the one being made.
@@ -40,6 +41,7 @@ struct Finding {
   Conflict conflict = Conflict::Race;
   Touch earlier;
   bool earlier_wrote = false;
+  u32 rows = 0;    // what is read, now or earlier, are such rows
   u32 offset = 0;  // shared-memory offset of the first byte concerned
 };
 

@@ -111,6 +111,26 @@ void add_footprint(const Warp& w, u64 bits, num::Major major, int rows,
   }
 }
 
+// A: a warp's results come from its own 16 rows alone. Those of a K-major tile lie two groups of 8
+// rows after its predecessor's.
+void add_rows(const Warp& w, u64 bits, num::Major major, std::vector<Footprint>* out) {
+  if (major != num::Major::k) return add_footprint(w, bits, major, 64, out);
+  const std::size_t before = out->size();
+  num::SmemDesc desc = num::decode_desc(bits);
+  const u32 quarter = w.index % kWarpsPerGroup;
+  desc.start += 2 * quarter * desc.sbo;
+  const Cta& cta = *w.cta;
+  const num::TileRead read =
+      num::locate_tile(desc, major, 16, kSharedReserved, cta.shared_bytes - kSharedReserved);
+  if (!read.ok) return;
+  for (const num::ByteRange& r : *read.relative) {
+    out->push_back({AccessKind::Read, Space::Shared, cta.rank, read.base + r.begin, r.bytes});
+  }
+  for (std::size_t k = before; k < out->size(); ++k) {
+    (*out)[k].quarter = static_cast<u8>(quarter + 1);
+  }
+}
+
 bool same_shape(const WgmmaOp& op, const Inst& i) {
   return op.inst->ext->regs == i.ext->regs && op.inst->ext->v[0] == i.ext->v[0] &&
          op.inst->op == i.op;
@@ -177,7 +197,10 @@ void mma_async(Warp& w, const Inst& i, u32 mask) {
     static thread_local std::vector<Footprint> fp;
     fp.clear();
     add_footprint(w, op.desc_b, major_of(x.v[2]), static_cast<int>(x.v[0]), &fp);
-    if (x.regs2.empty()) add_footprint(w, op.desc_a, major_of(x.v[1]), 64, &fp);
+    if (x.regs2.empty()) add_rows(w, op.desc_a, major_of(x.v[1]), &fp);
+    if (w.cta->cluster->check && !fp.empty() && fp.back().quarter > 1) {
+      w.wgmma.use.issue(x.matrix_writes, op.id, op.accumulate);
+    }
     const AsyncInfo info{op.id, AsyncKind::Wgmma, &w, 0, op.pc, 0};
     for (auto& o : w.cta->cluster->observers) o->on_async_issue(info, fp);
   }

@@ -239,6 +239,7 @@ uint32_t f32_to_tf32_rna(float value) {
   void name args {                                                                 \
     switch (isa()) {                                                               \
       case Isa::avx512:                                                            \
+      case Isa::avx512_bf16:                                                       \
         return name##_avx512 forward;                                              \
       case Isa::avx2:                                                              \
         return name##_avx2 forward;                                                \

@@ -9,13 +9,13 @@
 namespace dsk::emu::num {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512bf16"};
 
 Isa detect() {
 #if DSK_NUM_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return Isa::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c")) {
@@ -43,7 +43,7 @@ void force_isa(const char* name) {
     current() = best;
     return;
   }
-  for (int i = 0; i <= static_cast<int>(Isa::avx512); ++i) {
+  for (int i = 0; i <= static_cast<int>(Isa::avx512_bf16); ++i) {
     if (wanted != kNames[i]) continue;
     if (i > static_cast<int>(best)) {
       throw std::invalid_argument("force_isa: this CPU has " +
@@ -52,8 +52,8 @@ void force_isa(const char* name) {
     current() = static_cast<Isa>(i);
     return;
   }
-  throw std::invalid_argument("force_isa: expected scalar, avx2, avx512 or empty, got '" + wanted +
-                              "'");
+  throw std::invalid_argument(
+      "force_isa: expected scalar, avx2, avx512, avx512bf16 or empty, got '" + wanted + "'");
 }
 
 }  // namespace dsk::emu::num

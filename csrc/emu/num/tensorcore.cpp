@@ -437,12 +437,18 @@ void BPanel::load(const MmaKind& kind, const uint8_t* rows, size_t pitch, int n)
   }
   const PanelForm form = panel_form(kind);
   isa_ = form == PanelForm::none ? Isa::scalar : isa();
+#if DSK_NUM_X86
+  if (isa_ == Isa::avx512_bf16 && !takes_bf16(kind)) isa_ = Isa::avx512;
+#endif
   special_ = false;
   if (isa_ == Isa::scalar) return;
   const int blocks = (n + block_columns(form) - 1) / block_columns(form);
   storage_.resize(block_bytes(form, kind.k) * static_cast<size_t>(blocks) + 64);
   columns_.assign(static_cast<size_t>(blocks * block_columns(form)), 0);
 #if DSK_NUM_X86
+  if (isa_ == Isa::avx512_bf16) {
+    return build_panel_bf16(kind, raw_.data(), n, PanelAccess::base(*this));
+  }
   const auto build = isa_ == Isa::avx512 ? build_panel_avx512 : build_panel_avx2;
   build(kind, raw_.data(), bytes, n, PanelAccess::base(*this), columns_.data());
 #endif
@@ -458,7 +464,9 @@ void mma(const BPanel& b, const uint8_t* a, size_t pitch, int m, void* d, size_t
   }
 #if DSK_NUM_X86
   if (PanelAccess::isa(b) != Isa::scalar) {
-    const auto run = PanelAccess::isa(b) == Isa::avx512 ? mma_avx512 : mma_avx2;
+    const auto run = PanelAccess::isa(b) == Isa::avx512_bf16 ? mma_bf16
+                     : PanelAccess::isa(b) == Isa::avx512    ? mma_avx512
+                                                             : mma_avx2;
     return run(b, a, pitch, m, d, ldd, accumulate);
   }
 #endif
@@ -494,7 +502,7 @@ void load_accumulator(const uint32_t* const* regs, int n, AccType type, void* de
     return;
   }
 #if DSK_NUM_X86
-  if (isa() == Isa::avx512) return load_accumulator_avx512(regs, n, dense, ldd);
+  if (isa() >= Isa::avx512) return load_accumulator_avx512(regs, n, dense, ldd);
 #endif
   auto* out = static_cast<uint32_t*>(dense);
   for (int r = 0; r < n / 2; ++r) {
@@ -517,7 +525,7 @@ void store_accumulator(uint32_t* const* regs, int n, AccType type, const void* d
     return;
   }
 #if DSK_NUM_X86
-  if (isa() == Isa::avx512) return store_accumulator_avx512(regs, n, dense, ldd);
+  if (isa() >= Isa::avx512) return store_accumulator_avx512(regs, n, dense, ldd);
 #endif
   const auto* in = static_cast<const uint32_t*>(dense);
   for (int r = 0; r < n / 2; ++r) {

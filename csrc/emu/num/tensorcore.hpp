@@ -84,8 +84,8 @@ void mma_reference(const MmaKind& kind, const uint8_t* a, size_t a_pitch, const 
 void load_accumulator(const uint32_t* const* regs, int n, AccType type, void* dense, size_t ldd);
 void store_accumulator(uint32_t* const* regs, int n, AccType type, const void* dense, size_t ldd);
 
-// "avx512", "avx2" or "scalar": what run-time choice gave. force_isa("scalar") narrows it (tests,
-// benchmarks); "" restores the choice. Throws if the name is unknown or this CPU lacks it.
+// "avx512bf16", "avx512", "avx2" or "scalar": the run-time choice. force_isa("scalar") narrows it
+// (tests, benchmarks); "" restores the choice. Throws if the name is unknown or this CPU lacks it.
 const char* active_isa();
 void force_isa(const char* name);
 

@@ -87,19 +87,6 @@ DSK_AVX512 void fast_rows(const float* block, int k, const float (*a)[kMaxK],
   }
 }
 
-// Reads or writes up to 16 elements of C/D as floats.
-DSK_AVX512 inline __m512 read_c(const void* d, size_t index, AccType type, __mmask16 live) {
-  if (type == AccType::f32) {
-    return _mm512_maskz_loadu_ps(live, static_cast<const float*>(d) + index);
-  }
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(live, static_cast<const uint16_t*>(d) + index));
-}
-
-DSK_AVX512 inline void write_half(void* d, size_t index, __mmask16 live, __m512 value) {
-  const __m256i half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
-  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(d) + index, live, half);
-}
-
 template <int kRows>
 DSK_AVX512 void fast_tile(const MmaKind& kind, const float* block, const float (*a)[kMaxK],
                           int columns, void* d, size_t index, size_t ldd, bool accumulate) {
@@ -116,11 +103,7 @@ DSK_AVX512 void fast_tile(const MmaKind& kind, const float* block, const float (
     for (int v = 0; v < 4; ++v) {
       const size_t at = index + static_cast<size_t>(r) * ldd + static_cast<size_t>(16 * v);
       const __mmask16 live = live_lanes(columns - 16 * v);
-      if (kind.d == AccType::f32) {
-        _mm512_mask_storeu_ps(static_cast<float*>(d) + at, live, acc[r][v]);
-      } else {
-        write_half(d, at, live, acc[r][v]);
-      }
+      write_d(d, at, kind.d, live, acc[r][v]);
     }
   }
 }

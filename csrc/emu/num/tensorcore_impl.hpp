@@ -76,11 +76,16 @@ void build_panel_avx2(const MmaKind& kind, const uint8_t* rows, size_t row_bytes
 void mma_avx2(const BPanel& b, const uint8_t* a, size_t pitch, int m, void* d, size_t ldd,
               bool accumulate);
 
-// AVX-512 units; call only when isa() is avx512 and panel_form is not none.
+// AVX-512 units; call only when isa() has it and panel_form is not none.
 void build_panel_avx512(const MmaKind& kind, const uint8_t* rows, size_t row_bytes, int n,
                         std::byte* base, uint8_t* special_columns);
 void mma_avx512(const BPanel& b, const uint8_t* a, size_t pitch, int m, void* d, size_t ldd,
                 bool accumulate);
+// AVX512-BF16: kinds that takes_bf16, whose panels fit in those of fp32.
+bool takes_bf16(const MmaKind& kind);
+void build_panel_bf16(const MmaKind& kind, const uint8_t* rows, int n, std::byte* base);
+void mma_bf16(const BPanel& b, const uint8_t* a, size_t pitch, int m, void* d, size_t ldd,
+              bool accumulate);
 void load_accumulator_avx512(const uint32_t* const* regs, int n, void* dense, size_t ldd);
 void store_accumulator_avx512(uint32_t* const* regs, int n, const void* dense, size_t ldd);
 

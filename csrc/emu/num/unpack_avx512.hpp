@@ -1,4 +1,4 @@
-// Unpacking tensor-core operands under AVX-512: shared by the panels (B) and the rows (A).
+// Tensor-core operands under AVX-512: unpacking, for the panels (B) and the rows (A), and C and D.
 #pragma once
 
 #include "emu/num/isa.hpp"
@@ -21,6 +21,22 @@ constexpr int kZeroExp16 = -4096;
 DSK_AVX512 inline __mmask16 live_lanes(int columns) {
   return columns >= 16 ? __mmask16{0xffff}
                        : static_cast<__mmask16>(columns <= 0 ? 0 : (1u << columns) - 1);
+}
+
+// Reads or writes up to 16 elements of C/D as floats.
+DSK_AVX512 inline __m512 read_c(const void* d, size_t index, AccType type, __mmask16 live) {
+  if (type == AccType::f32) {
+    return _mm512_maskz_loadu_ps(live, static_cast<const float*>(d) + index);
+  }
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(live, static_cast<const uint16_t*>(d) + index));
+}
+
+DSK_AVX512 inline void write_d(void* d, size_t index, AccType type, __mmask16 live, __m512 value) {
+  if (type == AccType::f32) {
+    return _mm512_mask_storeu_ps(static_cast<float*>(d) + index, live, value);
+  }
+  const __m256i half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(d) + index, live, half);
 }
 
 // Sixteen elements unpacked: value (sign included), unnormalised exponent, zero and NaN/Inf masks.

@@ -188,7 +188,7 @@ class Recorder : public ClusterObserver {
         op.ranks |= 1u << f.rank;
         if (op.shared_bytes == 0) op.shared_offset = static_cast<u32>(f.address);
         if (info.kind == AsyncKind::Wgmma) {
-          op.shared_bytes += static_cast<u32>(f.bytes);
+          op.shared_bytes += static_cast<u32>(f.bytes) * (f.quarter != 0 ? 4 : 1);
         } else {
           op.shared_bytes = static_cast<u32>(f.bytes);
         }

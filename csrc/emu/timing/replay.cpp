@@ -95,6 +95,9 @@ void Replay::step(WarpSim& w) {
   issue(w, t);
 }
 
+// Of what ends a region only fences take this long.
+constexpr double kNoted = 16;
+
 void Replay::issue(WarpSim& w, double t) {
   const u32 event = w.record->events[w.order[w.at]];
   const u32 pc = event & kPcMask;
@@ -118,7 +121,10 @@ void Replay::issue(WarpSim& w, double t) {
   if (c.group == Class::Exchange) {  // shuffles share the port of shared memory
     w.memory_ready = std::max(w.memory_ready, w.sm->shared.take(t, 1) + c.latency);
   }
-  if (c.group == Class::Sync || c.group == Class::Control) w.time = std::max(w.time, t + c.latency);
+  if ((c.group == Class::Sync || c.group == Class::Control) && t + c.latency > w.time) {
+    if (c.latency >= kNoted) note(w, State::Fence, 0, w.time, t + c.latency);
+    w.time = t + c.latency;
+  }
   w.action = w.first_action[w.order[w.at] - w.run_first];
   go_on(w);
 }

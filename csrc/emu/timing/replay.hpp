@@ -26,8 +26,9 @@ enum class State : u8 {
   Memory,  // waits for a load
   Result,  // waits for arithmetic
   Busy,    // another warp has the issue slot, or the pipe is full
+  Fence,   // waits for its own earlier accesses
 };
-inline constexpr u32 kStates = 9;
+inline constexpr u32 kStates = 10;
 const char* state_name(State s);
 
 struct Span {

@@ -211,9 +211,9 @@ Timing Replay::run() {
 }
 
 const char* state_name(State s) {
-  static const char* const names[kStates] = {"issue",           "mbarrier", "barrier",
-                                             "cluster barrier", "wgmma",    "copies",
-                                             "memory",          "result",   "busy"};
+  static const char* const names[kStates] = {"issue", "mbarrier", "barrier", "cluster barrier",
+                                             "wgmma", "copies",   "memory",  "result",
+                                             "busy",  "fence"};
   return names[static_cast<u32>(s)];
 }
 
