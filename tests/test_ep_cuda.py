@@ -218,12 +218,12 @@ def test_fifty_random_routings(ranks, seed):
 
 
 def test_ragged_width_and_many_ctas(seed):
-    """1168 = 9 groups of 128 and 16 values, 2336 bytes: more pieces than a lane loads at a time,
-    the last ones not whole; more CTAs than tokens."""
-    group = make(2, 1168, num_sms=5)
+    """2320 = 18 groups of 128 and 16 values, 4640 bytes: more pieces than a lane loads at a time,
+    the last ones not whole; several CTAs of each kernel, more of some than there are tokens."""
+    group = make(2, 2320, num_sms=5)
     for n in (1, 5):
         seed(n)
-        run_case(group, 2, n, 1168)
+        run_case(group, 2, n, 2320)
 
 
 def test_unequal_experts_and_a_rank_without_any(seed):

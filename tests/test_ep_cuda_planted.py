@@ -19,10 +19,11 @@ import os, sys
 from dskernels import cuda
 cuda.launchers().set_kernel_directory(sys.argv[1])
 from test_ep_cuda import make, run_case
-group = make(2)
+group, wide = make(2), make(2, 2320)  # wide rows occupy several CTAs of each kernel
 for n in range(8):
     os.environ["DSK_EMU_SEED"] = str(n)
     run_case(group, 2, n, 256)
+    run_case(wide, 2, n, 2320)
 """
 
 
