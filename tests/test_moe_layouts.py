@@ -17,8 +17,10 @@ from dskernels.testing import assert_bitwise_equal, calc_diff
 
 def replica_map(logical, replicas):
     """int64 [logical, replicas]: a physical expert once at most; the first logical one has none,
-    the second all of its row, and of the others -1 takes some, not always at the end."""
-    table = torch.randperm(logical * replicas).view(logical, replicas)
+    the second all of its row, number 0 among them, and of the others -1 takes some, anywhere."""
+    order = torch.randperm(logical * replicas)
+    order[order == 0], order[replicas] = order[replicas].clone(), 0
+    table = order.view(logical, replicas)
     gone = torch.rand(table.shape) < 0.3
     gone[0], gone[1] = True, False
     return table.masked_fill(gone, -1)

@@ -314,4 +314,10 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "constexpr bool kOverlapsItself = kN <= 64 || (kN < 128 && kMathWarpgroups == 1);",
     ): "Only how many products are under way at once: each k block's sums, and their order, are the "
     "same.",
+    (
+        "cuda/tile/gemm_scales.cuh",
+        "const int block_row = tile.group * block_rows + min(row[i], block_rows - 1);",
+        "const int block_row = tile.group * block_rows + (row[i]);",
+    ): "A row behind the group's last scales columns that D does not have: whatever is read there, "
+    "the next group's scales or TMA's zeros, is stored nowhere.",
 }

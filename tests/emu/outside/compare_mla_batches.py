@@ -2,10 +2,11 @@
 
     python tests/emu/outside/compare_mla_batches.py [--heads 16,32] [--only ragged]
 
-A batch takes as long as its busiest CTA. Both plans are made for 132 SMs, FlashInfer's by the rules
-of its own planner (MLAPlan in its scheduler.cuh, which runs on the host), ours by mla_schedule; of
-each the CTA with most work is run and timed with its share of L2 and HBM, one in so many as have
-work. Then the joining
+Both plans are made for 132 SMs, FlashInfer's by the rules of its own planner (MLAPlan in its
+scheduler.cuh, which runs on the host), ours by mla_schedule. Of each the CTA with most work is run and
+timed twice: with its share of L2 and HBM, one in so many as have work, and with all of it. In between,
+CTAs that are done leave their share to the others (`drained`): so a plan that is out of balance costs
+what the last CTAs cannot use. Then the joining
 of partial results, which are still in L2: the busiest CTA of FlashInfer's merge, and our mla_combine.
 Left out, in FlashInfer's favour: waiting at its barrier of the whole grid. Left out on both sides:
 making the plan, once for all layers of a model.
@@ -30,11 +31,24 @@ from dskernels.emu import mla
 
 SMS, PAGE, TOKEN_BYTES, HBM = 132, 64, 1152, 3.35e6  # bytes per microsecond
 IN_L2 = {"hbm_gbytes": 33500, "hbm": 336}
+PIECE = 1.5  # blocks: what a piece of a request costs beside its tokens
 
 
 def share(part: float) -> dict:
     """Of what all SMs have together."""
     return {"hbm_gbytes": 3350 * part, "l2_bytes": 5500 * part}
+
+
+def drained(loads: list[float], shared: float, free: float) -> float:
+    """When the last of CTAs with these loads ends, if the one with most would take `shared` with
+    its share of memory all the time, and `free` with all of the memory."""
+    left, most = sorted(x for x in loads if x > 0), max(loads)
+    whole = len(left) * most / shared  # of the memory's speed, in load a microsecond
+    time = done = 0.0
+    for i, load in enumerate(left):
+        time += (load - done) / min(most / free, whole / (len(left) - i))
+        done = load
+    return time
 
 
 def batches() -> dict[str, tuple[list[int], int]]:
@@ -76,7 +90,6 @@ def planned(lengths: list[int], tokens: int, heads: int) -> Plan:
     """What FlashInfer's planner makes of it, for at most one cluster of row tiles a request."""
     rows = tokens * heads
     ctas = 2 if rows > fi.TILE_Q else 1
-    assert rows <= ctas * fi.TILE_Q
     clusters = SMS // ctas
     mean = -(-sum(lengths) // clusters)
     steps = [(8, 32), (16, 64), (32, 128), (64, 192)]
@@ -97,8 +110,9 @@ def planned(lengths: list[int], tokens: int, heads: int) -> Plan:
     return plan
 
 
-def run_theirs(pieces: list, merge: tuple[int, int] | None, tokens: int, heads: int, **model):
-    """Microseconds of one cluster: its pieces, as requests of their own, or one CTA's merge."""
+def run_theirs(pieces: list, merge: tuple[int, int] | None, tokens: int, heads: int, *models):
+    """One cluster's launch: its pieces, as requests of their own, or one CTA's merge. Its time with
+    the models given."""
     rows = tokens * heads
     lengths = [taken for taken, _ in pieces] or [PAGE]
     case = fi.Case([tokens] * len(lengths), lengths, heads, PAGE, 1, tokens > 1, seed=0)
@@ -123,20 +137,22 @@ def run_theirs(pieces: list, merge: tuple[int, int] | None, tokens: int, heads: 
     case.plan = lambda: (lists, 1)
     with emu.profiling("h800", sample_ctas=None) as profile:
         case.run(0, check=False)
-    return profile.launches[-1].time("h800", num_sms=case.tiles, **model).modelled_us
+    launch = profile.launches[-1]
+    return [launch.time("h800", num_sms=case.tiles, **m).modelled_us for m in models]
 
 
 def theirs(lengths: list[int], tokens: int, heads: int) -> tuple[float, float, int]:
     """Microseconds of attention and of merging, and how many CTAs have work."""
     plan = planned(lengths, tokens, heads)
-    heaviest = sorted(plan.pieces, key=lambda p: sum(taken for taken, _ in p) + 64 * len(p))
+    loads = [sum(taken for taken, _ in p) / PAGE + PIECE * len(p) for p in plan.pieces]
     active = sum(bool(p) for p in plan.pieces)
-    attention = run_theirs(heaviest[-1], None, tokens, heads, **share(1 / active))
+    heaviest = plan.pieces[loads.index(max(loads))]
+    attention = drained(loads, *run_theirs(heaviest, None, tokens, heads, share(1 / active), {}))
     merging = 0.0
     if plan.merges:
         most = max(plan.merges, key=lambda m: m[0] * m[1])
-        merging = run_theirs([], most, tokens, heads, **IN_L2)
-        merging -= run_theirs([], None, tokens, heads, **IN_L2)
+        (merging,) = run_theirs([], most, tokens, heads, IN_L2)
+        merging -= run_theirs([], None, tokens, heads, IN_L2)[0]
     return attention, merging, active
 
 
@@ -149,7 +165,7 @@ def load_of(part: list[int], blocks: list[int]) -> float:
     work = 0.0
     while (request, block) < (end_request, end_block):
         stop = blocks[request] if request < end_request else end_block
-        work += stop - block + 1.5
+        work += stop - block + PIECE
         request, block = (request + 1, 0) if stop == blocks[request] else (request, stop)
     return work
 
@@ -173,13 +189,16 @@ def ours(lengths: list[int], tokens: int, heads: int) -> tuple[float, float, int
     q = torch.randn(len(lengths), tokens, heads, 576).bfloat16()
     with emu.profiling("h800", sample_ctas=None) as profile:
         mla.mla_decode(q, cache, table, lens, schedule=schedule._replace(parts=parts))
-    times = {launch.kernel: launch for launch in profile.launches}
-    combine = times.pop("mla_combine").time("h800", **IN_L2).modelled_us
-    (decode,) = times.values()
+    launches = {launch.kernel: launch for launch in profile.launches}
+    combine = launches.pop("mla_combine").time("h800", **IN_L2).modelled_us
+    (decode,) = launches.values()
     if (schedule.num_splits.diff() < 2).all():
         combine = 0.5  # launched for nothing
     active = sum(x > 0 for x in loads)
-    return decode.time("h800", **share(len(loads) / active)).modelled_us, combine, active
+    # The grid has 132 CTAs of which one works: shares of it, and all of the memory for it.
+    models = share(len(loads) / active), share(len(loads))
+    times = [decode.time("h800", **m).modelled_us for m in models]
+    return drained(loads, *times), combine, active
 
 
 def main() -> None:
@@ -192,7 +211,7 @@ def main() -> None:
     print("| ratio | attention alone |\n|---|---|---|---|---|---|---|", flush=True)
     for heads in map(int, options.heads.split(",")):
         for name, (lengths, tokens) in batches().items():
-            if options.only not in name:
+            if options.only not in name or tokens * heads > 2 * fi.TILE_Q:
                 continue
             sides = [side(lengths, tokens, heads) for side in (theirs, ours)]
             shown = [f"{a + b:.1f}: {a:.1f} + {b:.1f} ({n})" for a, b, n in sides]
