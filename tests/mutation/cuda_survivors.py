@@ -148,6 +148,21 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "All chunks of the row are cleared, in another order.",
     (
         "cuda/kernels/mla_schedule.cuh",
+        "int whole = p.b > 0 ? blocks[0] : 0, left = whole;",
+        "int whole = p.b >= 0 ? blocks[0] : 0, left = whole;",
+    ): "Without requests only whole - left is used, which is 0 whatever the word holds; it is allocated.",
+    (
+        "cuda/kernels/mla_schedule.cuh",
+        "part.end_block = request < p.b ? whole - left : 0;",
+        "part.end_block = request <= p.b ? whole - left : 0;",
+    ): "Behind the last request nothing of it has been taken: whole - left is 0 too.",
+    (
+        "cuda/kernels/mla_schedule.cuh",
+        "const int share = lane == 31 ? enough : min(equal + lane, enough);",
+        "const int share = lane == 31 ? enough : (equal + lane);",
+    ): "A lane with more than is enough comes behind one with just that, and the first lane is taken.",
+    (
+        "cuda/kernels/mla_schedule.cuh",
         "__syncwarp();",
         ";",
     ): "All lanes have met at the shuffles before it, behind their stores; the emulator takes that for "
