@@ -114,6 +114,8 @@ def test_combine_over_nodes_sums_each_node_first():
     values = torch.tensor([big, 1.0, 1.0, -big])
     assert total(values) == (0.0, 0.0)
     assert total(values, ranks_per_node=2) == (1.0, 1.0)
+    # Nodes by number, not backwards: (1 + big) - big loses the 1.
+    assert total(torch.tensor([1.0, big, -big, 0.0]), ranks_per_node=1) == (0.0, 0.0)
     # 1 + 2^-8 is no bf16: kept in the token's own node, rounded on its way from another.
     small = 2.0**-8
     values = torch.tensor([1.0, small, 0.0, small]).bfloat16()

@@ -357,16 +357,25 @@ MUTANTS = [
     Mutant(
         "combine: order of ranks",
         "ep",
-        "zip(ys, received):\n        for rank",
-        "list(zip(ys, received))[::-1]:\n        for rank",
+        "for host in range(first, first + per_node):",
+        "for host in reversed(range(first, first + per_node)):",
     ),
+    Mutant(
+        "combine: order of nodes",
+        "ep",
+        "for first in range(0, len(ys), per_node):",
+        "for first in reversed(range(0, len(ys), per_node)):",
+    ),
+    Mutant("combine: own sum rounded", "ep", "part if own else part.to", "part.to"),
+    Mutant("combine: sums of nodes not rounded", "ep", "part.to(between_nodes).float()", "part"),
+    Mutant("combine: the dead are summed", "ep", "if alive[host]:", "if True:"),
     Mutant(
         "combine: bf16 sums",
         "ep",
         "[y.float() for y in ys]",
         "[y.bfloat16().float() * (1 + 2**-9) for y in ys]",
     ),
-    Mutant("combine: bias forgotten", "ep", "x + b.float() for", "x for"),
+    Mutant("combine: bias forgotten", "ep", "start=x) for x, pair", "start=x * 0) for x, pair"),
     Mutant("low latency: unweighted", "ep", "weights[token, slot] * y.float()", "y.float()"),
     Mutant(
         "low latency: layout swapped",
