@@ -9,6 +9,7 @@
 // Tasks are (expert, columns) and are handed out one by one, so that any skew of the routing
 // balances: a thread that met a crowded expert simply takes fewer tasks.
 #include "cpu/kernels/gemm_core.hpp"
+#include "cpu/kernels/quantize_row.hpp"
 #include "cpu/kernels/table.hpp"
 #include "cpu/list.hpp"
 
@@ -86,18 +87,6 @@ Panel panel_of(const PackedExperts& experts, PackedShape shape, int64_t expert, 
   return {experts.weights + expert * shape.bytes() + panel * shape.panel_bytes(),
           experts.nan_blocks + expert * marks + panel * shape.blocks(),
           experts.scale + expert * experts.scale_e + panel / 2 * experts.scale_n, experts.scale_k};
-}
-
-template <typename Function>
-DSK_INLINE void with_type(Type type, Function&& function) {
-  switch (type) {
-    case Type::kBF16:
-      return function.template operator()<Type::kBF16>();
-    case Type::kF16:
-      return function.template operator()<Type::kF16>();
-    default:
-      return function.template operator()<Type::kF32>();
-  }
 }
 
 // silu(gate) * up of `columns` (64 or 128) hidden values, stored or quantised.

@@ -1,34 +1,10 @@
 // Copies of tokens to their experts' rows and back: each byte is read and written once, tokens are
 // shared out over threads. The sums back are pinned to the bit: a product and an addition, no fma.
+#include "cpu/kernels/quantize_row.hpp"
 #include "cpu/kernels/table.hpp"
 #include "cpu/parallel.hpp"
 
 namespace dsk::cpu::DSK_CPU_NS {
-namespace {
-
-template <typename Function>
-DSK_INLINE void with_type(Type type, Function&& function) {
-  switch (type) {
-    case Type::kBF16:
-      return function.template operator()<Type::kBF16>();
-    case Type::kF16:
-      return function.template operator()<Type::kF16>();
-    default:
-      return function.template operator()<Type::kF32>();
-  }
-}
-
-template <Type kType>
-DSK_INLINE auto row_of(const Matrix& matrix, int64_t row) {
-  return static_cast<const typename Element<kType>::Storage*>(matrix.data) + row * matrix.stride;
-}
-template <Type kType>
-DSK_INLINE auto row_of(const MutableMatrix& matrix, int64_t row) {
-  return static_cast<typename Element<kType>::Storage*>(matrix.data) + row * matrix.stride;
-}
-
-}  // namespace
-
 void moe_permute(const PermuteParams& p) {
   const size_t bytes = static_cast<size_t>(p.row_bytes);
   parallel_ranges(p.t, 4, p.threads, [&](int64_t t0, int64_t t1, int) {
