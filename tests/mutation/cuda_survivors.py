@@ -36,91 +36,15 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "return left > kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
     ): "The row's last whole run then goes element by element: slower, the same values.",
     (
-        "cuda/kernels/moe_layout.cuh",
-        "const int begin = min(lane * per_lane, p.experts);",
-        "const int begin = (lane * per_lane);",
-    ): "A lane that begins behind the last expert ends there: no expert is its own either way.",
-    (
-        "cuda/kernels/moe_experts_backward.cuh",
-        "for (int column = threadIdx.x % kWarp * 4; column < p.width; column += kWarp * 4) {",
-        "for (int column = threadIdx.x % kWarp * 4; column <= p.width; column += kWarp * 4) {",
-    ): "A run with nothing left of the row loads zeros without reading, and stores nothing.",
-    (
-        "cuda/kernels/moe_gate.cuh",
-        "const bool whole = whole_ && k + kGateSlab <= depth;",
-        "const bool whole = whole_ && k + kGateSlab < depth;",
-    ): "The last whole slab then goes element by element: slower, the same values.",
-    (
-        "cuda/kernels/moe_gate.cuh",
-        "const int last = min(first + per_rank, slabs);",
-        "const int last = (first + per_rank);",
-    ): "Slabs behind the depth are loaded as zeros, nothing being read, and add zeros to the sums.",
-    (
-        "cuda/kernels/moe_gate.cuh",
-        "if (first < last) load(first);",
-        "if (first <= last) load(first);",
-    ): "A slab too many is loaded into registers, zeros behind the depth, and never used.",
-    (
-        "cuda/kernels/moe_gate.cuh",
-        "if (i + 1 < last) load(i + 1);",
-        "if (i + 1 <= last) load(i + 1);",
-    ): "A slab too many is loaded into registers, zeros behind the depth, and never used.",
-    (
-        "cuda/kernels/moe_gate.cuh",
-        "for (int i = threadIdx.x; i < kGateTokens * kGateExperts; i += kGateThreads) {",
-        "for (int i = threadIdx.x; i <= kGateTokens * kGateExperts; i += kGateThreads) {",
-    ): "Thread 0's element more lies where is_last is kept, which it writes itself afterwards.",
-    (
         "cuda/kernels/moe_gate_backward.cuh",
-        "if (p.k > 0) slab.load(p, row, column, 0);",
-        "if (p.k >= 0) slab.load(p, row, column, 0);",
-    ): "Without depth the load finds nothing inside, and what it makes of that is not used.",
-    (
-        "cuda/kernels/moe_gate_backward.cuh",
-        "if (k + kProductSlab < p.k) slab.load(p, row, column, k + kProductSlab);",
-        "if (k + kProductSlab <= p.k) slab.load(p, row, column, k + kProductSlab);",
-    ): "A slab behind the depth is loaded into registers, zeros without reading, and never used.",
-    (
-        "cuda/kernels/moe_layout.cuh",
-        "for (int e = threadIdx.x; e < p.experts; e += kMoeChunk) smem.total[e] = 0;",
-        "for (int e = threadIdx.x; e <= p.experts; e += kMoeChunk) smem.total[e] = 0;",
-    ): "The element more is an unused total, or is_last, which is written behind two barriers.",
-    (
-        "cuda/kernels/moe_permute.cuh",
-        "for (int i = threadIdx.x; i < kPermuteWarps * p.experts; i += kMoeChunk) {",
-        "for (int i = threadIdx.x; i <= kPermuteWarps * p.experts; i += kMoeChunk) {",
-    ): "The element more lies in the first row's place, which is written behind two barriers.",
+        "for (int k = 0; k < p.k; k += kProductSlab) {",
+        "for (int k = 0; k <= p.k; k += kProductSlab) {",
+    ): "A slab behind the depth is of zeros, nothing being read, and adds zeros to the sums.",
     (
         "cuda/kernels/moe_unpermute.cuh",
         "for (int first = 0; first < p.topk; first += kRowsInFlight<T>) {",
         "for (int first = 0; first <= p.topk; first += kRowsInFlight<T>) {",
     ): "A run of choices behind the last has no row: it loads nothing and adds nothing.",
-    (
-        "cuda/kernels/moe_unpermute.cuh",
-        "for (int column = threadIdx.x % kWarp * 4; column < p.depth; column += kWarp * 4) {",
-        "for (int column = threadIdx.x % kWarp * 4; column <= p.depth; column += kWarp * 4) {",
-    ): "A run with nothing left of the row loads zeros without reading, and stores nothing.",
-    (
-        "cuda/tile/gate_choice.cuh",
-        "__syncwarp();  // nobody still reads what is overwritten",
-        ";  // nobody still reads what is overwritten",
-    ): "The reductions before it need what every lane has read, so nobody still reads. It stays, "
-    "because PTX orders memory at barriers only.",
-    (
-        "cuda/tile/gate_choice.cuh",
-        "for (int e = lane; e < p.experts; e += kWarp) value[e] = __fdiv_rn(value[e], sum);",
-        "for (int e = lane; e <= p.experts; e += kWarp) value[e] = __fdiv_rn(value[e], sum);",
-    ): "The one element more is behind the scores, or the first key, which is written afterwards.",
-    (
-        "cuda/tile/gate_choice.cuh",
-        "for (int e = lane; e < p.experts; e += kWarp) value[e] = sigmoid(value[e]);",
-        "for (int e = lane; e <= p.experts; e += kWarp) value[e] = sigmoid(value[e]);",
-    ): "The one element more is behind the scores, or the first key, which is written afterwards.",
-    (
-        "cuda/tile/gate_choice.cuh",
-        "if (p.num_groups > 1) limit_groups(p, s);",
-        "if (p.num_groups >= 1) limit_groups(p, s);",
-    ): "A single group is always chosen, so nobody is out of the running: slower, the same choice.",
     (
         "cuda/tile/mla_dequantize.cuh",
         "return block < piece.end && token < piece.length ? __ldg(table + token / p.page) : 0;",
