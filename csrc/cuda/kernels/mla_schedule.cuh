@@ -72,9 +72,14 @@ __device__ __forceinline__ void mla_schedule_requests(const MlaScheduleParams& p
   }
   __syncwarp();
 
+  // Splits have to be joined, which takes the longer the more there are: pieces of two blocks at
+  // least, and of a fifth of the root of a request's blocks, are where both take about as long.
+  int least = 2;
+  while (least * least * 20 * p.b < total) ++least;
+
   // Less than an equal share cannot do. A part may leave less than one piece's cost (or one split)
   // unused: with that on top, which the last lane has, the parts always suffice.
-  const int equal = (total + p.num_parts - 1) / p.num_parts;
+  const int equal = max((total + p.num_parts - 1) / p.num_parts, p.piece_cost + least);
   const int enough = equal + p.piece_cost + p.split_blocks;
   const int share = lane == 31 ? enough : min(equal + lane, enough);
   const uint32_t suffices = __ballot_sync(0xffffffffu, mla_deal<false>(p, blocks, share));
