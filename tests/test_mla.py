@@ -203,9 +203,9 @@ def test_more_splits_than_a_warp_has_lanes(machine, backend):
 
 
 def test_many_rows_are_joined_by_a_warp_each(machine, backend):
-    case = paged_case([300, *[0] * 7], 1, 128)
+    case = paged_case([300, *[0] * 31], 1, 33)
     q, cache, table, lens = (on_device(x, backend) for x in case)
-    schedule = machine.mla_schedule(lens, 128, num_sms=20)
+    schedule = machine.mla_schedule(lens, 33, num_sms=36)
     assert schedule.num_splits.diff()[0] == 3
     got = machine.mla_decode(q, cache, table, lens, schedule=schedule)
     assert_decoded(tuple(on_cpu(x) for x in got), case)

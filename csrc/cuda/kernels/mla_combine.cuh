@@ -1,10 +1,10 @@
 // Joins the splits of a request: out = sum of 2^(lse_i - lse) out_i, lse = log2 of sum of 2^lse_i.
 //
-// Bound by L2 where many rows are split, 2 KB of fp32 a row and split: a warp for a row, two
-// splits' loads in flight, and registers for many warps. Few rows are bound by latency, one request
-// over all SMs having up to 132 splits: there a warp has a quarter of a row, and 16 splits' loads
-// in flight. Splits are added in order: the sum depends neither on that nor on which CTA came
-// first. Requests with one split are already written.
+// Bound by L2 where many rows are split, 2 KB of fp32 a row and split; by latency where they are
+// few: one request over all SMs has up to 128 splits. So a warp has a whole row or a quarter of it,
+// an instance each, since they need different numbers of registers, and 16 loads in flight either
+// way. Splits are added in order: the sum depends neither on that nor on which CTA came first.
+// Requests with one split are already written.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,7 +20,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 // Some quarters of a row, each 128 columns: 4 a lane.
 template <int kQuarters>
 struct MlaMean {
-  static constexpr int kDepth = kQuarters == 1 ? 16 : 2;  // splits whose loads are under way
+  static constexpr int kDepth = 16 / kQuarters;  // splits whose loads are in flight together
   float4 value[kQuarters] = {};
   float sum = 0.f;  // of weights
 
@@ -77,7 +77,6 @@ __device__ __forceinline__ void mla_combine_row(const MlaCombineParams& p, int r
     const float lse = lane < count ? p.lse_partial[at + int64_t(lane) * rows] : -INFINITY;
     const float weight = ptx::exp2_approx(lse - peak);
     const auto* from = reinterpret_cast<const float4*>(p.out_partial + at * kMlaLatent + column);
-#pragma unroll 1
     for (int i = 0; i < count; i += mean.kDepth) {
       mean.add(from, rows * kMlaLatent / 4, i, count - 1, weight);
     }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "check.hpp"
 #include "cuda/mla_shape.hpp"
 
 namespace dsk::launch {
@@ -13,7 +14,7 @@ namespace cu = device::cu;
 
 constexpr int kDecodeThreads = 384;  // as in instances/mla.def
 constexpr int kCombineThreads = 128;
-constexpr size_t kManyRows = 1024;  // a warp for each keeps the machine busy
+constexpr size_t kManyRows = 512;  // a warp for each keeps the machine busy
 constexpr int kScheduleThreads = 32;
 constexpr uint32_t kTileColumns = 64;  // one 128-byte swizzled row of bf16
 
@@ -130,8 +131,11 @@ void mla_schedule(Context& context, const MlaScheduleArgs& args, cu::Stream stre
                                  args.num_splits,      args.b,
                                  args.num_parts,       args.split_blocks,
                                  piece_cost(args.rows)};
-  launch(context, "mla_schedule",
-         shape_of(1, 1, kScheduleThreads, std::max(args.b, 1) * sizeof(int32_t)), params, stream);
+  // Each lane of the kernel's warp deals for a share of its own, one block more than its neighbour.
+  DSK_CHECK(params.piece_cost + args.split_blocks < 32, "split_blocks: expected at most ",
+            31 - params.piece_cost, ", got ", args.split_blocks);
+  launch(context, "mla_schedule", shape_of(1, 1, kScheduleThreads, (args.b + 2) * sizeof(int32_t)),
+         params, stream);
   if (context.emulated()) context.device().synchronize(stream);
 }
 

@@ -180,7 +180,7 @@ __device__ __forceinline__ void multiply_latents(float (&o)[4][kN / 2], const ui
   ptx::wgmma_fence();
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {
-    const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes);
+    const uint64_t values = mn_major_descriptor(v[tile], 0);  // A has 64 rows, one tile
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       ptx::WgmmaBf16<kN>::template mma<ptx::Major::kMn, ptx::Major::kK>(
@@ -208,7 +208,7 @@ __device__ __forceinline__ void rescale_columns(float (&o)[4][kN / 2],
   }
 }
 
-// Hides the tokens that a column's query may not attend.
+// Hides the tokens that a column's query may not attend; columns behind the last are unused.
 template <int kN>
 __device__ __forceinline__ void mask_tokens(const MlaDecodeParams& p, const MlaPiece& piece,
                                             float (&s)[kN / 2], int block) {
@@ -218,8 +218,7 @@ __device__ __forceinline__ void mask_tokens(const MlaDecodeParams& p, const MlaP
   const int token = first + mla_first_row();
 #pragma unroll
   for (int i = 0; i < kN / 4; ++i) {
-    const int query = min(mla_column(i) / p.h, p.s - 1);  // columns behind the last are unused
-    const int end = p.causal ? seen_by_all + query : piece.length;
+    const int end = p.causal ? seen_by_all + mla_column(i) / p.h : piece.length;
     if (token >= end) s[mla_value(i, 0)] = -INFINITY;
     if (token + 8 >= end) s[mla_value(i, 1)] = -INFINITY;
   }

@@ -35,7 +35,7 @@ __device__ __forceinline__ bool find_prefill_job(const MlaPrefillParams& p, int 
     // The last rows attend most keys, so they go first: CTAs that start late have little to do.
     job.row = begin + (jobs - 1 - index) * kPrefillRows;
     job.row_end = end;
-    job.key = request < p.b ? __ldg(p.cu_seqlens_k + request) : 0;
+    job.key = __ldg(p.cu_seqlens_k + request);
     job.length = request < p.b ? __ldg(p.cu_seqlens_k + request + 1) - job.key : 0;
     job.shift = p.causal ? job.row - begin + job.length - (end - begin) + 1 : job.length;
     const int last = p.causal ? job.shift + kPrefillRows - 1 : job.length;
