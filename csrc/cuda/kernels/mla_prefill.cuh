@@ -131,7 +131,7 @@ struct PrefillMath {
   // Hides the keys that a row does not attend.
   __device__ __forceinline__ void mask(float (&s)[kPrefillScores], int block) const {
     const int first = block * kPrefillBlock;
-    if (first + kPrefillBlock <= job.first_keys()) return;
+    if (first + kPrefillBlock <= job.shift) return;
     int end[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -94,7 +94,7 @@ struct MlaColumns {
 #pragma unroll
     for (int i = 0; i < kN / 4; ++i) {
       const float largest = across_rows<true>(fmaxf(s[mla_value(i, 0)], s[mla_value(i, 1)]));
-      if (threadIdx.x % 32 < 4) smem.column[side][warp][mla_column(i)] = largest;
+      if (threadIdx.x % 32 / 4 == 0) smem.column[side][warp][mla_column(i)] = largest;
     }
     ptx::named_barrier_sync(kMlaWarpgroupOnly + side, kMlaWarpgroup);
 #pragma unroll
@@ -121,7 +121,7 @@ struct MlaColumns {
   __device__ __forceinline__ void publish(const float (&s)[kN / 2], MlaDecodeSmem& smem,
                                           MlaSide side) const {
     store_transposed<kN>(s, mla_few_weights(smem, side));
-    if (threadIdx.x % kMlaWarpgroup < 4) {
+    if (threadIdx.x % kMlaWarpgroup / 4 == 0) {
 #pragma unroll
       for (int i = 0; i < kN / 4; ++i) smem.row_max[side][mla_column(i)] = peak[i];
     }
@@ -136,7 +136,7 @@ struct MlaColumns {
 #pragma unroll
     for (int i = 0; i < kN / 4; ++i) {
       const float mine = across_rows<false>(sum[i]);
-      if (threadIdx.x % 32 < 4) smem.column[side][warp][mla_column(i)] = mine;
+      if (threadIdx.x % 32 / 4 == 0) smem.column[side][warp][mla_column(i)] = mine;
     }
     ptx::named_barrier_sync(kMlaBoth, kMlaMathThreads);
 #pragma unroll
@@ -254,7 +254,7 @@ __device__ __forceinline__ void store_columns(const MlaDecodeParams& p, const Ml
         to[tile * 64 + 8] = o[tile][mla_value(i, 1)];
       }
     }
-    if (threadIdx.x < 4) store_row_lse(p, piece, row, columns.peak[i], total[i]);
+    if (threadIdx.x / 4 == 0) store_row_lse(p, piece, row, columns.peak[i], total[i]);
   }
 }
 

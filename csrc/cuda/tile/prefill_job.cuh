@@ -14,10 +14,8 @@ struct PrefillJob {
   int row_end;  // one past the request's last row of q
   int key;      // the request's first key
   int length;   // its number of keys
-  int shift;    // row r attends keys below r - row + shift (clipped to length)
+  int shift;    // row r of the request attends keys below r - row + shift, at most all of them
   int blocks;   // of keys that any of the rows attends
-
-  __device__ __forceinline__ int first_keys() const { return shift < length ? shift : length; }
 };
 
 // Finds job `index`: requests in order, and behind the last one the rows that belong to none, which
