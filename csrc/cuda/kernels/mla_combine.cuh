@@ -71,9 +71,9 @@ __device__ __forceinline__ void mla_combine_row(const MlaCombineParams& p, int r
   const int64_t column = quarter * 128 + lane * 4;
   const float peak = mla_peak(p, row, begin, end);
   MlaMean<kQuarters> mean;
-  for (int first = begin; first < end; first += 32) {
+  for (int first = begin, count; first != end; first += count) {
+    count = min(end - first, 32);
     const int64_t at = int64_t(first) * rows + row;
-    const int count = min(end - first, 32);
     const float lse = lane < count ? p.lse_partial[at + int64_t(lane) * rows] : -INFINITY;
     const float weight = ptx::exp2_approx(lse - peak);
     const auto* from = reinterpret_cast<const float4*>(p.out_partial + at * kMlaLatent + column);
