@@ -100,7 +100,7 @@ VARIABLES: dict[str, Variable] = {
             "",
             "0 | 1 | order | strict",
             "Checks of kernels that ops launch on the emulator: 0 turns them off, order raises "
-            "formal findings about order too, strict also uninitialized reads and early arrivals.",
+            "formal findings about order too, strict also uninitialized reads.",
             when="native",
         ),
         Variable(

@@ -66,6 +66,36 @@ def test_every_explained_survivor_still_applies():
         )
 
 
+PLANTED = """
+import os, time
+def test_passes(): pass
+def test_fails(): assert 1 == 2
+def test_spins():
+    while True: pass
+def test_dies(): os.abort()
+"""
+FORKS = """
+import sys
+sys.path.insert(0, "tests/mutation")
+import forked_tests as f
+def work(items):
+    for item in items:
+        done = f.run([items[0], item], [0.5, 0.5], lambda: None, lambda: ["kernel"])
+        print([done.failure.split(": ")[-1], len(done.tests)])
+    return 7
+raise SystemExit(f.collect([sys.argv[1]], work))
+"""
+
+
+def test_a_test_that_spins_or_dies_is_told_from_one_that_passes(tmp_path):
+    (tmp_path / "test_planted.py").write_text(PLANTED)
+    command = [sys.executable, "-c", FORKS, str(tmp_path / "test_planted.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 7, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert said == ["['', 2]", "['assert 1 == 2', 1]", "['no end', 0]", "['the process died', 0]"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stem", sorted(t.stem for t in (CSRC / "cuda" / "instances").glob("*.def"))

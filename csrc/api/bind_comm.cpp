@@ -388,6 +388,14 @@ void dsk::api::bind_comm(pybind11::module_& m) {
   comm.attr("max_topk") = dsk::proto::kMaxTopk;
   comm.attr("low_latency_depth") = dsk::proto::kLowLatencyDepth;
   comm.def("must_be_received", &dsk::proto::must_be_received);
+  // Sets of ranks, as masks: for tests of what kernels and host share.
+  comm.def("has_rank", &dsk::proto::has_rank);
+  comm.def("rails_of", &dsk::proto::rails_of);
+  comm.def("list_ranks", [](uint64_t ranks) {
+    std::vector<int> list;
+    dsk::proto::each_rank(ranks, [&](int rank) { list.push_back(rank); });
+    return list;
+  });
   comm.def("low_latency_copy", &dsk::proto::low_latency_copy);
   comm.def("copy_isa", &copy_isa);
   comm.def("window_bytes", &PyExchange::window_bytes);

@@ -38,7 +38,7 @@ constexpr int gemm_fp8_swapped_shared_bytes(int tokens, int num_stages) {
 constexpr int gemm_fp8_swiglu_shared_bytes(int num_stages) {
   const int stages = num_stages * ((64 + 256) * 128 + 64 * 4 + 3 * 128);
   const int result = 64 * 128 * 2;
-  const int maxima = 2 * 2 * 64 * 4;
+  const int maxima = 2 * 64 * 4;
   return gemm_round_up(stages + result + maxima + gemm_barrier_bytes(num_stages), 1024);
 }
 

@@ -133,7 +133,7 @@ void fail(const Warp& w, u32 lanes, const char* kind, const std::string& message
 
 void note_formal(Grid& grid, Hazard hazard) {
   const bool usual = hazard.kind == "formal-proxy-order";
-  const bool lenient = hazard.kind == "uninitialized-read" || hazard.kind == "early-arrival";
+  const bool lenient = hazard.kind == "uninitialized-read";
   const Strict least = lenient ? Strict::All : Strict::Order;
   if (!usual && grid.config.strict >= least) throw HazardError({std::move(hazard)});
   hazard.severity = Severity::Formal;

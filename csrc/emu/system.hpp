@@ -51,7 +51,7 @@ enum class Numerics : u8 {
 };
 
 // Which formal findings are errors: none, those about order (the ones that kernels have no reason
-// for), or uninitialized reads and early arrivals too. "formal-proxy-order" never is.
+// for), or uninitialized reads too. "formal-proxy-order" never is.
 enum class Strict : u8 { No, Order, All };
 
 struct LaunchConfig {

@@ -70,6 +70,24 @@ DSK_HD constexpr uint64_t must_be_received(uint64_t call) {
   return call < kLowLatencyDepth ? 0 : call - kLowLatencyDepth + 1;
 }
 
-DSK_HD constexpr bool is_alive(uint64_t alive, int rank) { return alive >> rank & 1; }
+// Sets of ranks are masks. No set has a bit behind the group's last rank, so a number that is none
+// of its ranks is in no set: who asks for membership need not ask for the bounds.
+DSK_HD constexpr bool has_rank(uint64_t ranks, int rank) {
+  return rank >= 0 && rank < kMaxRanks && (ranks >> rank & 1) != 0;
+}
+DSK_HD constexpr bool is_alive(uint64_t alive, int rank) { return has_rank(alive, rank); }
+
+DSK_HD inline int lowest_rank(uint64_t ranks) {
+#if defined(__CUDA_ARCH__)
+  return __ffsll(static_cast<long long>(ranks)) - 1;
+#else
+  return __builtin_ctzll(ranks);
+#endif
+}
+// Calls body(rank) for each rank of a set, lowest first.
+template <typename Body>
+DSK_HD void each_rank(uint64_t ranks, Body&& body) {
+  for (; ranks != 0; ranks &= ranks - 1) body(lowest_rank(ranks));
+}
 
 }  // namespace dsk::proto

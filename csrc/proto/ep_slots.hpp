@@ -51,6 +51,14 @@ DSK_HD constexpr bool share_rail(int a, int b, int ranks_per_node) {
   return node_of(a, ranks_per_node) != node_of(b, ranks_per_node) &&
          rail_of(a, node_of(b, ranks_per_node), ranks_per_node) == b;
 }
+// The living ranks of other nodes whose tokens `rank` passes on, and which pass on its own.
+DSK_HD inline uint64_t rails_of(int rank, int ranks_per_node, uint64_t alive) {
+  uint64_t rails = 0;
+  each_rank(alive, [&](int peer) {
+    if (share_rail(rank, peer, ranks_per_node)) rails |= uint64_t{1} << peer;
+  });
+  return rails;
+}
 DSK_HD constexpr bool goes_direct(int sender, int receiver, int ranks_per_node, uint64_t alive) {
   const int node = node_of(receiver, ranks_per_node);
   return node == node_of(sender, ranks_per_node) ||
@@ -61,9 +69,7 @@ DSK_HD constexpr bool goes_direct(int sender, int receiver, int ranks_per_node, 
 template <typename RowsTo>
 DSK_HD int64_t first_row(RowsTo&& rows_to, int source, int destination, uint64_t alive) {
   int64_t row = 0;
-  for (int r = 0; r < source; ++r) {
-    if (is_alive(alive, r)) row += rows_to(r, destination);
-  }
+  each_rank(alive & ((uint64_t{1} << source) - 1), [&](int r) { row += rows_to(r, destination); });
   return row;
 }
 

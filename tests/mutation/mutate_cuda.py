@@ -23,123 +23,38 @@ otherwise; 2 when the baseline fails. DSK_NVCC or nvcc on PATH is needed.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
 
+import forked_tests  # noqa: E402
 from cuda_machine_code import SAME, verdict  # noqa: E402
 from cuda_mutants import Instance, Mutant, includes_of, instances_of, mutants_of  # noqa: E402
 from cuda_survivors import EXPLAINED  # noqa: E402
+from forked_tests import Test  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "dskernels" / "_kernels"
 STEMS = ("gemm", "rowwise", "mla", "moe", "ep")
 GOAL = 0.95
 MUTATED = ("cuda/kernels/", "cuda/tile/")
-# Seconds of CPU time, so that a busy machine does not look like a hang; WALL times as many pass
-# before a process that sleeps is given up.
-TIMEOUT_FLOOR, TIMEOUT_FACTOR, WALL = 30.0, 10.0, 20
-
-
-class Test(NamedTuple):
-    node: str
-    seconds: float
-    kernels: frozenset[str]
+BASELINE_LIMIT = 600.0  # seconds of CPU time for a test of the unchanged kernels
 
 
 class Outcome(NamedTuple):
     mutant: Mutant
     status: str  # caught | same code | no compile | explained | SURVIVED
     how: str
-
-
-# ---- running tests in a forked child -----------------------------------------------------------
-
-
-class Recorder:
-    """pytest plugin: what each test launched and how long it took, and the first failure's text."""
-
-    def __init__(self) -> None:
-        self.tests: list[tuple[str, float, list[str]]] = []
-        self.failure = ""
-
-    def pytest_runtest_logreport(self, report) -> None:
-        if report.failed and not self.failure:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            self.failure = f"{report.nodeid}: {crash.message if crash else report.longrepr}"[:400]
-        if report.when == "call" and report.passed:
-            from dskernels.cuda import launchers
-
-            used = sorted(launchers().take_used_kernels("emu"))
-            self.tests.append((report.nodeid, report.duration, used))
-
-
-def run_tests(nodes: list[str], kernels: Path, seed: int, timeout: float) -> dict:
-    """pytest on `nodes` in a fork of this process, the kernels taken from that folder."""
-    handle, name = tempfile.mkstemp()
-    os.close(handle)
-    result = Path(name)
-    child = os.fork()
-    if child == 0:
-        _test_and_exit(nodes, kernels, seed, timeout, result)
-    deadline = time.monotonic() + WALL * timeout
-    status = 0
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            break
-        if time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            result.unlink()
-            return {"code": 1, "failure": f"no end after {timeout:.0f} s", "tests": []}
-        time.sleep(0.02)
-    text = result.read_text()
-    result.unlink()
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
-        text = json.dumps({"code": 1, "failure": f"no end after {timeout:.0f} s", "tests": []})
-    return json.loads(text) if text else {"code": 1, "failure": "the process died", "tests": []}
-
-
-def _test_and_exit(
-    nodes: list[str], kernels: Path, seed: int, timeout: float, result: Path
-) -> None:  # fmt: skip
-    code = 70
-    try:
-        os.setpgid(0, 0)
-        limit = int(timeout) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        os.environ["DSK_EMU_SEED"] = str(seed)
-        os.environ["DSK_EMU_CHECK"] = "order"
-        import pytest
-
-        import dskernels.cuda
-
-        dskernels.cuda.KERNEL_DIRECTORY = kernels
-        recorder = Recorder()
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--backend", "emu", "-m", "not slow"]
-        code = int(pytest.main([*options, *nodes], plugins=[recorder]))
-        report = {"code": code, "failure": recorder.failure, "tests": recorder.tests}
-        result.write_text(json.dumps(report))
-    finally:
-        os._exit(code)
 
 
 # ---- one mutant --------------------------------------------------------------------------------
@@ -169,12 +84,32 @@ def code_lines(ptx: str) -> list[str]:
     return [s for line in text.splitlines() if (s := line.strip()) and not s.startswith(dull)]
 
 
+def used_kernels() -> list[str]:
+    from dskernels.cuda import launchers
+
+    return launchers().take_used_kernels("emu")
+
+
+def run_items(items: list, limits: list[float], kernels: Path, seed: int) -> forked_tests.Outcome:
+    """Run these tests on the emulator, checks on, with the kernels of that folder."""
+
+    def prepare() -> None:
+        import dskernels.cuda
+
+        dskernels.cuda.KERNEL_DIRECTORY = kernels
+        os.environ.update(DSK_EMU_SEED=str(seed), DSK_EMU_CHECK="order")
+
+    return forked_tests.run(items, limits, prepare, used_kernels)
+
+
+class BaselineFails(Exception):
+    """A test fails on the unchanged kernels."""
+
+
 class Stem:
     """A stem's instances and the tests that launch them."""
 
-    def __init__(
-        self, name: str, seeds: list[int], workspace: Path, paths: list[str] | None = None
-    ) -> None:
+    def __init__(self, name: str, seeds: list[int], workspace: Path) -> None:
         self.name, self.seeds = name, seeds
         # Copies: a build or an edit in the meantime must not look like a caught mutant.
         self.csrc, self.kernels = workspace / "csrc", workspace / "kernels"
@@ -185,9 +120,6 @@ class Stem:
         for file in SHIPPED.glob("*.ptx"):
             shutil.copy(file, self.kernels)
         self.instances = instances_of(self.csrc, name)
-        self.paths = paths or sorted(
-            str(f.relative_to(ROOT)) for f in (ROOT / "tests").glob(f"test_{name}*.py")
-        )
         self.files = {
             i.name: {
                 f
@@ -202,16 +134,15 @@ class Stem:
         files = sorted({f for files in self.files.values() for f in files})
         return [m for f in files for m in mutants_of(self.csrc, f)]
 
-    def baseline(self) -> None:
+    def baseline(self, items: list) -> None:
         """Learn which test launches what; exits where the unchanged kernels fail. Run once more at
         the end: had something else broken the tests meanwhile, no mutant would count as caught."""
         for seed in self.seeds:
-            done = run_tests(self.paths, self.kernels, seed, 1800)
-            if done["code"] != 0:
-                print(f"baseline fails with seed {seed}: {done['failure']}")
-                raise SystemExit(2)
+            done = run_items(items, [BASELINE_LIMIT] * len(items), self.kernels, seed)
+            if done.failure:
+                raise BaselineFails(f"with seed {seed}: {done.failure}")
             if not self.tests:
-                tests = [Test(n, s, frozenset(k)) for n, s, k in done["tests"] if k]
+                tests = [Test(items[i], s, frozenset(k)) for i, s, k in done.tests if k]
                 self.tests = sorted(tests, key=lambda t: t.seconds)
 
     def tests_of(self, instance: str) -> list[Test]:
@@ -251,11 +182,10 @@ class Stem:
     def _run(self, instance: str, kernels: Path) -> str:
         """How a test failed, or "" when all pass under every schedule."""
         tests = self.tests_of(instance)
-        timeout = TIMEOUT_FLOOR + TIMEOUT_FACTOR * sum(t.seconds for t in tests)
         for seed in self.seeds:
-            done = run_tests([t.node for t in tests], kernels, seed, timeout)
-            if done["code"] != 0:
-                return done["failure"] or f"pytest ended with {done['code']}"
+            done = run_items([t.item for t in tests], [t.limit for t in tests], kernels, seed)
+            if done.failure:
+                return done.failure
         return ""
 
     def _uncaught(self, mutant: Mutant, changed: bool, tested: bool) -> Outcome:
@@ -317,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, workspace: Path) -> int:
     seeds = [int(s) for s in options.seeds.split(",")]
-    stem = Stem(options.stem, seeds, workspace, options.tests)
+    stem = Stem(options.stem, seeds, workspace)
     mutants = chosen(stem, options.only, options.sample)
     if options.list:
         for mutant in mutants:
@@ -326,23 +256,50 @@ def run(options: argparse.Namespace, workspace: Path) -> int:
         return 0
 
     os.chdir(ROOT)
-    import pytest  # noqa: F401  (before the forks, so that none pays for it again)
     import torch
 
-    import dskernels  # noqa: F401
+    import dskernels  # noqa: F401  (before the forks, so that none pays for it again)
 
     torch.set_num_threads(1)
-    stem.baseline()
+    paths = options.tests or sorted(
+        str(f.relative_to(ROOT)) for f in (ROOT / "tests").glob(f"test_{stem.name}*.py")
+    )
+
+    def work(items: list) -> int:
+        try:
+            outcomes = try_all(stem, items, mutants, options.jobs)
+        except BaselineFails as error:
+            print(f"baseline fails {error}")
+            return 2
+        complete = options.only is None and options.sample is None
+        return 0 if summary(outcomes, complete) else 1
+
+    return forked_tests.collect(["--backend", "emu", "-m", "not slow", *paths], work)
+
+
+_stem: Stem | None = None  # in a worker: handed down by the fork, for tests do not pickle
+
+
+def _adopt(stem: Stem) -> None:
+    global _stem
+    _stem = stem
+
+
+def _try(mutant: Mutant) -> Outcome:
+    return _stem.try_mutant(mutant)
+
+
+def try_all(stem: Stem, items: list, mutants: list[Mutant], jobs: int) -> list[Outcome]:
+    stem.baseline(items)
     print(f"{len(mutants)} mutants, {len(stem.tests)} tests launch kernels", flush=True)
     outcomes = []
-    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
-        for outcome in pool.imap_unordered(stem.try_mutant, mutants):
+    with multiprocessing.get_context("fork").Pool(jobs, _adopt, (stem,)) as pool:
+        for outcome in pool.imap_unordered(_try, mutants):
             outcomes.append(outcome)
             first = outcome.how.splitlines()[0][:150] if outcome.how else ""
             print(f"{outcome.status:10} {outcome.mutant.label}\n{'':11}{first}", flush=True)
-    stem.baseline()
-    complete = options.only is None and options.sample is None
-    return 0 if summary(outcomes, complete) else 1
+    stem.baseline(items)
+    return outcomes
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ __device__ __forceinline__ proto::ReturnNotice* return_notice(const EpGroup& g, 
 __device__ __forceinline__ void offer_results(const EpCombineParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
   const int peer = threadIdx.x;
-  if (peer < g.shape.ranks && proto::is_alive(now.alive, peer)) {
+  if (proto::is_alive(now.alive, peer)) {
     *return_notice(g, peer, g.rank) = {now.epoch, p.results, p.weights, int64_t(p.elements) * 2};
   }
   raise_everywhere(g, now, proto::kReady);
@@ -89,22 +89,15 @@ __device__ __forceinline__ int64_t chunk_at(const EpCombineParams& p, int item) 
 __device__ __forceinline__ void add_node(const EpCombineParams& p, const EpNow& now,
                                          const EpResults& results, const int32_t* row_of, int first,
                                          int ranks, int64_t at, float (&total)[kEpValues]) {
-  for (int begin = 0; begin < ranks; begin += kEpInFlight) {
-    uint4 piece[kEpInFlight] = {};
-    bool there[kEpInFlight];
-#pragma unroll
-    for (int i = 0; i < kEpInFlight; ++i) {
-      const int j = begin + i;
-      there[i] = j < ranks && row_of[j] >= 0 && proto::is_alive(now.alive, first + j);
-      if (!there[i]) continue;
-      piece[i] = *reinterpret_cast<const uint4*>(results.rows[first + j] +
-                                                 row_of[j] * int64_t(p.elements) * 2 + at);
-    }
-#pragma unroll
-    for (int i = 0; i < kEpInFlight; ++i) {
-      if (there[i]) add_piece(total, piece[i]);
-    }
-  }
+  const auto where = [&](int j) -> const uint8_t* {
+    if (row_of[j] < 0 || !proto::is_alive(now.alive, first + j)) return nullptr;
+    return results.rows[first + j] + row_of[j] * int64_t(p.elements) * 2 + at;
+  };
+  each_load(ranks, where, [&](int, const uint4& piece) { add_piece(total, piece); });
+}
+// Whether a lane that is at byte `at` of a row takes one of its weights, too.
+__device__ __forceinline__ bool has_weight(const EpCombineParams& p, int64_t at) {
+  return p.with_weights && at < kEpChunk && threadIdx.x % kEpWarp < p.topk;
 }
 __device__ __forceinline__ float node_weight(const EpCombineParams& p, const EpNow& now,
                                              const EpResults& results, const int32_t* row_of,
@@ -154,16 +147,10 @@ __device__ __forceinline__ void send_sum(const EpCombineParams& p, const EpNow& 
     *reinterpret_cast<uint4*>(partial_row(p, fields, owner, g.rank, place) + at) =
         round_piece(total);
   }
-  if (p.with_weights && at < kEpChunk && lane < p.topk) {
+  if (has_weight(p, at)) {
     partial_weights(p, fields, owner, g.rank, place)[lane] =
         node_weight(p, now, results, row_of, first, nodes.ranks, lane);
   }
-}
-
-// Whether this rank and `peer`, of another node, sum for each other.
-__device__ __forceinline__ bool sums_for(const EpCombineParams& p, const EpNow& now, int peer) {
-  return peer < p.group.shape.ranks && proto::is_alive(now.alive, peer) &&
-         proto::share_rail(peer, p.group.rank, p.ranks_per_node);
 }
 
 // This node's sums to the ranks of other nodes, then wait for theirs. False: somebody is silent.
@@ -171,19 +158,18 @@ __device__ __forceinline__ bool exchange_sums(const EpCombineParams& p, const Ep
                                               const EpResults& results) {
   const EpGroup& g = p.group;
   const int warps = blockDim.x / kEpWarp;
-  for (int owner = 0; owner < g.shape.ranks; ++owner) {
-    if (!sums_for(p, now, owner)) continue;
+  const uint64_t rails = proto::rails_of(g.rank, p.ranks_per_node, now.alive);
+  proto::each_rank(rails, [&](int owner) {
     const int items = p.num_forwarded[owner / p.ranks_per_node] * num_chunks(p);
     for (int i = blockIdx.x * warps + threadIdx.x / kEpWarp; i < items; i += gridDim.x * warps) {
       send_sum(p, now, results, owner, i / num_chunks(p), chunk_at(p, i));
     }
-  }
+  });
   const int peer = threadIdx.x;
-  if (last_to_arrive(g, now, 1) && sums_for(p, now, peer)) {
+  if (last_to_arrive(g, now, 1) && proto::has_rank(rails, peer)) {
     raise_at(g, now, peer, proto::kPartial, g.rank);
   }
-  const bool reached = !sums_for(p, now, peer) || poll_signal(g, now, proto::kPartial, peer);
-  return __syncthreads_and(reached);
+  return await_ranks(g, now, proto::kPartial, rails);
 }
 
 // ---- this rank's tokens ----
@@ -249,23 +235,20 @@ __device__ __forceinline__ void combine_call(const EpCombineParams& p, const EpN
   const EpGroup& g = p.group;
   if (blockIdx.x == 0) offer_results(p, now);
   if (!await_everyone(g, now, proto::kReady)) return;
-  for (int peer = threadIdx.x; peer < g.shape.ranks; peer += blockDim.x) {
-    if (!proto::is_alive(now.alive, peer)) continue;
+  const int peer = threadIdx.x;
+  if (proto::is_alive(now.alive, peer)) {
     const proto::ReturnNotice& notice = *return_notice(g, g.rank, peer);
     results.rows[peer] = g.windows[peer] + notice.region;
     results.weights[peer] = reinterpret_cast<const float*>(g.windows[peer] + notice.weights);
   }
   __syncthreads();
   if (p.ranks_per_node != 0 && !exchange_sums(p, now, results)) return;
-  const int lane = threadIdx.x % kEpWarp;
   for (int item = blockIdx.x * kEpCombineWarps + threadIdx.x / kEpWarp;
        item < p.tokens * num_chunks(p); item += gridDim.x * kEpCombineWarps) {
     const int token = item / num_chunks(p);
     const int64_t at = chunk_at(p, item);
     if (at < int64_t(p.elements) * 2) sum_token(p, now, results, token, at);
-    if (p.with_weights && at < kEpChunk && lane < p.topk) {
-      sum_weights(p, now, results, token, lane);
-    }
+    if (has_weight(p, at)) sum_weights(p, now, results, token, threadIdx.x % kEpWarp);
   }
   if (!last_to_arrive(g, now, 0)) return;
   raise_everywhere(g, now, proto::kRead);

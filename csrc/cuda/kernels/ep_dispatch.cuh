@@ -29,26 +29,20 @@ constexpr int kEpDispatchWarps = 8;
 // rows_to[r]; mentions by counting, whose order does not matter.
 __device__ __forceinline__ void rank_tokens(const EpDispatchParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
-  const int warp = threadIdx.x / kEpWarp, lane = threadIdx.x % kEpWarp, topk = p.row.topk;
+  const int warp = threadIdx.x / kEpWarp, topk = p.row.topk;
   for (int rank = warp; rank < g.shape.ranks; rank += kEpDispatchWarps) {
     const int low = g.experts.begin[rank], high = g.experts.begin[rank + 1];
     const bool up = proto::is_alive(now.alive, rank);
-    uint32_t rows = 0;
-    for (int begin = 0; begin < p.tokens; begin += kEpWarp) {
-      const int token = begin + lane;
-      bool goes = false;
-      for (int k = 0; token < p.tokens && k < topk; ++k) {
+    const auto goes = [&](int token) {
+      bool named = false;
+      for (int k = 0; k < topk; ++k) {
         const int64_t expert = p.topk_idx[int64_t(token) * topk + k];
-        goes |= up && expert >= low && expert < high;
+        named |= expert >= low && expert < high;
       }
-      const uint32_t votes = __ballot_sync(0xffffffffu, goes);
-      const uint32_t before = __popc(votes & ((1u << lane) - 1));
-      if (token < p.tokens) {
-        p.row_of[int64_t(token) * g.shape.ranks + rank] = goes ? int(rows + before) : -1;
-      }
-      rows += __popc(votes);
-    }
-    if (lane == 0) p.rows_to[rank] = rows;
+      return up && named;
+    };
+    const int rows = number_tokens(p.tokens, goes, p.row_of + rank, g.shape.ranks);
+    if (threadIdx.x % kEpWarp == 0) p.rows_to[rank] = uint32_t(rows);
   }
   for (int e = threadIdx.x; e < g.experts.total; e += blockDim.x) p.mentions[e] = 0;
   __syncthreads();
@@ -61,36 +55,31 @@ __device__ __forceinline__ void rank_tokens(const EpDispatchParams& p, const EpN
 
 __device__ __forceinline__ void send_notices(const EpDispatchParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
-  for (int peer = 0; peer < g.shape.ranks; ++peer) {
-    if (!proto::is_alive(now.alive, peer)) continue;
+  proto::each_rank(now.alive, [&](int peer) {
     auto* notice = reinterpret_cast<proto::Notice*>(notice_at(g, peer, g.rank));
     if (threadIdx.x == 0) {
       notice->epoch = now.epoch;
       notice->region = p.region;
       notice->shape = p.row;
-      notice->forwards = forwards_through(p, now, peer);
+      notice->forwards = forwards_through(p, peer);
     }
-    for (int r = threadIdx.x; r < g.shape.ranks; r += blockDim.x) {
-      notice->rows_to[r] = p.rows_to[r];
-    }
+    const int receiver = threadIdx.x;
+    if (proto::is_alive(now.alive, receiver)) notice->rows_to[receiver] = p.rows_to[receiver];
     auto* mentions = reinterpret_cast<uint32_t*>(notice + 1);
     const int first = g.experts.begin[peer];
     for (int e = threadIdx.x; e < g.experts.count(peer); e += blockDim.x) {
       mentions[e] = p.mentions[first + e];
     }
-  }
+  });
   raise_everywhere(g, now, proto::kNotified);
 }
 
 __device__ __forceinline__ void find_targets(const EpGroup& g, const EpNow& now,
                                              EpTargets& targets) {
-  for (int peer = threadIdx.x; peer < g.shape.ranks; peer += blockDim.x) {
-    if (!proto::is_alive(now.alive, peer)) continue;
-    const auto rows_to = [&](int from, int to) {
-      return reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, from))->rows_to[to];
-    };
-    const auto* notice = reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, peer));
-    targets.region[peer] = g.windows[peer] + notice->region;
+  const int peer = threadIdx.x;
+  if (proto::is_alive(now.alive, peer)) {
+    const auto rows_to = [&](int from, int to) { return notice_from(g, from)->rows_to[to]; };
+    targets.region[peer] = g.windows[peer] + notice_from(g, peer)->region;
     targets.first_row[peer] = int32_t(proto::first_row(rows_to, g.rank, peer, now.alive));
   }
   __syncthreads();
@@ -130,7 +119,8 @@ __device__ __forceinline__ void send_token(const EpDispatchParams& p, const EpNo
   for (int peer = 0; peer < g.shape.ranks; ++peer) {
     if (row_of[peer] < 0 || !proto::goes_direct(g.rank, peer, p.ranks_per_node, now.alive))
       continue;
-    store_record(p, from, peer, fields, targets.region[peer], row_of[peer]);
+    store_record(p, from, {g.experts.begin[peer], g.experts.begin[peer + 1]}, fields,
+                 targets.region[peer], row_of[peer]);
   }
   send_forwards(p, from, row_of);
 }
@@ -140,12 +130,11 @@ __device__ __forceinline__ void count_received(const EpDispatchParams& p, const 
   const EpGroup& g = p.group;
   for (int e = threadIdx.x; e <= g.experts.count(g.rank); e += blockDim.x) {
     uint32_t total = 0;
-    for (int source = 0; source < g.shape.ranks; ++source) {
-      if (!proto::is_alive(now.alive, source)) continue;
-      const auto* notice = reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, source));
+    proto::each_rank(now.alive, [&](int source) {
+      const proto::Notice* notice = notice_from(g, source);
       total +=
           e == 0 ? notice->rows_to[g.rank] : reinterpret_cast<const uint32_t*>(notice + 1)[e - 1];
-    }
+    });
     p.received[e] = int32_t(total);
   }
 }
@@ -155,10 +144,7 @@ __device__ __forceinline__ void clear_behind(const EpDispatchParams& p, const Ep
                                              const proto::RegionLayout& fields) {
   const EpGroup& g = p.group;
   int64_t rows = 0;
-  for (int source = 0; source < g.shape.ranks; ++source) {
-    if (!proto::is_alive(now.alive, source)) continue;
-    rows += reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, source))->rows_to[g.rank];
-  }
+  proto::each_rank(now.alive, [&](int source) { rows += notice_from(g, source)->rows_to[g.rank]; });
   uint8_t* records = g.windows[g.rank] + p.region + fields.records + fields.topk_idx;
   const int64_t slots = g.shape.ranks * g.shape.max_tokens * p.row.topk;
   for (int64_t i = rows * p.row.topk + blockIdx.x * blockDim.x + threadIdx.x; i < slots;

@@ -18,6 +18,27 @@ __device__ __forceinline__ uint8_t* notice_at(const EpGroup& g, int owner, int s
   const proto::WindowLayout layout = proto::WindowLayout::of(g.shape);
   return g.windows[owner] + layout.notices + source * layout.notice_stride;
 }
+__device__ __forceinline__ const proto::Notice* notice_from(const EpGroup& g, int source) {
+  return reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, source));
+}
+
+// One warp numbers, in order, the tokens for which goes(token): number_of[token * stride], -1 for
+// the others. Returns how many there are.
+template <class Goes>
+__device__ __forceinline__ int number_tokens(int tokens, Goes goes, int32_t* number_of,
+                                             int64_t stride) {
+  const int lane = threadIdx.x % kEpWarp;
+  int count = 0;
+  for (int begin = 0; begin < tokens; begin += kEpWarp) {
+    const int token = begin + lane;
+    const bool exists = token < tokens, chosen = exists && goes(token);
+    const uint32_t votes = __ballot_sync(0xffffffffu, chosen);
+    const int number = count + __popc(votes & ((1u << lane) - 1));
+    if (exists) number_of[token * stride] = chosen ? number : -1;
+    count += __popc(votes);
+  }
+  return count;
+}
 
 // Where this rank's rows begin at each peer.
 struct EpTargets {
@@ -40,11 +61,16 @@ __device__ __forceinline__ void store_piece(uint8_t* rows, int64_t row, int64_t 
   *reinterpret_cast<uint4*>(rows + row * row_bytes + at) = piece;
 }
 
-// The record of a token: for rank `peer`, with local expert numbers, or unchanged for peer -1.
+// The experts whose numbers a record keeps, counted from the first of them.
+struct EpHosted {
+  int64_t begin, end;
+};
+
+// The record of a token: for a rank, with its local expert numbers, or for all.
 __device__ __forceinline__ void store_record(const EpDispatchParams& p, const EpToken& from,
-                                             int peer, const proto::RegionLayout& fields,
-                                             uint8_t* region, int64_t row) {
-  const EpGroup& g = p.group;
+                                             const EpHosted& hosted,
+                                             const proto::RegionLayout& fields, uint8_t* region,
+                                             int64_t row) {
   const int lane = threadIdx.x % kEpWarp;
   uint8_t* record = region + fields.records + row * int64_t(fields.record_bytes);
   for (int c = lane; c < p.row.scale_bytes / 4; c += kEpWarp) {
@@ -52,10 +78,8 @@ __device__ __forceinline__ void store_record(const EpDispatchParams& p, const Ep
   }
   if (lane < p.row.topk) {
     const int64_t expert = from.topk_idx[lane];
-    const int64_t low = peer < 0 ? 0 : g.experts.begin[peer];
-    const int64_t high = peer < 0 ? g.experts.total : g.experts.begin[peer + 1];
-    const bool there = expert >= low && expert < high;
-    reinterpret_cast<int64_t*>(record + fields.topk_idx)[lane] = there ? expert - low : -1;
+    const bool there = expert >= hosted.begin && expert < hosted.end;
+    reinterpret_cast<int64_t*>(record + fields.topk_idx)[lane] = there ? expert - hosted.begin : -1;
     reinterpret_cast<float*>(record + fields.topk_weights)[lane] =
         there && p.row.with_weights ? from.topk_weights[lane] : 0.f;
   }
@@ -92,34 +116,24 @@ __device__ __forceinline__ bool uses_rail(const EpDispatchParams& p, const EpNow
 __device__ __forceinline__ void place_forwards(const EpDispatchParams& p, const EpNow& now) {
   if (p.ranks_per_node == 0) return;
   const EpGroup& g = p.group;
-  const int lane = threadIdx.x % kEpWarp, nodes = num_nodes(p);
+  const int nodes = num_nodes(p);
   for (int node = threadIdx.x / kEpWarp; node < nodes; node += blockDim.x / kEpWarp) {
-    int rows = 0;
-    for (int begin = 0; begin < p.tokens; begin += kEpWarp) {
-      const int token = begin + lane;
-      bool goes = false;
-      for (int j = 0; token < p.tokens && j < p.ranks_per_node; ++j) {
-        goes |= p.row_of[int64_t(token) * g.shape.ranks + node * p.ranks_per_node + j] >= 0;
+    const auto goes = [&](int token) {
+      bool wanted = false;
+      for (int j = 0; j < p.ranks_per_node; ++j) {
+        wanted |= p.row_of[int64_t(token) * g.shape.ranks + node * p.ranks_per_node + j] >= 0;
       }
-      goes = goes && uses_rail(p, now, node);
-      const uint32_t votes = __ballot_sync(0xffffffffu, goes);
-      if (token < p.tokens) {
-        p.forward_of[int64_t(token) * nodes + node] =
-            goes ? rows + __popc(votes & ((1u << lane) - 1)) : -1;
-      }
-      rows += __popc(votes);
-    }
+      return wanted && uses_rail(p, now, node);
+    };
+    number_tokens(p.tokens, goes, p.forward_of + node, nodes);
   }
   __syncthreads();
 }
 
-// How many rows `peer` is to pass on for this rank.
-__device__ __forceinline__ uint32_t forwards_through(const EpDispatchParams& p, const EpNow& now,
-                                                     int peer) {
-  if (p.ranks_per_node == 0) return 0;
+// How many rows the living `peer` is to pass on for this rank.
+__device__ __forceinline__ uint32_t forwards_through(const EpDispatchParams& p, int peer) {
+  if (!proto::share_rail(p.group.rank, peer, p.ranks_per_node)) return 0;
   const int node = proto::node_of(peer, p.ranks_per_node), nodes = num_nodes(p);
-  if (!uses_rail(p, now, node) || proto::rail_of(p.group.rank, node, p.ranks_per_node) != peer)
-    return 0;
   int32_t last = -1;  // places grow with the tokens
   for (int token = p.tokens - 1; token >= 0 && last < 0; --token) {
     last = p.forward_of[int64_t(token) * nodes + node];
@@ -140,7 +154,7 @@ __device__ __forceinline__ void send_forwards(const EpDispatchParams& p, const E
     uint8_t* region = g.windows[proto::rail_of(g.rank, node, p.ranks_per_node)] + p.forward;
     const int64_t slot = g.rank * g.shape.max_tokens + place;
     copy_row(region + fields.x + slot * p.row.row_bytes, from.x, p.row.row_bytes);
-    store_record(p, from, -1, fields, region, slot);
+    store_record(p, from, {0, g.experts.total}, fields, region, slot);
     uint8_t* record = region + fields.records + slot * int64_t(fields.record_bytes);
     for (int j = lane; j < p.ranks_per_node; j += kEpWarp) {
       rows_behind(record, fields, p.row.topk)[j] = row_of[node * p.ranks_per_node + j];
@@ -152,20 +166,12 @@ __device__ __forceinline__ void send_forwards(const EpDispatchParams& p, const E
 __device__ __forceinline__ void say_sent(const EpDispatchParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
   const int peer = threadIdx.x;
-  if (peer >= g.shape.ranks || !proto::is_alive(now.alive, peer)) return;
+  if (!proto::is_alive(now.alive, peer)) return;
   if (proto::goes_direct(g.rank, peer, p.ranks_per_node, now.alive)) {
     raise_at(g, now, peer, proto::kSent, g.rank);
-  } else if (proto::rail_of(g.rank, proto::node_of(peer, p.ranks_per_node), p.ranks_per_node) ==
-             peer) {
+  } else if (proto::share_rail(g.rank, peer, p.ranks_per_node)) {
     raise_at(g, now, peer, proto::kForwarded, g.rank);
   }
-}
-
-// Whether this rank passes on what `source` sends to this node.
-__device__ __forceinline__ bool forwards_for(const EpDispatchParams& p, const EpNow& now,
-                                             int source) {
-  return proto::is_alive(now.alive, source) &&
-         proto::share_rail(source, p.group.rank, p.ranks_per_node);
 }
 
 __device__ __forceinline__ void forward_row(const EpDispatchParams& p, int64_t slot,
@@ -199,7 +205,10 @@ __device__ __forceinline__ void forward_row(const EpDispatchParams& p, int64_t s
     }
   });
   for (int j = 0; j < p.ranks_per_node; ++j) {
-    if (rows[j] >= 0) store_record(p, from, first + j, fields, targets.region[first + j], rows[j]);
+    if (rows[j] < 0) continue;
+    const int peer = first + j;
+    store_record(p, from, {g.experts.begin[peer], g.experts.begin[peer + 1]}, fields,
+                 targets.region[peer], rows[j]);
   }
 }
 
@@ -208,26 +217,19 @@ __device__ __forceinline__ bool forward_rows(const EpDispatchParams& p, const Ep
                                              const EpTargets& targets,
                                              const proto::RegionLayout& fields) {
   const EpGroup& g = p.group;
-  bool reached = true;
-  const int mine = threadIdx.x;
-  if (mine < g.shape.ranks && forwards_for(p, now, mine)) {
-    reached = poll_signal(g, now, proto::kForwarded, mine);
-  }
-  if (!__syncthreads_and(reached)) return false;
+  const uint64_t rails = proto::rails_of(g.rank, p.ranks_per_node, now.alive);
+  if (!await_ranks(g, now, proto::kForwarded, rails)) return false;
   const proto::RegionLayout waiting = forward_fields(p);
-  if (blockIdx.x == 0 && mine < g.shape.ranks && forwards_for(p, now, mine)) {
-    const auto* notice = reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, mine));
-    p.num_forwarded[proto::node_of(mine, p.ranks_per_node)] = int32_t(notice->forwards);
-  }
   const int warps = blockDim.x / kEpWarp;
-  for (int source = 0; source < g.shape.ranks; ++source) {
-    if (!forwards_for(p, now, source)) continue;
-    const auto* notice = reinterpret_cast<const proto::Notice*>(notice_at(g, g.rank, source));
-    for (int i = blockIdx.x * warps + threadIdx.x / kEpWarp; i < int(notice->forwards);
-         i += gridDim.x * warps) {
+  proto::each_rank(rails, [&](int source) {
+    const int rows = int(notice_from(g, source)->forwards);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      p.num_forwarded[proto::node_of(source, p.ranks_per_node)] = rows;
+    }
+    for (int i = blockIdx.x * warps + threadIdx.x / kEpWarp; i < rows; i += gridDim.x * warps) {
       forward_row(p, source * g.shape.max_tokens + i, targets, fields, waiting);
     }
-  }
+  });
   return true;
 }
 
@@ -235,13 +237,9 @@ __device__ __forceinline__ bool forward_rows(const EpDispatchParams& p, const Ep
 __device__ __forceinline__ void say_forwarded(const EpDispatchParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
   const int node = proto::node_of(g.rank, p.ranks_per_node), peer = threadIdx.x;
-  if (peer >= g.shape.ranks || !proto::is_alive(now.alive, peer) ||
-      proto::node_of(peer, p.ranks_per_node) != node) {
-    return;
-  }
-  for (int source = 0; source < g.shape.ranks; ++source) {
-    if (forwards_for(p, now, source)) raise_at(g, now, peer, proto::kSent, source);
-  }
+  if (!proto::is_alive(now.alive, peer) || proto::node_of(peer, p.ranks_per_node) != node) return;
+  proto::each_rank(proto::rails_of(g.rank, p.ranks_per_node, now.alive),
+                   [&](int source) { raise_at(g, now, peer, proto::kSent, source); });
 }
 
 }  // namespace dsk

@@ -63,7 +63,7 @@ __device__ __forceinline__ EpSlots slots_of(const EpLowSendParams& p, const EpNo
     if (lane == k) place = count;
   }
   const int peer = expert < 0 ? -1 : g.experts.rank_of(expert);
-  if (peer < 0 || !proto::is_alive(now.alive, peer)) return {-1, 0};
+  if (!proto::is_alive(now.alive, peer)) return {-1, 0};
   return {peer, proto::receive_slot(g.shape, proto::low_latency_copy(now.epoch),
                                     int(expert) - g.experts.begin[peer], g.rank, place)};
 }
@@ -78,12 +78,8 @@ __device__ __forceinline__ void each_slot(const EpLowSendParams& p, const EpSlot
   }
 }
 
-// Rows are sent in parts of kEpInFlight pieces, so that few messages occupy many warps.
-__device__ __forceinline__ int parts_of_row(const EpLowSendParams& p) {
-  const int pieces = p.row.scale_bytes > 0 ? (p.elements + kQuantGroup - 1) / kQuantGroup
-                                           : (p.elements * 2 + kEpChunk - 1) / kEpChunk;
-  return (pieces + kEpInFlight - 1) / kEpInFlight;
-}
+// Rows are sent in parts of this many values, so that few messages occupy many warps.
+constexpr int kPartValues = kEpInFlight * kQuantGroup;
 
 // Cast once, stored to all that want it.
 __device__ __forceinline__ void cast_part(const EpLowSendParams& p, const EpSlots& to, int token,
@@ -126,7 +122,7 @@ __device__ __forceinline__ void copy_part(const EpLowSendParams& p, const EpSlot
                                           int part) {
   const EpGroup& g = p.group;
   const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
-  constexpr int64_t kPart = kEpInFlight * kEpChunk;
+  constexpr int64_t kPart = kPartValues * 2;  // bytes of bf16
   const uint8_t* from = p.x + token * p.row.row_bytes;
   each_slot(p, to, [&](uint8_t* base, uint64_t slot, int) {
     uint8_t* data = base + low.x + slot * uint64_t(g.shape.max_row_bytes);
@@ -138,7 +134,7 @@ __device__ __forceinline__ void copy_part(const EpLowSendParams& p, const EpSlot
 __device__ __forceinline__ void send_tokens(const EpLowSendParams& p, const EpNow& now, int warp,
                                             int warps) {
   const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(p.group.shape);
-  const int parts = parts_of_row(p);
+  const int parts = (p.elements + kPartValues - 1) / kPartValues;
   const int64_t items = int64_t(p.tokens) * parts;
   EpSlots to{};
   int sought = -1;
@@ -317,33 +313,23 @@ __device__ __forceinline__ void add_weighted(float (&total)[kEpValues], const ui
   }
 }
 
-// 16 bytes of a token's sum: the results loaded kEpInFlight at a time, added in order of slots.
+// 16 bytes of a token's sum, added in order of slots.
 __device__ __forceinline__ void reduce_piece(const EpLowReduceParams& p, const EpNow& now,
                                              const proto::LowLatencyLayout& low, int token,
                                              int64_t at) {
   const EpGroup& g = p.group;
   const int copy = proto::low_latency_copy(now.epoch);
   const uint8_t* returned = low_base(g, g.rank) + low.returned + at;
+  const int64_t choices = int64_t(token) * p.topk;
   float total[kEpValues] = {};
-  for (int first = 0; first < p.topk; first += kEpInFlight) {
-    uint4 piece[kEpInFlight] = {};
-    bool there[kEpInFlight];
-#pragma unroll
-    for (int i = 0; i < kEpInFlight; ++i) {
-      const int k = first + i;
-      const int64_t expert = k < p.topk ? p.topk_idx[int64_t(token) * p.topk + k] : -1;
-      there[i] = expert >= 0 && proto::is_alive(now.alive, g.experts.rank_of(expert));
-      if (!there[i]) continue;
-      const uint64_t slot = proto::return_slot(g.shape, copy, token, k);
-      piece[i] = *reinterpret_cast<const uint4*>(returned + slot * uint64_t(g.shape.max_row_bytes));
-    }
-#pragma unroll
-    for (int i = 0; i < kEpInFlight; ++i) {
-      if (there[i]) {
-        add_weighted(total, piece[i], p.topk_weights[int64_t(token) * p.topk + first + i]);
-      }
-    }
-  }
+  const auto where = [&](int k) -> const uint8_t* {
+    const int64_t expert = p.topk_idx[choices + k];
+    if (expert < 0 || !proto::is_alive(now.alive, g.experts.rank_of(expert))) return nullptr;
+    return returned + proto::return_slot(g.shape, copy, token, k) * uint64_t(g.shape.max_row_bytes);
+  };
+  each_load(p.topk, where, [&](int k, const uint4& piece) {
+    add_weighted(total, piece, p.topk_weights[choices + k]);
+  });
   *reinterpret_cast<uint4*>(p.out + int64_t(token) * p.elements * 2 + at) = round_piece(total);
 }
 

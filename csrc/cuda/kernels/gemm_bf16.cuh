@@ -116,7 +116,7 @@ __device__ __forceinline__ void gemm_bf16(const GemmBf16Params& p) {
       running_sum<kN>(smem.ring, at, sharers, tile.k_begin, tile.k_end, left, right, sum);
       const int row = tile.a_row + first_row;
       const ResultPlace place{(along_k ? int64_t(tile.group) * p.extent.m : 0) + row,
-                              min(tile.row_end - row, kMmaM), tile.n_start, tile.group,
+                              tile.row_end - row, tile.n_start, tile.group,
                               ends_with_map(p.extent, tile)};
       await_panels(warpgroup);
       finish_tile<kN>(p.result, p.extent.n, place, smem.d[warpgroup], warpgroup, sum);

@@ -53,6 +53,8 @@ struct alignas(1024) GemmFp8ColumnSmem {
 template <class Shape>
 class RowAndColumnScales {
  public:
+  static constexpr bool kReadsLate = true;
+
   __device__ __forceinline__ RowAndColumnScales(const GemmFp8ColumnSmem<Shape>& smem, int warpgroup)
       : sfa_(kept(smem.sfa[0][warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 +
                               threadIdx.x % 32 / 4])),
@@ -138,8 +140,8 @@ __device__ __forceinline__ void gemm_fp8_1d1d(const GemmFp8Params& p) {
           ring, at, release, tile.k_begin, tile.k_end, left, right, scales, sum,
           [&] { await_panels(warpgroup); });
       const int row = tile.a_row + warpgroup * kMmaM;
-      const ResultPlace place{int64_t(tile.group) * p.extent.m + row,
-                              min(tile.row_end - row, kMmaM), tile.n_start, tile.group, false};
+      const ResultPlace place{int64_t(tile.group) * p.extent.m + row, tile.row_end - row,
+                              tile.n_start, tile.group, false};
       finish_tile<kN>(p.result, p.extent.n, place, smem.d[warpgroup], warpgroup, sum);
     });
     drain_stores();

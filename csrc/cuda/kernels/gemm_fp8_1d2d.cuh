@@ -60,6 +60,8 @@ struct alignas(1024) GemmFp8Smem {
 template <class Shape>
 class RowAndBlockScales {
  public:
+  static constexpr bool kReadsLate = false;
+
   __device__ __forceinline__ RowAndBlockScales(const GemmFp8Smem<Shape>& smem, int warpgroup)
       : sfb_(kept(smem.sfb)),
         sfa_(kept(smem.sfa[0][warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 +
@@ -77,8 +79,6 @@ class RowAndBlockScales {
       scale_[row][1] = __fmul_rn(sa[1], sb);
     }
   }
-
-  __device__ __forceinline__ void read_rest(int) {}
 
   __device__ __forceinline__ void promote(float (&sum)[Shape::kBlockN / 2],
                                           const float (&partial)[Shape::kBlockN / 2]) const {
@@ -161,7 +161,7 @@ __device__ __forceinline__ void gemm_fp8_1d2d(const GemmFp8Params& p) {
         reduce_and_store<Shape::kMathThreads>(p.result, p.extent.n, place, smem.partial());
       } else {
         place.row += first_row;
-        place.rows_left = min(place.rows_left - first_row, kMmaM);
+        place.rows_left -= first_row;
         finish_tile<kN>(p.result, p.extent.n, place, smem.d[warpgroup], warpgroup, sum);
       }
     });

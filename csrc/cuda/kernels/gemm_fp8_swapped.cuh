@@ -59,6 +59,8 @@ struct alignas(1024) GemmFp8SwappedSmem {
 template <class Shape>
 class BlockAndColumnScales {
  public:
+  static constexpr bool kReadsLate = false;
+
   __device__ __forceinline__ explicit BlockAndColumnScales(const GemmFp8SwappedSmem<Shape>& smem)
       : sfa_(kept(smem.sfa[0][threadIdx.x % 4 * 2])), sfb_(kept(smem.sfb)) {}
 
@@ -71,8 +73,6 @@ class BlockAndColumnScales {
       scale_[i] = make_float2(__fmul_rn(sa.x, sb), __fmul_rn(sa.y, sb));
     }
   }
-
-  __device__ __forceinline__ void read_rest(int) {}
 
   __device__ __forceinline__ void promote(float (&sum)[Shape::kTokens / 2],
                                           const float (&partial)[Shape::kTokens / 2]) const {

@@ -52,7 +52,7 @@ struct alignas(1024) GemmSwigluSmem {
   } d;
   alignas(128) float sfa[Shape::kNumStages][Shape::kBlockM];
   StageScales<3> sfb[Shape::kNumStages];  // of the gate; of the up-projection, and the next row
-  float amax[2][2][Shape::kBlockM];       // [tile parity][warpgroup][row]
+  float amax[2][Shape::kBlockM];          // [warpgroup][row]
   Ring<Shape::kNumStages> ring;
   TileQueue queue;
 };
@@ -62,6 +62,8 @@ struct alignas(1024) GemmSwigluSmem {
 template <class Shape, class Smem>
 class SwigluScales {
  public:
+  static constexpr bool kReadsLate = false;
+
   __device__ __forceinline__ explicit SwigluScales(const Smem& smem)
       : sfb_(kept(smem.sfb)),
         sfa_(kept(smem.sfa[0][threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4])) {}
@@ -79,8 +81,6 @@ class SwigluScales {
       scale_[which][1] = __fmul_rn(sa[1], sb);
     }
   }
-
-  __device__ __forceinline__ void read_rest(int) {}
 
   __device__ __forceinline__ void promote(float (&sum)[Shape::kColumns],
                                           const float (&partial)[Shape::kColumns]) const {
@@ -144,11 +144,11 @@ __device__ __forceinline__ void row_maxima(float (&amax)[2][Shape::kBlockM], int
   }
 }
 
-// e4m3 values and their scales to D. `parity` alternates from tile to tile.
+// e4m3 values and their scales to D.
 template <class Shape, class Smem>
 __device__ __forceinline__ void store_quantised(const GemmFp8Params& p, const GemmTile& tile,
                                                 const ResultPlace& at, Smem& smem, int warpgroup,
-                                                int parity, const float (&h)[32]) {
+                                                const float (&h)[32]) {
   using namespace cuda::ptx;
   const int n = p.extent.n / 2;
   const int lane = threadIdx.x % 32;
@@ -158,7 +158,7 @@ __device__ __forceinline__ void store_quantised(const GemmFp8Params& p, const Ge
   if (threadIdx.x == 0) cp_async_bulk_wait_group_read(n32_t<0>{});
   float maximum[2];
   const int columns_left = n - at.column - warpgroup * Shape::kColumns;
-  row_maxima<Shape>(smem.amax[parity], warpgroup, columns_left, h, maximum);
+  row_maxima<Shape>(smem.amax, warpgroup, columns_left, h, maximum);
 
   const int64_t scale_row = int64_t(tile.plane) * ((n + 127) / 128) + at.column / 128;
 #pragma unroll
@@ -231,7 +231,6 @@ __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
     const StageRelease release(ring, sharers);
     RingPosition<Shape::kNumStages> at;
     SwigluScales<Shape, Smem> scales(smem);
-    int parity = 0;
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[2 * Shape::kColumns / 2];
       scales.place((p.extent.n + tile.n_start) / 2, warpgroup * Shape::kColumns);
@@ -240,17 +239,16 @@ __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
           ring, at, release, tile.k_begin, tile.k_end, left, right, scales, sum, [] {});
       float h[Shape::kColumns / 2];
       swiglu(sum, h);
-      ResultPlace place{tile.a_row, min(tile.row_end - tile.a_row, Shape::kBlockM),
-                        tile.n_start / 2, tile.group, ends_with_map(p.extent, tile)};
+      ResultPlace place{tile.a_row, tile.row_end - tile.a_row, tile.n_start / 2, tile.group,
+                        ends_with_map(p.extent, tile)};
       if (p.result.d_type == ElementType::kE4m3) {
-        store_quantised<Shape>(p, tile, place, smem, warpgroup, parity, h);
+        store_quantised<Shape>(p, tile, place, smem, warpgroup, h);
       } else {
         place.column += warpgroup * Shape::kColumns;
         await_panels(warpgroup);
         finish_tile<Shape::kColumns>(p.result, p.extent.n / 2, place, smem.d.wide[warpgroup],
                                      warpgroup, h);
       }
-      parity ^= 1;
     });
     drain_stores();
   };

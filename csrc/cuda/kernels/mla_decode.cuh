@@ -151,7 +151,8 @@ __device__ __forceinline__ void mla_math(const MlaDecodeParams& p, MlaDecodeSmem
     __syncwarp();
     smem.q_ring.await(q_at);
     Tile::template run<Cache, kSide>(p, piece, smem, phase);
-    if (threadIdx.x % 32 == 0) smem.q_ring.consume(q_at);
+    __syncwarp();  // all lanes have read the sums that other warps write anew behind the next Q
+    smem.q_ring.release(q_at);
     q_at.advance();
   }
 }

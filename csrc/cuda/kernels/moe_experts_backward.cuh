@@ -11,6 +11,7 @@
 
 #include "cuda/params/moe.hpp"
 #include "cuda/tile/activation.cuh"
+#include "cuda/tile/each.cuh"
 #include "cuda/tile/quantize.cuh"
 
 namespace dsk {
@@ -24,8 +25,7 @@ __device__ __forceinline__ float hidden_backward(const MoeHiddenBackwardParams& 
   T* dh = static_cast<T*>(p.dh) + row * 2 * p.width;
   T* act = static_cast<T*>(p.act) + row * p.width;
   float dot = 0.f;
-  for (int column = threadIdx.x % kWarp * 4; column < p.width; column += kWarp * 4) {
-    const int left = p.width - column;
+  each_run_in_warp(p.width, [&](int column, int left) {
     float gate[4], up[4], grad[4], dgate[4], dup[4];
     load_run(h + column, left, gate);
     load_run(h + p.width + column, left, up);
@@ -41,7 +41,7 @@ __device__ __forceinline__ float hidden_backward(const MoeHiddenBackwardParams& 
     store_run(dh + column, left, dgate);
     store_run(dh + p.width + column, left, dup);
     store_run(act + column, left, grad);
-  }
+  });
   return warp_sum(dot);
 }
 

@@ -18,6 +18,7 @@
 #include "cuda/params/moe.hpp"
 #include "cuda/ptx/cluster.cuh"
 #include "cuda/tile/activation.cuh"
+#include "cuda/tile/each.cuh"
 #include "cuda/tile/gate_choice.cuh"
 #include "cuda/tile/quantize.cuh"
 
@@ -73,12 +74,13 @@ __device__ __forceinline__ float4 gate_values(const GateRun& run, bool is_bf16) 
 template <int kLoads>
 class GateLoader {
  public:
-  __device__ __forceinline__ GateLoader(const void* from, WideType type, int64_t ld, int first_row,
-                                        int rows)
-      : is_bf16_(type == WideType::kBfloat16) {
+  __device__ __forceinline__ GateLoader(const void* from, WideType type, int64_t ld, int depth,
+                                        int first_row, int rows)
+      : is_bf16_(type == WideType::kBfloat16), depth_(depth) {
     const int bytes = is_bf16_ ? 2 : 4;
     const auto* base = static_cast<const uint8_t*>(from);
-    whole_ = (reinterpret_cast<uintptr_t>(base) | uintptr_t(ld * bytes)) % (4 * bytes) == 0;
+    const auto past = (reinterpret_cast<uintptr_t>(base) | uintptr_t(ld * bytes)) % (4 * bytes);
+    whole_slabs_ = past == 0 ? depth / kGateSlab : 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int row = min(first_row + i * kGateRowStep + int(threadIdx.x) / kGateRuns, rows - 1);
@@ -86,14 +88,14 @@ class GateLoader {
     }
   }
 
-  __device__ __forceinline__ void load(int k, int depth) {
-    const int left = depth - k - int(threadIdx.x) % kGateRuns * 4;
-    const int64_t offset = int64_t(k) * (is_bf16_ ? 2 : 4);
-    const bool whole = whole_ && k + kGateSlab <= depth;
+  // Behind the depth: zeros, and nothing is read.
+  __device__ __forceinline__ void load(int slab) {
+    const int left = depth_ - slab * kGateSlab - int(threadIdx.x) % kGateRuns * 4;
+    const int64_t offset = int64_t(slab) * kGateSlab * (is_bf16_ ? 2 : 4);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const uint8_t* at = from_[i] + offset;
-      if (!whole) {
+      if (slab >= whole_slabs_) {
         run_[i] =
             is_bf16_ ? gate_load_part<uint16_t>(at, left) : gate_load_part<uint32_t>(at, left);
       } else if (is_bf16_) {
@@ -115,7 +117,8 @@ class GateLoader {
   }
 
  private:
-  bool is_bf16_, whole_;
+  bool is_bf16_;
+  int depth_, whole_slabs_;
   const uint8_t* from_[kLoads];
   GateRun run_[kLoads];
 };
@@ -155,24 +158,28 @@ __device__ __forceinline__ void gate_multiply(const MoeGateParams& p, GateSmem& 
   const int slabs = (p.depth + kGateSlab - 1) / kGateSlab;
   const int per_rank = (slabs + kGateCluster - 1) / kGateCluster;
   const int first = ptx::cluster_rank() * per_rank;
-  const int last = min(first + per_rank, slabs);
   GateSums sum = {};
-  GateLoader<kGateTokens / kGateRowStep> x(p.x, p.x_type, p.ld_x, first_token, p.tokens);
-  GateLoader<kGateExperts / kGateRowStep> weight(p.weight, p.weight_type, p.depth, first_expert,
-                                                 p.experts);
-  const auto load = [&](int slab) {
-    x.load(slab * kGateSlab, p.depth);
-    weight.load(slab * kGateSlab, p.depth);
+  GateLoader<kGateTokens / kGateRowStep> x(p.x, p.x_type, p.ld_x, p.depth, first_token, p.tokens);
+  GateLoader<kGateExperts / kGateRowStep> weight(p.weight, p.weight_type, p.depth, p.depth,
+                                                 first_expert, p.experts);
+  const auto load = [&](int i) {
+    x.load(first + i);
+    weight.load(first + i);
   };
-  if (first < last) load(first);
-  for (int i = first; i < last; ++i) {
-    auto& stage = smem.stage[(i - first) % 2];  // everyone left it a barrier ago
+  const auto store = [&](int i) {
+    auto& stage = smem.stage[i % 2];  // everyone left it a barrier ago
     x.store(stage);
     weight.store(stage + kGateTokens);
     __syncthreads();
-    if (i + 1 < last) load(i + 1);
-    gate_multiply_slab(stage, sum);
+  };
+  load(0);
+  store(0);
+  for (int i = 1; i < per_rank; ++i) {  // a slab is on its way while the one before is used
+    load(i);
+    gate_multiply_slab(smem.stage[(i - 1) % 2], sum);
+    store(i);
   }
+  gate_multiply_slab(smem.stage[(per_rank - 1) % 2], sum);
   __syncthreads();  // the warps' sums take the stages' place
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -183,14 +190,14 @@ __device__ __forceinline__ void gate_multiply(const MoeGateParams& p, GateSmem& 
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kGateTokens * kGateExperts; i += kGateThreads) {
+  each_in_cta<kGateThreads>(kGateTokens * kGateExperts, [&](int i) {
     float total = 0.f;
 #pragma unroll
     for (int w = 0; w < kGateWarps; ++w) {
       total = __fadd_rn(total, smem.warp_sum[w][i / kGateExperts][i % kGateExperts]);
     }
     smem.sum[i / kGateExperts][i % kGateExperts] = total;
-  }
+  });
 }
 
 // The shares' sum for one of this CTA's tokens and one expert a thread: logits, to memory.
@@ -244,9 +251,7 @@ __device__ __forceinline__ void gate_tokens(const MoeGateParams& p) {
   const int token = first_token + ptx::cluster_rank() * kGateTokensPerCta + warp;
   if (warp >= kGateTokensPerCta || token >= p.tokens) return;
   const float* logits = p.scores + int64_t(token) * p.experts;
-  for (int e = threadIdx.x % kWarp; e < p.experts; e += kWarp) {
-    smem.choice[warp].score[e] = __ldcg(logits + e);
-  }
+  each_in_warp(p.experts, [&](int e) { smem.choice[warp].score[e] = __ldcg(logits + e); });
   choose_experts(p, smem.choice[warp], token);
 }
 

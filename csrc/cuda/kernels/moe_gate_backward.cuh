@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/params/moe.hpp"
+#include "cuda/tile/each.cuh"
 #include "cuda/tile/quantize.cuh"
 
 namespace dsk {
@@ -25,32 +26,29 @@ __device__ __forceinline__ void chosen_scores_backward(const MoeGateBackwardPara
                                                        int64_t token, float* gradient,
                                                        int* chosen) {
   constexpr float kWeightSumFloor = 1e-20f;  // as in the forward
-  const int lane = threadIdx.x % kWarp;
   const float* score = p.scores + token * p.experts;
   float sum = 0.f, dot = 0.f;
-  for (int i = lane; i < p.topk; i += kWarp) {
+  each_in_warp(p.topk, [&](int i) {
     chosen[i] = int(__ldg(p.topk_idx + token * p.topk + i));
     gradient[i] = __fmul_rn(__ldg(p.grad_weights + token * p.topk + i), p.scale);
     const float s = __ldg(score + chosen[i]);
     sum = __fadd_rn(sum, s);
     dot = __fmaf_rn(gradient[i], s, dot);
-  }
+  });
   if (p.renormalize) {
     const float total = __fadd_rn(warp_sum(sum), kWeightSumFloor);
     const float mean = __fdiv_rn(warp_sum(dot), total);
-    for (int i = lane; i < p.topk; i += kWarp) {
-      gradient[i] = __fdiv_rn(__fsub_rn(gradient[i], mean), total);
-    }
+    each_in_warp(p.topk,
+                 [&](int i) { gradient[i] = __fdiv_rn(__fsub_rn(gradient[i], mean), total); });
   }
   __syncwarp();
 }
 
 __device__ __forceinline__ void logits_backward(const MoeGateBackwardParams& p, int64_t token,
                                                 const float* gradient, const int* chosen) {
-  const int lane = threadIdx.x % kWarp;
   const int64_t row = token * p.experts;
   float dot = 0.f;
-  for (int e = lane; e < p.experts; e += kWarp) {
+  each_in_warp(p.experts, [&](int e) {
     float ds = __ldg(p.grad_scores + row + e);
     for (int i = 0; i < p.topk; ++i) {
       if (chosen[i] == e) ds = __fadd_rn(ds, gradient[i]);
@@ -59,12 +57,12 @@ __device__ __forceinline__ void logits_backward(const MoeGateBackwardParams& p, 
     if (!p.softmax) ds = __fmul_rn(__fmul_rn(ds, s), __fsub_rn(1.f, s));
     dot = __fmaf_rn(ds, s, dot);
     p.dlogits[row + e] = ds;
-  }
+  });
   if (!p.softmax) return;
   dot = warp_sum(dot);
-  for (int e = lane; e < p.experts; e += kWarp) {  // each lane its own values again
+  each_in_warp(p.experts, [&](int e) {  // each lane its own values again
     p.dlogits[row + e] = __fmul_rn(__ldg(p.scores + row + e), __fsub_rn(p.dlogits[row + e], dot));
-  }
+  });
 }
 
 __device__ __forceinline__ void gate_logits_backward(const MoeGateBackwardParams& p) {
@@ -158,12 +156,12 @@ __device__ __forceinline__ void gate_product(const MoeGateProductParams& p) {
   const int column = int(blockIdx.x) * kProductColumns, row = int(blockIdx.y) * kProductRows;
   GateProductSums sum = {};
   GateProductSlab slab;
-  if (p.k > 0) slab.load(p, row, column, 0);
+  slab.load(p, row, column, 0);
   for (int k = 0; k < p.k; k += kProductSlab) {
     __syncthreads();  // everyone is done with the slab before
     slab.store(p, smem);
     __syncthreads();
-    if (k + kProductSlab < p.k) slab.load(p, row, column, k + kProductSlab);
+    slab.load(p, row, column, k + kProductSlab);  // behind the depth: zeros, nothing read
     multiply_product_slab(smem, sum);
   }
   const int first = row + int(threadIdx.x) / 16 * 4;

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cuda/params/moe.hpp"
+#include "cuda/tile/each.cuh"
 #include "cuda/tile/quantize.cuh"
 
 namespace dsk {
@@ -52,7 +53,7 @@ __device__ __forceinline__ int expert_of(const MoeLayoutParams& p, int slot) {
 __device__ __forceinline__ void scan_group_sizes(const MoeLayoutParams& p, int32_t* value) {
   const int lane = threadIdx.x % kWarp;
   const int per_lane = (p.experts + kWarp - 1) / kWarp;
-  const int begin = min(lane * per_lane, p.experts);
+  const int begin = lane * per_lane;  // behind the last expert, so is the end
   const int end = min(begin + per_lane, p.experts);
   int32_t own = 0;
   for (int e = begin; e < end; ++e) {
@@ -77,17 +78,17 @@ __device__ __forceinline__ void scan_group_sizes(const MoeLayoutParams& p, int32
 // The last CTA: counts of all chunks to first rows.
 __device__ __forceinline__ void place_chunks(const MoeLayoutParams& p, MoeLayoutSmem& smem) {
   const int chunks = gridDim.x;
-  for (int e = threadIdx.x; e < p.experts; e += kMoeChunk) {
+  each_in_cta<kMoeChunk>(p.experts, [&](int e) {
     int32_t total = 0;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       total += __ldcg(p.first_row + int64_t(chunk) * p.experts + e);
     }
     smem.total[e] = total;
-  }
+  });
   __syncthreads();
   if (threadIdx.x < kWarp) scan_group_sizes(p, smem.total);
   __syncthreads();
-  for (int e = threadIdx.x; e < p.experts; e += kMoeChunk) {
+  each_in_cta<kMoeChunk>(p.experts, [&](int e) {
     int32_t row = smem.total[e];
     for (int chunk = 0; chunk < chunks; ++chunk) {
       int32_t* at = p.first_row + int64_t(chunk) * p.experts + e;
@@ -95,21 +96,20 @@ __device__ __forceinline__ void place_chunks(const MoeLayoutParams& p, MoeLayout
       *at = row;
       row += count;
     }
-  }
+  });
 }
 
 __device__ __forceinline__ void layout_slots(const MoeLayoutParams& p) {
   __shared__ MoeLayoutSmem smem;
-  for (int e = threadIdx.x; e < p.experts; e += kMoeChunk) smem.total[e] = 0;
+  each_in_cta<kMoeChunk>(p.experts, [&](int e) { smem.total[e] = 0; });
   __syncthreads();
   const int slot = int(blockIdx.x) * kMoeChunk + int(threadIdx.x);
   const int expert = slot < p.slots ? expert_of(p, slot) : -1;
   if (p.chosen && slot < p.slots) p.chosen[slot] = expert;
   if (expert >= 0) atomicAdd(&smem.total[expert], 1);
   __syncthreads();
-  for (int e = threadIdx.x; e < p.experts; e += kMoeChunk) {
-    p.first_row[int64_t(blockIdx.x) * p.experts + e] = smem.total[e];
-  }
+  each_in_cta<kMoeChunk>(
+      p.experts, [&](int e) { p.first_row[int64_t(blockIdx.x) * p.experts + e] = smem.total[e]; });
   __threadfence();  // the counts are out before this CTA says so
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cuda/params/moe.hpp"
+#include "cuda/tile/each.cuh"
 #include "cuda/tile/quantize.cuh"
 
 namespace dsk {
@@ -27,9 +28,8 @@ struct MoePermuteSmem {
 __device__ __forceinline__ int place_slot(const MoePlaceParams& p, MoePermuteSmem& smem, int slot) {
   const int warp = threadIdx.x / kWarp;
   const int expert = slot < p.slots ? int(__ldg(p.chosen + slot)) : -1;
-  for (int i = threadIdx.x; i < kPermuteWarps * p.experts; i += kMoeChunk) {
-    smem.count[i / p.experts][i % p.experts] = 0;
-  }
+  each_in_cta<kMoeChunk>(kPermuteWarps * p.experts,
+                         [&](int i) { smem.count[i / p.experts][i % p.experts] = 0; });
   __syncthreads();
   const uint32_t same = __match_any_sync(0xffffffffu, expert);
   const uint32_t earlier = same & ((1u << threadIdx.x % kWarp) - 1);

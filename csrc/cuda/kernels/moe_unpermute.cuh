@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/params/moe.hpp"
+#include "cuda/tile/each.cuh"
 #include "cuda/tile/quantize.cuh"
 
 namespace dsk {
@@ -23,17 +24,18 @@ __device__ __forceinline__ void add_rows(const MoeUnpermuteParams& p, int token,
   const int weighted = p.weights ? p.topk - p.shared : 0;
   using W = typename Word<kUnpermuteColumns * sizeof(T)>::Type;
   const T* y = static_cast<const T*>(p.y) + column;
-  int row[kRowsInFlight<T>];
-  float weight[kRowsInFlight<T>];
-  alignas(16) T value[kRowsInFlight<T>][kUnpermuteColumns];
+  constexpr int kRows = kRowsInFlight<T>;
+  int row[kRows];
+  float weight[kRows];
+  alignas(16) T value[kRows][kUnpermuteColumns];
 #pragma unroll
-  for (int i = 0; i < kRowsInFlight<T>; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     const int choice = first + i;
     row[i] = choice < p.topk ? int(__ldg(p.row_map + int64_t(token) * p.topk + choice)) : -1;
     weight[i] = choice < weighted ? __ldg(p.weights + int64_t(token) * weighted + choice) : 1.f;
   }
 #pragma unroll
-  for (int i = 0; i < kRowsInFlight<T>; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     const T* at = y + int64_t(row[i]) * p.depth;
     if (row[i] < 0) continue;
     if constexpr (kWhole) {
@@ -46,7 +48,7 @@ __device__ __forceinline__ void add_rows(const MoeUnpermuteParams& p, int token,
     }
   }
 #pragma unroll
-  for (int i = 0; i < kRowsInFlight<T>; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     if (row[i] < 0) continue;
 #pragma unroll
     for (int c = 0; c < kUnpermuteColumns; ++c) {
@@ -94,17 +96,17 @@ __device__ __forceinline__ float slot_backward(const MoeUnpermuteBackwardParams&
   T* dy = static_cast<T*>(p.dy) + row * p.depth;
   const float weight = p.weights ? __ldg(p.weights + slot) : 1.f;
   float dot = 0.f;
-  for (int column = threadIdx.x % kWarp * 4; column < p.depth; column += kWarp * 4) {
+  each_run_in_warp(p.depth, [&](int column, int left) {
     float g[4], value[4];
-    load_run(grad + column, p.depth - column, g);
-    load_run(y + column, p.depth - column, value);
+    load_run(grad + column, left, g);
+    load_run(y + column, left, value);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       dot = __fmaf_rn(g[i], value[i], dot);
       g[i] = __fmul_rn(g[i], weight);
     }
-    store_run(dy + column, p.depth - column, g);
-  }
+    store_run(dy + column, left, g);
+  });
   return warp_sum(dot);
 }
 

@@ -15,7 +15,6 @@
 namespace dsk {
 
 constexpr int kNormWarps = 8;
-constexpr int kNormStride = kNormWarps * kQuantGroup;  // columns between a thread's runs
 
 // Sum over the CTA. Every thread gets the same bits: the order is that of the warps. Reads of the
 // last call's partial sums are over before this call writes: `set` alternates.
@@ -31,9 +30,10 @@ __device__ __forceinline__ float block_sum(float value, float (&partial)[kNormWa
 
 template <typename T>
 __device__ __forceinline__ float load_row(const RmsNormParams& p, int64_t row, float4* kept) {
-  const int first = threadIdx.x * kValuesPerLane;
   float square = 0.f;
-  for (int column = first; column < p.cols; column += kNormStride, kept += blockDim.x) {
+  for (int group = threadIdx.x / kWarp; group * kQuantGroup < p.cols;
+       group += kNormWarps, kept += blockDim.x) {
+    const int column = group * kQuantGroup + threadIdx.x % kWarp * kValuesPerLane;
     const int64_t at = row * p.cols + column;
     const int left = p.cols - column;
     float x[kValuesPerLane];
@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_row(const RmsNormParams& p, int64_t row, f
     } else {
       load_run(static_cast<const float*>(p.weight) + column, left, weight);
     }
-    const float4 x = left > 0 ? *kept : make_float4(0.f, 0.f, 0.f, 0.f);
+    const float4 x = *kept;
     float y[kValuesPerLane] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int i = 0; i < kValuesPerLane; ++i) y[i] = __fmul_rn(__fmul_rn(y[i], inverse), weight[i]);
@@ -88,7 +88,7 @@ __device__ __forceinline__ void store_row(const RmsNormParams& p, int64_t row, f
 
 template <typename T>
 __device__ __forceinline__ void rms_norm_rows(const RmsNormParams& p) {
-  extern __shared__ float4 kept_values[];  // [ceil(cols / kNormStride)][threads]
+  extern __shared__ float4 kept_values[];  // [ceil(cols / (kNormWarps * kQuantGroup))][threads]
   __shared__ float partial[2][kNormWarps];
   int set = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {

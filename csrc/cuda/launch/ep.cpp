@@ -22,8 +22,9 @@ void check_group(const EpGroup& g) {
                                          ", got " + std::to_string(g.shape.ranks));
 }
 
-// Pieces of a row that a warp takes at a time: kEpChunk bytes of bf16, or a group to be cast.
+// Pieces of a row that a warp takes at a time: kEpChunk bytes of bf16, or kPartValues to be sent.
 int64_t chunks_of(int64_t bytes) { return (bytes + 511) / 512; }
+int64_t parts_of(int64_t elements) { return (elements + 511) / 512; }
 
 void check_fits(const char* name, int64_t bytes, int64_t most) {
   require(bytes <= most, std::string(name) + ": expected at most " + std::to_string(most) +
@@ -32,16 +33,30 @@ void check_fits(const char* name, int64_t bytes, int64_t most) {
 
 // One CTA an SM at most: CTA 0 has to run for the others to end, so all must fit at once.
 template <class Params>
-void launch(const LaunchOn& on, const char* kernel, Params params, int64_t warps_of_work,
-            int threads = kThreads) {
+void launch(const LaunchOn& on, const char* kernel, Params params, int64_t ctas, int threads) {
   check_group(params.group);
   const int sms = on.num_sms > 0 ? on.num_sms : on.context.device().num_sms();
   device::LaunchShape shape;
-  const int64_t ctas = (warps_of_work + threads / 32 - 1) / (threads / 32);
   shape.grid.x = unsigned(std::clamp<int64_t>(ctas, 1, sms));
   shape.block.x = unsigned(threads);
   void* arguments[] = {&params};
   on.context.device().launch(on.context.kernel(kernel), shape, arguments, on.stream);
+}
+
+// Throughput: full CTAs, so that a launch takes no more SMs than it has work for.
+template <class Params>
+void launch_packed(const LaunchOn& on, const char* kernel, const Params& params,
+                   int64_t warps_of_work) {
+  constexpr int kWarps = kThreads / 32;
+  launch(on, kernel, params, (warps_of_work + kWarps - 1) / kWarps, kThreads);
+}
+
+// Latency: an SM for each warp's work as long as there are SMs; the kernels number their warps
+// across CTAs first.
+template <class Params>
+void launch_spread(const LaunchOn& on, const char* kernel, const Params& params,
+                   int64_t warps_of_work) {
+  launch(on, kernel, params, warps_of_work, kLowThreads);
 }
 
 }  // namespace
@@ -52,7 +67,7 @@ void ep_dispatch(const LaunchOn& on, const EpDispatchParams& p) {
   check_fits("x: bytes of a row", p.row.row_bytes, p.group.shape.max_row_bytes);
   check_fits("topk", p.row.topk, p.group.shape.max_topk);
   check_fits("tokens", p.tokens, p.group.shape.max_tokens);
-  launch(on, "ep_dispatch", p, p.tokens);
+  launch_packed(on, "ep_dispatch", p, p.tokens);
 }
 
 void ep_combine(const LaunchOn& on, const EpCombineParams& p) {
@@ -60,7 +75,7 @@ void ep_combine(const LaunchOn& on, const EpCombineParams& p) {
   check_fits("y: bytes of a row", int64_t(p.elements) * 2, p.group.shape.max_row_bytes);
   check_fits("topk", p.topk, p.group.shape.max_topk);
   check_fits("tokens", p.tokens, p.group.shape.max_tokens);
-  launch(on, "ep_combine_bf16", p, p.tokens * chunks_of(int64_t(p.elements) * 2));
+  launch_packed(on, "ep_combine_bf16", p, p.tokens * chunks_of(int64_t(p.elements) * 2));
 }
 
 void ep_low_send(const LaunchOn& on, const EpLowSendParams& p) {
@@ -69,9 +84,7 @@ void ep_low_send(const LaunchOn& on, const EpLowSendParams& p) {
   check_fits("x: bytes of a row", p.row.row_bytes, p.group.shape.max_row_bytes);
   check_fits("topk", p.row.topk, p.group.shape.max_topk);
   check_fits("tokens", p.tokens, p.group.shape.max_tokens);
-  const int64_t pieces =
-      p.row.scale_bytes > 0 ? (p.elements + 127) / 128 : chunks_of(p.row.row_bytes);
-  launch(on, "ep_low_send", p, p.tokens * ((pieces + 3) / 4), kLowThreads);
+  launch_spread(on, "ep_low_send", p, p.tokens * parts_of(p.elements));
 }
 
 void ep_low_receive(const LaunchOn& on, const EpLowReceiveParams& p) {
@@ -82,20 +95,19 @@ void ep_low_receive(const LaunchOn& on, const EpLowReceiveParams& p) {
   const int64_t ctas = std::max<int64_t>(experts, sms / experts * experts);
   LaunchOn wide = on;
   wide.num_sms = int(ctas);
-  launch(wide, "ep_low_receive", p, ctas * kReceiveThreads / 32, kReceiveThreads);
+  launch(wide, "ep_low_receive", p, ctas, kReceiveThreads);
 }
 
 void ep_low_return(const LaunchOn& on, const EpLowReturnParams& p) {
   check_rows(p.row_bytes, p.y, "y");
   // How many rows there are, the device knows.
   const proto::GroupShape& shape = p.group.shape;
-  launch(on, "ep_low_return", p, shape.max_tokens * shape.ranks * shape.max_local_experts,
-         kLowThreads);
+  launch_spread(on, "ep_low_return", p, shape.max_tokens * shape.ranks * shape.max_local_experts);
 }
 
 void ep_low_reduce(const LaunchOn& on, const EpLowReduceParams& p) {
   check_rows(int64_t(p.elements) * 2, p.out, "out");
-  launch(on, "ep_low_reduce_bf16", p, p.tokens * chunks_of(int64_t(p.elements) * 2), kLowThreads);
+  launch_spread(on, "ep_low_reduce_bf16", p, p.tokens * chunks_of(int64_t(p.elements) * 2));
 }
 
 }  // namespace dsk::launch

@@ -27,9 +27,9 @@ void launch(const LaunchOn& on, const char* kernel, Params params, int ctas, int
 }
 
 // CTAs of a kernel that loops over `count` pieces of work, `each` of them a CTA at a time.
-int looping_ctas(const LaunchOn& on, size_t count, size_t each) {
+int looping_ctas(const LaunchOn& on, size_t count, size_t each, int per_sm = kCtasPerSm) {
   const int sms = on.num_sms > 0 ? on.num_sms : on.context.device().num_sms();
-  return int(std::min((count + each - 1) / each, size_t(sms) * kCtasPerSm));
+  return int(std::min((count + each - 1) / each, size_t(sms) * per_sm));
 }
 
 void check_experts(const char* op, int experts, int most) {
@@ -119,9 +119,10 @@ void moe_permute_quantize(const LaunchOn& on, const MoePermuteQuantizeParams& p,
   HostLoan data(c, p.data, size_t(rows) * p.depth, false);
   HostLoan scale(c, p.scale, ((planes * groups - 1) * p.ld_scale + p.plane_rows) * sizeof(float),
                  false);
-  // All that fit: a warp has no more than 256 bytes on their way.
+  // A warp has no more than 256 bytes on their way, which asks for many; but each CTA sorts the
+  // chunk again, so not for all that fit.
   const int pieces = int((kMoeChunk / p.place.topk + 1) * groups + kWarps - 1) / kWarps;
-  const int sharing = sharing_ctas(on, p.place.slots, kCtasPerSm, pieces);
+  const int sharing = sharing_ctas(on, p.place.slots, 4, pieces);
   launch(on, "moe_permute_quantize", p, moe_chunks(p.place.slots), 1, 0, sharing);
 }
 
@@ -135,7 +136,8 @@ void moe_unpermute(const LaunchOn& on, const MoeUnpermuteParams& p, int64_t rows
   HostLoan weights(c, p.weights, p.weights ? weighted * sizeof(float) : 0, true);
   HostLoan out(c, p.out, size_t(p.tokens) * p.depth * element, false);
   const size_t pieces = (size_t(p.depth) + 4 * kThreads - 1) / (4 * kThreads);
-  launch(on, "moe_unpermute", p, looping_ctas(on, size_t(p.tokens) * pieces, 1));
+  // 8 rows of every thread are 32 KB on their way to an SM; its registers have room for 3 CTAs.
+  launch(on, "moe_unpermute", p, looping_ctas(on, size_t(p.tokens) * pieces, 1, 2));
 }
 
 void moe_unpermute_backward(const LaunchOn& on, const MoeUnpermuteBackwardParams& p, int64_t rows) {

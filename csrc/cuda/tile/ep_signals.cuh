@@ -41,9 +41,7 @@ __device__ __forceinline__ void raise_everywhere(const EpGroup& g, const EpNow& 
                                                  proto::Counter kind) {
   __syncthreads();
   const int peer = threadIdx.x;
-  if (peer < g.shape.ranks && proto::is_alive(now.alive, peer)) {
-    raise_at(g, now, peer, kind, g.rank);
-  }
+  if (proto::is_alive(now.alive, peer)) raise_at(g, now, peer, kind, g.rank);
 }
 
 // Whether this signal of ours reaches this call within the polls allowed.
@@ -62,16 +60,17 @@ __device__ __forceinline__ bool poll_signal(const EpGroup& g, const EpNow& now, 
   return false;
 }
 
-// Until all alive sources have raised `kind` here. True for the whole CTA or for none of it; what
+// Until all of `sources` have raised `kind` here. True for the whole CTA or for none of it; what
 // the sources stored before is visible to every thread then.
+__device__ __forceinline__ bool await_ranks(const EpGroup& g, const EpNow& now, proto::Counter kind,
+                                            uint64_t sources) {
+  const int source = threadIdx.x;
+  const bool reached = !proto::has_rank(sources, source) || poll_signal(g, now, kind, source);
+  return __syncthreads_and(reached);
+}
 __device__ __forceinline__ bool await_everyone(const EpGroup& g, const EpNow& now,
                                                proto::Counter kind) {
-  bool reached = true;
-  const int source = threadIdx.x;
-  if (source < g.shape.ranks && proto::is_alive(now.alive, source)) {
-    reached = poll_signal(g, now, kind, source);
-  }
-  return __syncthreads_and(reached);
+  return await_ranks(g, now, kind, now.alive);
 }
 
 // True in all threads of the CTA that arrives last; phases of a launch count apart; the stores of
@@ -99,23 +98,34 @@ __device__ __forceinline__ void end_call(const EpGroup& g, const EpNow& now) {
 constexpr int kEpChunk = kEpWarp * 16;  // bytes that a warp moves by one instruction
 constexpr int kEpInFlight = 4;          // how many of them are on their way at a time
 
-// One warp reads `bytes`, a multiple of 16, and calls use(at, 16 bytes): loads first, several of
-// them, since what `use` stores might be what the next one reads, for all the compiler knows.
-template <class Use>
-__device__ __forceinline__ void each_piece(const uint8_t* from, int64_t bytes, Use use) {
-  for (int64_t first = threadIdx.x % kEpWarp * 16; first < bytes; first += kEpInFlight * kEpChunk) {
+// Calls use(i, the 16 bytes at where(i)) for i of [0, count) in order, and leaves out where it is
+// null. Loads first, several of them, since what `use` stores might be what the next one reads, for
+// all the compiler knows.
+template <class Where, class Use>
+__device__ __forceinline__ void each_load(int count, Where where, Use use) {
+  for (int begin = 0; begin < count; begin += kEpInFlight) {
     uint4 piece[kEpInFlight] = {};
+    const uint8_t* from[kEpInFlight];
 #pragma unroll
     for (int i = 0; i < kEpInFlight; ++i) {
-      const int64_t at = first + i * kEpChunk;
-      if (at < bytes) piece[i] = *reinterpret_cast<const uint4*>(from + at);
+      from[i] = begin + i < count ? where(begin + i) : nullptr;
+      if (from[i] != nullptr) piece[i] = *reinterpret_cast<const uint4*>(from[i]);
     }
 #pragma unroll
     for (int i = 0; i < kEpInFlight; ++i) {
-      const int64_t at = first + i * kEpChunk;
-      if (at < bytes) use(at, piece[i]);
+      if (from[i] != nullptr) use(begin + i, piece[i]);
     }
   }
+}
+
+// One warp reads `bytes`, a multiple of 16, and calls use(at, 16 bytes).
+template <class Use>
+__device__ __forceinline__ void each_piece(const uint8_t* from, int64_t bytes, Use use) {
+  const int64_t first = threadIdx.x % kEpWarp * 16;
+  each_load(
+      int((bytes - first + kEpChunk - 1) / kEpChunk),
+      [&](int i) { return from + first + i * kEpChunk; },
+      [&](int i, const uint4& piece) { use(first + i * kEpChunk, piece); });
 }
 
 __device__ __forceinline__ void copy_row(uint8_t* to, const uint8_t* from, int64_t bytes) {

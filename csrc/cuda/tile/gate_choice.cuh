@@ -6,6 +6,7 @@
 
 #include "cuda/params/moe.hpp"
 #include "cuda/tile/activation.cuh"
+#include "cuda/tile/each.cuh"
 #include "cuda/tile/quantize.cuh"
 
 namespace dsk {
@@ -29,78 +30,75 @@ __device__ __forceinline__ uint32_t ordered(float value) {
 __device__ __forceinline__ int warp_arg_max(const float* value, int count) {
   float best = -INFINITY;
   int at = count;
-  for (int i = threadIdx.x % kWarp; i < count; i += kWarp) {
+  each_in_warp(count, [&](int i) {
     const float v = value[i];
     if (v > best || (v == best && at == count)) {
       best = v;
       at = i;
     }
-  }
+  });
   const uint32_t key = ordered(best);
   const uint32_t top = __reduce_max_sync(0xffffffffu, key);
   return int(__reduce_min_sync(0xffffffffu, uint32_t(key == top ? at : count)));
 }
 
-// Take the `count` best of `values`, one after another; each becomes NaN. A lane reads the values
-// lane, lane + 32, ... only, until the first is taken.
+// Take the `count` best of `values`, one after another; each becomes NaN. A lane reads and writes
+// the values lane, lane + 32, ... only.
 template <class Take>
 __device__ __forceinline__ void take_best(float* value, int size, int count, Take&& take) {
   for (int i = 0; i < count; ++i) {
     const int best = warp_arg_max(value, size);
-    __syncwarp();  // nobody still reads what is overwritten
-    if (threadIdx.x % kWarp == 0) value[best] = not_a_number();
-    __syncwarp();
+    if (threadIdx.x % kWarp == best % kWarp) value[best] = not_a_number();
     take(i, best);
   }
 }
 
 __device__ __forceinline__ void scores_of_logits(const MoeGateParams& p, float* value) {
-  const int lane = threadIdx.x % kWarp;
   if (!p.softmax) {
-    for (int e = lane; e < p.experts; e += kWarp) value[e] = sigmoid(value[e]);
+    each_in_warp(p.experts, [&](int e) { value[e] = sigmoid(value[e]); });
     return;
   }
   float largest = -INFINITY;
-  for (int e = lane; e < p.experts; e += kWarp) largest = fmaxf(largest, value[e]);
+  each_in_warp(p.experts, [&](int e) { largest = fmaxf(largest, value[e]); });
   largest = warp_max(largest);
   float sum = 0.f;
-  for (int e = lane; e < p.experts; e += kWarp) {
+  each_in_warp(p.experts, [&](int e) {
     value[e] = expf(__fsub_rn(value[e], largest));
     sum = __fadd_rn(sum, value[e]);
-  }
+  });
   sum = warp_sum(sum);
-  for (int e = lane; e < p.experts; e += kWarp) value[e] = __fdiv_rn(value[e], sum);
+  each_in_warp(p.experts, [&](int e) { value[e] = __fdiv_rn(value[e], sum); });
 }
 
 // Unbiased scores to memory, biased ones to `key`. A NaN ranks behind every number.
 __device__ __forceinline__ void keys_of_scores(const MoeGateParams& p, GateChoiceSmem& s,
                                                int token) {
   float* out = p.scores + int64_t(token) * p.experts;
-  for (int e = threadIdx.x % kWarp; e < p.experts; e += kWarp) {
+  each_in_warp(p.experts, [&](int e) {
     out[e] = s.score[e];
     const float biased = p.bias ? __fadd_rn(s.score[e], __ldg(p.bias + e)) : s.score[e];
     s.key[e] = biased == biased ? fminf(fmaxf(biased, -FLT_MAX), FLT_MAX) : -FLT_MAX;
-  }
+  });
   __syncwarp();
 }
 
 // Leave only the experts of the best groups in the running.
 __device__ __forceinline__ void limit_groups(const MoeGateParams& p, GateChoiceSmem& s) {
   const int size = p.experts / p.num_groups;
-  const int lane = threadIdx.x % kWarp;
-  for (int g = lane; g < p.num_groups; g += kWarp) {
+  each_in_warp(p.num_groups, [&](int g) {
     float first = -INFINITY, second = -INFINITY;
     for (int e = g * size; e < (g + 1) * size; ++e) {
       second = fmaxf(second, fminf(first, s.key[e]));
       first = fmaxf(first, s.key[e]);
     }
     s.group[g] = p.top2 && size > 1 ? __fadd_rn(first, second) : first;
-  }
+  });
   take_best(s.group, p.num_groups, p.topk_group, [](int, int) {});
-  for (int e = lane; e < p.experts; e += kWarp) {
+  __syncwarp();
+  each_in_warp(p.experts, [&](int e) {
     const float group = s.group[e / size];
     if (group == group) s.key[e] = not_a_number();
-  }
+  });
 }
 
 constexpr float kWeightSumFloor = 1e-20f;  // keeps the division finite when all scores are 0
@@ -116,20 +114,18 @@ __device__ __forceinline__ void count_choices(const MoeGateParams& p, const Gate
   constexpr float kUnit = 1099511627776.f;  // 2^40: a share's error is below fp32's
   const int lane = threadIdx.x % kWarp;
   const int64_t sequence = token / p.sequence;
-  for (int i = lane; i < p.topk; i += kWarp) {
-    add_to(p.counts + sequence * p.experts + s.chosen[i], 1);
-  }
+  each_in_warp(p.topk, [&](int i) { add_to(p.counts + sequence * p.experts + s.chosen[i], 1); });
   float sum = 0.f;
-  for (int e = lane; e < p.experts; e += kWarp) sum = __fadd_rn(sum, s.score[e]);
+  each_in_warp(p.experts, [&](int e) { sum = __fadd_rn(sum, s.score[e]); });
   sum = __fadd_rn(warp_sum(sum), kWeightSumFloor);
   int64_t* affinity = p.affinity + sequence * (p.experts + 1);
   if (sum != sum) {
     if (lane == 0) add_to(affinity + p.experts, 1);
     return;
   }
-  for (int e = lane; e < p.experts; e += kWarp) {
+  each_in_warp(p.experts, [&](int e) {
     add_to(affinity + e, __float2ll_rn(__fmul_rn(__fdiv_rn(s.score[e], sum), kUnit)));
-  }
+  });
 }
 
 // Each lane has written the scores e = lane, lane + 32, ... itself.
@@ -137,9 +133,8 @@ __device__ __forceinline__ void choose_experts(const MoeGateParams& p, GateChoic
                                                int token) {
   const int lane = threadIdx.x % kWarp;
   scores_of_logits(p, s.score);
-  __syncwarp();
   keys_of_scores(p, s, token);
-  if (p.num_groups > 1) limit_groups(p, s);
+  if (p.topk_group != p.num_groups) limit_groups(p, s);
 
   float sum = 0.f;  // in the order of the choices
   take_best(s.key, p.experts, p.topk, [&](int i, int expert) {
@@ -149,13 +144,13 @@ __device__ __forceinline__ void choose_experts(const MoeGateParams& p, GateChoic
   });
   __syncwarp();
   const int64_t at = int64_t(token) * p.topk;
-  for (int i = lane; i < p.topk; i += kWarp) {
+  each_in_warp(p.topk, [&](int i) {
     const int expert = s.chosen[i];
     float weight = s.score[expert];
     if (p.renormalize) weight = __fdiv_rn(weight, __fadd_rn(sum, kWeightSumFloor));
     p.topk_idx[at + i] = expert;
     p.topk_weights[at + i] = __fmul_rn(weight, p.scale);
-  }
+  });
   if (p.counts) count_choices(p, s, token);
 }
 

@@ -6,7 +6,8 @@
 //
 // A Scales type says which scale belongs to which accumulator:
 //   read(stage)            fetch this block's scales, while the tensor core works
-//   read_rest(stage)       fetch those that found no register beside the accumulators in flight
+//   kReadsLate             whether some find no register beside the accumulators in flight
+//   read_rest(stage)       fetch those, if so, when the products are done
 //   promote(sum, partial)  sum[i] = fma(scale of A * scale of B, partial[i], sum[i])
 #pragma once
 
@@ -25,7 +26,7 @@ constexpr int kFp8MmaK = 32;     // e4m3 values one wgmma consumes
 // under way while the block before is promoted, and one warpgroup alone keeps the tensor cores
 // busy.
 template <int kN, int kMathWarpgroups>
-constexpr bool kOverlapsItself = kN <= 64 || (kN <= 128 && kMathWarpgroups == 1);
+constexpr bool kOverlapsItself = kN * kMathWarpgroups <= 128;
 
 // The products of one warpgroup, k block after k block: its 64 rows by kN columns.
 template <int kN, class Stages, class Scales>
@@ -73,9 +74,15 @@ class PromotingLoop {
     scales_.read(stage);
     ptx::wgmma_wait_group<kPending>();
     ptx::fence_accumulators(partial);
-    scales_.read_rest(stage);
-    release_(stage);
-    scales_.promote(sum_, partial);
+    if constexpr (Scales::kReadsLate) {
+      scales_.read_rest(stage);
+      scales_.promote(sum_, partial);
+      __syncwarp();  // one lane frees what all have read
+      release_(stage);
+    } else {
+      release_(stage);
+      scales_.promote(sum_, partial);
+    }
   }
 
   // One block at a time, round after round of the ring: stages, and with them all addresses, are
@@ -83,8 +90,8 @@ class PromotingLoop {
   __device__ __forceinline__ void round_after_round(int blocks) {
     constexpr int kStages = Stages::kStages;
     int end = at_.stage + blocks;  // counted from this round's stage 0
-    for (uint32_t skipped = (1u << at_.stage) - 1; end > 0; skipped = 0) {
-      const uint32_t mine = ((1u << min(end, kStages)) - 1) & ~skipped;
+    while (at_.stage != end) {
+      const uint32_t mine = (1u << min(end, kStages)) - (1u << at_.stage);
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
         if ((mine >> stage & 1) == 0) continue;
@@ -92,9 +99,13 @@ class PromotingLoop {
         start({stage, at_.phase}, partial);
         finish<0>(stage, partial);
       }
-      at_.stage = end;
-      end -= kStages;
-      if (end >= 0) at_.stage = 0, at_.phase ^= 1;
+      if (end < kStages) {
+        at_.stage = end;
+      } else {
+        end -= kStages;
+        at_.stage = 0;
+        at_.phase ^= 1;
+      }
     }
   }
 

@@ -37,7 +37,7 @@ __device__ __forceinline__ uint32_t panel_offset(uint32_t row, uint32_t chunk) {
 // Where one warpgroup's 64 x kN sums lie in D.
 struct ResultPlace {
   int64_t row;    // first row of D
-  int rows_left;  // rows of the 64 that exist; at most 0 when none does
+  int rows_left;  // rows from there on that exist, of these 64 and behind; at most 0 when none does
   int column;     // first column of D
   int group;      // whose bias to add
   bool clipped;   // D ends where the tensor map ends: TMA itself drops the rows behind

@@ -18,8 +18,8 @@ struct alignas(128) StageScales {
   static constexpr int kBytes = kRows * 16;  // that arrive
 };
 
-// Producer: the scales at k_block of B's rows `row` (in blocks of 128, of the tile's group); a row
-// behind the last is replaced by the last.
+// Producer: the scales at k_block of B's rows `row` (in blocks of 128, of the tile's group). A row
+// behind the group's last scales columns that D does not have: whatever is there will do.
 template <int kRows>
 __device__ __forceinline__ void load_scales(StageScales<kRows>& to, const GemmFp8Params& p,
                                             const GemmTile& tile, const int (&row)[kRows],
@@ -29,7 +29,7 @@ __device__ __forceinline__ void load_scales(StageScales<kRows>& to, const GemmFp
   const int block_rows = (p.extent.n + 127) / 128;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    const int block_row = tile.group * block_rows + min(row[i], block_rows - 1);
+    const int block_row = tile.group * block_rows + row[i];
     const int32_t at[2] = {p.sfb_offset + block_row * k_blocks + k_block, 0};
     cp_async_bulk_tensor(space_cluster, space_global, to.row[i], &p.sfb, at, full);
   }

@@ -103,7 +103,7 @@ class GemmScheduler {
   __device__ void locate(GemmTile& tile, unsigned index, int rows) const {
     const int num_m_blocks = blocks_of_rows(rows);
     int m_block = 0, n_block = index;
-    if (num_m_blocks > 1) {  // else no divisions
+    if (num_m_blocks != 1) {  // else no divisions
       const unsigned band_tiles = extent_.raster * blocks_of_columns();
       const unsigned band = index / band_tiles;
       const unsigned first = band * extent_.raster;

@@ -18,6 +18,7 @@ constexpr int kValuesPerLane = kQuantGroup / kWarp;  // a warp covers one group
 constexpr float kAmaxFloor = 1e-4f;                  // an all-zero block keeps an invertible scale
 constexpr float kE4m3Max = 448.f;
 constexpr float kE5m6Max = 65024.f;
+constexpr float kE5m6Normal = 6.103515625e-05f;  // the smallest: 2^-14
 
 struct E4m3 {  // tag of an input type; its elements are bytes
   uint8_t bits;
@@ -67,15 +68,16 @@ __device__ __forceinline__ float warp_sum(float value) {
 __device__ __forceinline__ uint16_t cast_e5m6(float x) {
   const uint32_t sign = __float_as_uint(x) >> 31 << 15;
   const float magnitude = fminf(fabsf(x), kE5m6Max);
-  const uint32_t bits = __float_as_uint(magnitude);
-  // Normal numbers: round away 17 of 23 mantissa bits, then move the exponent's bias from 127 to
-  // 15. A carry out of the mantissa belongs in the exponent.
-  const uint32_t normal = ((bits + 0xffffu + (bits >> 17 & 1)) >> 17) - (112u << 6);
-  // Subnormal numbers are multiples of 2^-20; adding 1.5 * 2^23 rounds to an integer.
+  // Codes count steps: up to the smallest normal number of 2^-20 each; adding 1.5 * 2^23 rounds to
+  // an integer.
+  const float low = fminf(magnitude, kE5m6Normal);
   const uint32_t subnormal =
-      __float_as_uint(__fadd_rn(__fmul_rn(magnitude, 1048576.f), 12582912.f)) & 0x7f;
-  const uint32_t code = magnitude < 6.103515625e-05f ? subnormal : normal;
-  return uint16_t(x != x ? 0x7e00u : sign | code << 4);
+      __float_as_uint(__fadd_rn(__fmul_rn(low, 1048576.f), 12582912.f)) & 0x7f;
+  // And behind it, of the mantissa: round away 17 of its 23 bits, a carry belonging in the
+  // exponent, which is counted from that number's (113) on.
+  const uint32_t bits = __float_as_uint(fmaxf(magnitude, kE5m6Normal));
+  const uint32_t normal = ((bits + 0xffffu + (bits >> 17 & 1)) >> 17) - (113u << 6);
+  return uint16_t(x != x ? 0x7e00u : sign | (subnormal + normal) << 4);
 }
 
 __device__ __forceinline__ uint32_t cast_e4m3x4(const float (&v)[4]) {
