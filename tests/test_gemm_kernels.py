@@ -8,6 +8,7 @@ A launch with a hazard (race, missing proxy fence, out-of-bounds or uninitialise
 import pytest
 import torch
 from backend_axis import need
+from mla_cases import work_of
 from test_gemm import exact_gemm, scaled_operands
 
 import dskernels as dsk
@@ -263,6 +264,25 @@ def test_swiglu(form, epilogue, i):
             same_but_for_rounding(
                 *(dsk.ScaledTensor(x.data[rows], x.scale[rows], x.block) for x in (got, want))
             )
+
+
+@pytest.mark.parametrize(
+    "kernel, epilogue, n", [("gemm_fp8_64x64", None, 64), ("gemm_fp8_swiglu", "swiglu_quant", 256)]
+)
+def test_a_full_tile_leaves_by_tma(kernel, epilogue, n):
+    """Of two groups the first ends within D: one row less than a tile has, and all of them."""
+
+    def stores(rows):
+        a, b = scaled_operands(2 * rows, n, 128, groups=(2,))
+        with forced_kernel("" if epilogue else kernel):
+            work = work_of(
+                lambda: dsk.grouped_gemm(
+                    a, b, group_sizes=[rows, rows], epilogue=epilogue, backend="emu"
+                )
+            )
+        return work[kernel]["global"]
+
+    assert stores(63) - stores(64) >= 64 * 128 / (32 * 16)  # a row has 128 bytes, a lane stores 16
 
 
 def test_every_shipped_kernel_is_tested_here():

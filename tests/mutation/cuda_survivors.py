@@ -149,12 +149,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "A fence for the compiler, which is no instruction: this compiler keeps the sums where they "
     "are without it too. Nothing but the fence makes it.",
     (
-        "cuda/kernels/gemm_fp8_swiglu.cuh",
-        "const bool whole = at.rows_left >= Shape::kBlockM || at.clipped;",
-        "const bool whole = at.rows_left > Shape::kBlockM || at.clipped;",
-    ): "A tile of exactly 64 rows then goes out by 16-byte copies instead of TMA: slower, the same "
-    "values.",
-    (
         "cuda/kernels/gemm_runs.cuh",
         "for (int base = 0; base < p.rows; base += kThreads) {",
         "for (int base = 0; base <= p.rows; base += kThreads) {",
