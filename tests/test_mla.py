@@ -10,6 +10,7 @@ from backend_axis import need, on_cpu, on_device
 from mla_cases import LATENT, assert_decoded, paged_case, work_of
 
 import dskernels as dsk
+from dskernels import emu
 from dskernels.testing import assert_bitwise_equal
 
 
@@ -191,6 +192,20 @@ def test_a_full_block_is_neither_masked_nor_cleared(heads, kernel):
     scores = 64 * (64 if heads > 32 else 16)
     assert partly["logic"] - fully["logic"] >= scores / 32  # a thread selects each of its own
     assert partly["sync"] - fully["sync"] >= 8  # eight warps meet
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_fp8_blocks_behind_a_piece_are_not_prefetched(pieces):
+    need("mla_decode", "emu")
+    machine = importlib.import_module("dskernels.emu.mla")
+    q, cache, table, lens = paged_case([256], 1, 3, fp8=True)
+    schedule = machine.mla_schedule(lens, 3, num_sms=pieces)
+    with emu.profiling(sample_ctas=None) as profile:
+        machine.mla_decode(q, cache, table, lens, schedule=schedule)
+    ran = [line["executed"] for line in profile.launches[0].instructions
+           if line["text"].startswith("prefetch")]  # fmt: skip
+    blocks, warps, lines = 4, 4, 3
+    assert sum(ran) == (blocks - pieces) * warps * lines
 
 
 def test_more_splits_than_a_warp_has_lanes(machine, backend):
