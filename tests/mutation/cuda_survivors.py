@@ -7,18 +7,6 @@ from cuda_survivors_ep import REASONS as OF_EP
 
 EXPLAINED: dict[tuple[str, str, str], str] = {
     (
-        "cuda/kernels/rowwise_quantize_transpose.cuh",
-        "const bool inside = first_row + row < p.rows && left > 0;",
-        "const bool inside = first_row + row < p.rows && left >= 0;",
-    ): "The column behind the last one reads no element (left is 0 either way), and its scale is that "
-    "of the last: a tile reaches behind x only where cols is no multiple of 64, so cols / 128 is "
-    "the last group.",
-    (
-        "cuda/tile/quantize.cuh",
-        "return left >= kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
-        "return left > kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
-    ): "The row's last whole run then goes element by element: slower, the same values.",
-    (
         "cuda/kernels/moe_gate_backward.cuh",
         "for (int k = 0; k < p.k; k += kProductSlab) {",
         "for (int k = 0; k <= p.k; k += kProductSlab) {",
@@ -30,44 +18,9 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "A run of choices behind the last has no row: it loads nothing and adds nothing.",
     (
         "cuda/tile/mla_dequantize.cuh",
-        "return block < piece.end && token < piece.length ? __ldg(table + token / p.page) : 0;",
-        "return block <= piece.end && token < piece.length ? __ldg(table + token / p.page) : 0;",
-    ): "Behind the piece, where the request goes on, it looks up a page that nobody follows.",
-    (
-        "cuda/tile/mla_dequantize.cuh",
         "if (lane / 2 >= min(tokens.count, kTurned)) return;",
         "if (lane / 2 > min(tokens.count, kTurned)) return;",
     ): "One token more is a hint to L2, which reads nothing into the program.",
-    (
-        "cuda/tile/mla_columns.cuh",
-        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes);",
-        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes + 16);",
-    ): "The distance between tiles of 64 rows; wgmma's A has 64 rows, one tile.",
-    (
-        "cuda/tile/mla_columns.cuh",
-        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes);",
-        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes - 16);",
-    ): "The distance between tiles of 64 rows; wgmma's A has 64 rows, one tile.",
-    (
-        "cuda/tile/mla_softmax.cuh",
-        "*reinterpret_cast<uint4*>(tiles[tile] + swizzle128(row, chunk)) = uint4{0, 0, 0, 0};",
-        "*reinterpret_cast<uint4*>(tiles[tile] + (swizzle128(row, chunk) ^ 16)) = uint4{0, 0, 0, 0};",
-    ): "All chunks of the row are cleared, in another order.",
-    (
-        "cuda/kernels/mla_schedule.cuh",
-        "int whole = p.b > 0 ? blocks[0] : 0, left = whole;",
-        "int whole = p.b >= 0 ? blocks[0] : 0, left = whole;",
-    ): "Without requests only whole - left is used, which is 0 whatever the word holds; it is allocated.",
-    (
-        "cuda/kernels/mla_schedule.cuh",
-        "part.end_block = request < p.b ? whole - left : 0;",
-        "part.end_block = request <= p.b ? whole - left : 0;",
-    ): "Behind the last request nothing of it has been taken: whole - left is 0 too.",
-    (
-        "cuda/kernels/mla_schedule.cuh",
-        "const int share = lane == 31 ? enough : min(equal + lane, enough);",
-        "const int share = lane == 31 ? enough : (equal + lane);",
-    ): "A lane with more than is enough comes behind one with just that, and the first lane is taken.",
     (
         "cuda/kernels/mla_schedule.cuh",
         "__syncwarp();",
@@ -94,11 +47,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     "parted for one agent, as they are in step on hardware; PTX asks for the barrier.",
     (
         "cuda/kernels/mla_prefill.cuh",
-        "*reinterpret_cast<uint4*>(smem.v[at.stage][tile] + swizzle128(row, chunk)) =",
-        "*reinterpret_cast<uint4*>(smem.v[at.stage][tile] + (swizzle128(row, chunk) ^ 16)) =",
-    ): "All chunks of the row are cleared, in another order.",
-    (
-        "cuda/kernels/mla_prefill.cuh",
         "smem.q_ring.init(kPrefillMath / 32);",
         "smem.q_ring.init(kPrefillMath / 32 + 1);",
     ): "Q is loaded once: nobody waits for its stage to be free.",
@@ -108,21 +56,11 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "smem.q_ring.init(kPrefillMath / 32 - 1);",
     ): "Q is loaded once: nobody waits for its stage to be free.",
     (
-        "cuda/tile/prefill_job.cuh",
-        "job.key = request < p.b ? __ldg(p.cu_seqlens_k + request) : 0;",
-        "job.key = request <= p.b ? __ldg(p.cu_seqlens_k + request) : 0;",
-    ): "Rows behind the last request attend nothing, wherever their keys would begin.",
-    (
         "cuda/kernels/mla_prefill_backward.cuh",
         "if (row < job.kept_length) own[i] = p.statistics[at];",
         "if (row <= job.kept_length) own[i] = p.statistics[at];",
     ): "The row behind the request's last is not stored, whatever its statistics; reading them stays "
     "inside the workspace, whose requests are padded to 64 rows and which has 64 more.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
-        "*reinterpret_cast<uint4*>(to + swizzle128(row, i % 8)) = uint4{0, 0, 0, 0};",
-        "*reinterpret_cast<uint4*>(to + (swizzle128(row, i % 8) ^ 16)) = uint4{0, 0, 0, 0};",
-    ): "All chunks of the row are cleared, in another order.",
     (
         "cuda/kernels/mla_prefill_backward.cuh",
         "smem.kept_ring.init(1);",
@@ -149,18 +87,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "A fence for the compiler, which is no instruction: this compiler keeps the sums where they "
     "are without it too. Nothing but the fence makes it.",
     (
-        "cuda/kernels/gemm_fp8_swiglu.cuh",
-        "const bool whole = at.rows_left >= Shape::kBlockM || at.clipped;",
-        "const bool whole = at.rows_left > Shape::kBlockM || at.clipped;",
-    ): "A tile of exactly 64 rows then goes out by 16-byte copies instead of TMA: slower, the same "
-    "values.",
-    (
-        "cuda/kernels/gemm_runs.cuh",
-        "for (int base = 0; base < p.rows; base += kThreads) {",
-        "for (int base = 0; base <= p.rows; base += kThreads) {",
-    ): "One more turn over rows that do not exist, where p.rows is a multiple of kThreads: none "
-    "starts a run or ends one.",
-    (
         "cuda/tile/gemm_promote.cuh",
         "const uint32_t mine = (1u << min(end, kStages)) - (1u << at_.stage);",
         "const uint32_t mine = (1u << (end)) - (1u << at_.stage);",
@@ -168,10 +94,16 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     "bits from the stage's on are set after the subtraction. The minimum is for C++, where that is "
     "undefined.",
     (
-        "cuda/tile/gemm_promote.cuh",
-        "constexpr bool kOverlapsItself = kN * kMathWarpgroups <= 128;",
-        "constexpr bool kOverlapsItself = kN * kMathWarpgroups < 128;",
-    ): "Only how many products are under way at once: each k block's sums, and their order, are the "
-    "same.",
+        "cuda/kernels/gemm_fp8_1d2d.cuh",
+        "const bool second = kRows > 1 && panel > 0 && (panel >= 128 || panel >= boundary_);",
+        "const bool second = kRows > 1 && panel >= 0 && (panel >= 128 || panel >= boundary_);",
+    ): "The boundary is at least a panel away from the tile's first column. Known to the compiler, "
+    "panel > 0 spares a comparison.",
+    (
+        "cuda/kernels/gemm_fp8_1d2d.cuh",
+        "const bool second = kRows > 1 && panel > 0 && (panel >= 128 || panel >= boundary_);",
+        "const bool second = kRows > 1 && panel > 0 && (panel > 128 || panel >= boundary_);",
+    ): "The boundary is by the 128th column, so that this panel lies behind it either way. Known to "
+    "the compiler, panel >= 128 spares a comparison.",
 }
 EXPLAINED.update({mutant: why for why, mutants in OF_EP.items() for mutant in mutants})
