@@ -94,25 +94,32 @@ def _pad_tokens(grad: Tensor, data: Tensor, scale: Tensor) -> tuple[Tensor, Scal
 
 
 def fp8_experts(
-    x: Tensor, w13: Tensor, w2: Tensor, topk_idx: Tensor, topk_weights: Tensor
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    num_shared: int = 0,
 ) -> Tensor:
     """`moe_experts` whose products all run in FP8, forward and backward, from float weights.
 
     w13 [e, 2i, d] and w2 [e, d, i] are quantised in 128x128 blocks here, as an optimizer step
     changes them. Differentiable in x, w13, w2 and topk_weights; kept for the backward pass are x,
-    the FP8 weights and the routing, and SwiGLU is computed again (V3 report, 3.3.3). The CUDA
-    kernels want i to be a multiple of 128 and d one of 16. Raises as `moe_experts`.
+    the FP8 weights and the routing, and SwiGLU is computed again (V3 report, 3.3.3). num_shared as
+    in `moe_experts`: the last so many experts have every token. The CUDA kernels want i to be a
+    multiple of 128 and d one of 16. Raises as `moe_experts`.
     """
-    return _Fp8Experts.apply(x, w13, w2, topk_idx, topk_weights)
+    return _Fp8Experts.apply(x, w13, w2, topk_idx, topk_weights, num_shared)
 
 
 class _Fp8Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w13: Tensor, w2: Tensor, topk_idx, topk_weights) -> Tensor:
+    def forward(ctx: Any, x, w13, w2, topk_idx, topk_weights, num_shared: int) -> Tensor:
         q13, q2 = (ops.quantize(w.detach(), (128, 128)) for w in (w13, w2))
-        ctx.dtypes = w13.dtype, w2.dtype
+        ctx.dtypes, ctx.num_shared = (w13.dtype, w2.dtype), num_shared
         ctx.save_for_backward(x, q13.data, q13.scale, q2.data, q2.scale, topk_idx, topk_weights)
-        return ops.moe_experts(x, q13, q2, topk_idx, topk_weights)
+        return ops.moe_experts(x, q13, q2, topk_idx, topk_weights, num_shared=num_shared)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
@@ -120,11 +127,12 @@ class _Fp8Experts(torch.autograd.Function):
         weights = (ScaledTensor(d, s, (128, 128)) for d, s in ((d13, s13), (d2, s2)))
         wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         dx, dw13, dw2, dweights = moe_experts_backward(
-            grad, x, *weights, topk_idx, topk_weights, weight_grads=wanted
-        )
+            grad, x, *weights, topk_idx, topk_weights, num_shared=ctx.num_shared,
+            weight_grads=wanted,
+        )  # fmt: skip
         if not wanted:
-            return dx, None, None, None, dweights
-        return dx, dw13.to(ctx.dtypes[0]), dw2.to(ctx.dtypes[1]), None, dweights
+            return dx, None, None, None, dweights, None
+        return dx, dw13.to(ctx.dtypes[0]), dw2.to(ctx.dtypes[1]), None, dweights, None
 
 
 class Fp8Linear(nn.Module):

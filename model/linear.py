@@ -68,14 +68,18 @@ class Weight(nn.Module):
         rows, cols = -(-self.part_rows // FP8_BLOCK), -(-self.k // FP8_BLOCK)
         return data, self.weight_scale_inv[lead][row : row + rows, :cols]
 
-    def keep_leading(self, part: slice) -> None:
-        """Drop all but `part` of the first dimension of a stack of weights."""
+    def keep_leading(self, *parts: slice) -> None:
+        """Drop all but `parts` of the first dimension of a stack of weights."""
+
+        def kept(stack: torch.Tensor) -> torch.Tensor:
+            return torch.cat([stack[part] for part in parts])
+
         if self.is_fp8:
-            self.weight = self.weight[part].clone()
-            self.weight_scale_inv = self.weight_scale_inv[part].clone()
+            dtype = self.weight.dtype
+            self.weight = kept(self.weight.view(torch.uint8)).view(dtype)
+            self.weight_scale_inv = kept(self.weight_scale_inv)
         else:
-            kept = self.weight.detach()[part].clone()
-            self.weight = nn.Parameter(kept, self.weight.requires_grad)
+            self.weight = nn.Parameter(kept(self.weight.detach()), self.weight.requires_grad)
         self.lead = [self.weight.shape[0], *self.lead[1:]]
 
     def zero_padding(self) -> None:
@@ -89,11 +93,14 @@ class Weight(nn.Module):
         raw[..., self.k :].zero_()
         self.weight_scale_inv.fill_(1.0)
 
-    def value(self) -> torch.Tensor | dsk.ScaledTensor:
-        """What `dskernels` takes as the b operand."""
+    def value(self, part: slice | None = None) -> torch.Tensor | dsk.ScaledTensor:
+        """What `dskernels` takes as the b operand; of a stack, only `part` of it."""
+        data, scale = self.weight, self.weight_scale_inv
+        if part is not None:
+            data, scale = data[part], scale[part] if self.is_fp8 else None
         if self.is_fp8:
-            return dsk.ScaledTensor(self.weight, self.weight_scale_inv, (FP8_BLOCK, FP8_BLOCK))
-        return self.weight
+            return dsk.ScaledTensor(data, scale, (FP8_BLOCK, FP8_BLOCK))
+        return data
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight in floating point [.., n, k] (unpadded weights only)."""

@@ -85,11 +85,17 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked: w13 [e, 2i, d] = [gate; up], w2 [e, d, i]."""
+    """The experts' weights, stacked: w13 [e, 2i, d] = [gate; up], w2 [e, d, i].
+
+    V3's one shared expert is the last of the stack, so that it runs in the same launches as the
+    routed ones. Several shared experts (V2) are one wide matrix in a checkpoint, whose FP8 blocks
+    need not end where an expert does: those stay by themselves, outside.
+    """
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
-        experts, d = config.n_routed_experts, config.hidden_size
+        self.num_shared = int(config.n_shared_experts == 1)
+        experts, d = config.n_routed_experts + self.num_shared, config.hidden_size
         width = config.moe_intermediate_size
         self.w13 = Weight(experts, 2 * width, d, row_parts=2)
         self.w2 = Weight(experts, d, width, pad_cols=True)
@@ -98,22 +104,32 @@ class Experts(nn.Module):
     def forward(self, x, topk_idx, topk_weights) -> torch.Tensor:
         """x [t, d], topk_idx and topk_weights [t, k] -> [t, d]."""
         if self.group is None:
-            return dsk.moe_experts(x, self.w13.value(), self.w2.value(), topk_idx, topk_weights)
-        # Tokens travel to their experts and results back; a rank keeps its own experts only.
+            return self._multiply(x, topk_idx, topk_weights, None, self.num_shared)
+        # Tokens travel to their routed experts and results back; a rank keeps its own ones only.
+        # The shared expert stays with the tokens.
+        routed, shared = slice(self.group.num_local_experts), slice(-self.num_shared, None)
         got = dsk.ep.dispatch(self.group, x, topk_idx, topk_weights)
-        y = dsk.moe_experts(
-            got.x, self.w13.value(), self.w2.value(), got.topk_idx, got.topk_weights
-        )
-        return dsk.ep.combine(self.group, y, got)[0]
+        y = self._multiply(got.x, got.topk_idx, got.topk_weights, routed, 0)
+        out = dsk.ep.combine(self.group, y, got)[0]
+        if self.num_shared:
+            nobody = topk_idx[:, :0], topk_weights[:, :0]
+            out = out + self._multiply(x, *nobody, shared, self.num_shared)
+        return out
+
+    def _multiply(self, x, topk_idx, topk_weights, part: slice | None, num_shared: int):
+        weights = self.w13.value(part), self.w2.value(part)
+        return dsk.moe_experts(x, *weights, topk_idx, topk_weights, num_shared=num_shared)
 
     def distribute(self, group: dsk.ep.Group) -> None:
-        """Keep only the experts of this rank of `group`, and exchange tokens with the others.
+        """Keep only this rank of `group`'s routed experts, and exchange tokens with the others.
 
         Every rank must hold the same weights before, and call the layer in step with the others
         afterwards, each with tokens of its own (as many as it likes, also none)."""
         first = sum(group.experts_of_rank[: group.rank])
+        own = slice(first, first + group.num_local_experts)
         for weight in (self.w13, self.w2):
-            weight.keep_leading(slice(first, first + group.num_local_experts))
+            shared = slice(weight.weight.shape[0] - self.num_shared, None)
+            weight.keep_leading(own, shared)
         self.group = group
 
 
@@ -124,7 +140,8 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Gate(config)
         self.experts = Experts(config)
-        width = config.moe_intermediate_size * config.n_shared_experts
+        apart = config.n_shared_experts - self.experts.num_shared
+        width = config.moe_intermediate_size * apart
         self.shared_experts = MLP(config.hidden_size, width) if width else None
 
     def forward(self, x: torch.Tensor, router: list[RouterStats] | None = None) -> torch.Tensor:

@@ -225,8 +225,9 @@ def _moe_entries(prefix: str, moe: MoE) -> Iterator[Entry]:
         yield Entry(f"{prefix}gate.e_score_correction_bias", moe.gate, "bias")
     if moe.shared_experts is not None:
         yield from _mlp_entries(f"{prefix}shared_experts.", moe.shared_experts)
-    for j in range(moe.gate.config.n_routed_experts):
-        expert = f"{prefix}experts.{j}."
+    routed = moe.gate.config.n_routed_experts
+    for j in range(routed + moe.experts.num_shared):
+        expert = f"{prefix}experts.{j}." if j < routed else f"{prefix}shared_experts."
         yield Entry(f"{expert}gate_proj.weight", moe.experts.w13, lead=(j,), row_part=0)
         yield Entry(f"{expert}up_proj.weight", moe.experts.w13, lead=(j,), row_part=1)
         yield Entry(f"{expert}down_proj.weight", moe.experts.w2, lead=(j,))

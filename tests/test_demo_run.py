@@ -52,6 +52,12 @@ def test_model_has_every_part_of_v3():
     assert isinstance(training, TrainConfig) and training.max_seconds < 6 * 60 - 60
 
 
+def test_smoke_run_counts_steps():
+    """Whether it passes must not depend on what else the machine does."""
+    training = demo.demo_training(demo.parse_args(["--smoke"]))
+    assert training.max_seconds is None and training.max_steps == demo.SMOKE_STEPS
+
+
 @pytest.mark.parametrize(
     ("scores", "passed"),
     [

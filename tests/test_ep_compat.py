@@ -248,10 +248,10 @@ def worker_model(store, rank, ranks):
             num_experts=config.n_routed_experts, max_tokens=2 * (7 + ranks),
             hidden=config.hidden_size, topk=config.num_experts_per_tok, dtype=torch.float32,
         )  # fmt: skip
-        before = layers[0].experts.w13.weight.shape[0]
+        before = layers[0].experts.w13.weight.shape[0]  # with the shared one, which all keep
         for layer in layers:
             layer.experts.distribute(group)
-        assert layers and layers[0].experts.w13.weight.shape[0] == before // ranks
+        assert layers and layers[0].experts.w13.weight.shape[0] == (before - 1) // ranks + 1
         got = model(ids)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
     return True

@@ -132,6 +132,26 @@ def test_dispatch_and_combine(ranks, per_node, seed):
                 same(outs[r], back[r], "combined")
 
 
+@pytest.mark.parametrize("ranks, per_node", [(2, 0), (3, 0), (4, 2)])
+def test_dispatches_behind_each_other(ranks, per_node, seed, monkeypatch):
+    """Nothing between two dispatches: a rank may send its next notice while others still run."""
+    # The checker does not know that a launch follows what others told the launch before it.
+    monkeypatch.setitem(os.environ, "DSK_EMU_CHECK", "0")
+    group, *_ = make(ranks, per_node)
+    (_, *first, _), (_, *second, _) = list(cases(ranks))[:2]
+    for n in range(1, 7):
+        seed(n)
+        calls = [group.dispatch(*case, sizes_on_host=False) for case in (first, second)]
+        group.wait()
+        for case, got in zip((first, second), calls):
+            want = ref.dispatch(*case, num_experts=4 * ranks)
+            for r in range(ranks):
+                counts = [len(want[r].source), *want[r].tokens_per_expert]
+                assert got[r].counts.tolist() == counts
+        for r in range(ranks):  # the second took the region of the first
+            same(got[r].x[: len(want[r].source)], want[r].x, "x")
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_low_latency(ranks, seed):
     group, xs, idxs, weights = make(ranks)

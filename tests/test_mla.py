@@ -10,6 +10,7 @@ from backend_axis import need, on_cpu, on_device
 from mla_cases import LATENT, assert_decoded, paged_case, work_of
 
 import dskernels as dsk
+from dskernels import emu
 from dskernels.testing import assert_bitwise_equal
 
 
@@ -193,11 +194,34 @@ def test_a_full_block_is_neither_masked_nor_cleared(heads, kernel):
     assert partly["sync"] - fully["sync"] >= 8  # eight warps meet
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_fp8_blocks_behind_a_piece_are_not_prefetched(pieces):
+    need("mla_decode", "emu")
+    machine = importlib.import_module("dskernels.emu.mla")
+    q, cache, table, lens = paged_case([256], 1, 3, fp8=True)
+    schedule = machine.mla_schedule(lens, 3, num_sms=pieces)
+    with emu.profiling(sample_ctas=None) as profile:
+        machine.mla_decode(q, cache, table, lens, schedule=schedule)
+    ran = [line["executed"] for line in profile.launches[0].instructions
+           if line["text"].startswith("prefetch")]  # fmt: skip
+    blocks, warps, lines = 4, 4, 3
+    assert sum(ran) == (blocks - pieces) * warps * lines
+
+
 def test_more_splits_than_a_warp_has_lanes(machine, backend):
-    case = paged_case([2300, 70], 1, 3)
+    case = paged_case([4300, 70], 1, 3)
     q, cache, table, lens = (on_device(x, backend) for x in case)
     schedule = machine.mla_schedule(lens, 3, num_sms=80)
     assert schedule.num_splits.diff()[0] > 32
+    got = machine.mla_decode(q, cache, table, lens, schedule=schedule)
+    assert_decoded(tuple(on_cpu(x) for x in got), case)
+
+
+def test_many_rows_are_joined_by_a_warp_each(machine, backend):
+    case = paged_case([300, *[0] * 31], 1, 33)
+    q, cache, table, lens = (on_device(x, backend) for x in case)
+    schedule = machine.mla_schedule(lens, 33, num_sms=36)
+    assert schedule.num_splits.diff()[0] == 3
     got = machine.mla_decode(q, cache, table, lens, schedule=schedule)
     assert_decoded(tuple(on_cpu(x) for x in got), case)
 
@@ -277,9 +301,11 @@ PIECE_COST = 3  # of 64 rows, in blocks
 
 def greedy(blocks, num_parts, split_blocks):
     """What the schedule has to be: every part takes pieces in order while they fit its share, the
-    smallest one for which the parts suffice."""
+    smallest one for which the parts suffice and a piece is not too small."""
     pieces = sum(max(1, -(-n // split_blocks)) if split_blocks else 1 for n in blocks)
-    share = -(-(sum(blocks) + PIECE_COST * pieces) // num_parts)
+    total = sum(blocks) + PIECE_COST * pieces
+    least = next(n for n in itertools.count(2) if n * n * 20 * len(blocks) >= total)
+    share = max(-(-total // num_parts), PIECE_COST + least)
     while True:
         parts, num_splits = dealt(blocks, num_parts, split_blocks, share)
         if len(num_splits) == len(blocks) + 1:
@@ -313,13 +339,22 @@ def test_schedules_are_the_greedy_ones(machine, backend, deterministic):
         for _ in range(6):
             lens = torch.randint(0, 400, (40,), generator=g).int()
             lens *= torch.randint(0, 2, (40,), generator=g).int()  # half of them empty
-            made = machine.mla_schedule(
-                on_device(lens, backend), 64, deterministic=deterministic, num_sms=num_parts
-            )
-            parts, num_splits = greedy([-(-n // 64) for n in lens.tolist()], num_parts,
-                                       made.split_blocks)  # fmt: skip
-            assert on_cpu(made.parts)[:, :5].tolist() == parts
-            assert on_cpu(made.num_splits).tolist() == num_splits
+            assert_greedy(machine, backend, lens, num_parts, deterministic)
+
+
+@pytest.mark.parametrize("lengths", [[130], [77 * 64], [78 * 64], [30000], [7000, 100, 20000]])
+def test_schedules_cut_no_crumbs(machine, backend, lengths):
+    assert_greedy(machine, backend, torch.tensor(lengths, dtype=torch.int32), 132, False)
+
+
+def assert_greedy(machine, backend, lens, num_parts, deterministic):
+    made = machine.mla_schedule(
+        on_device(lens, backend), 64, deterministic=deterministic, num_sms=num_parts
+    )
+    blocks = [-(-n // 64) for n in lens.tolist()]
+    parts, num_splits = greedy(blocks, num_parts, made.split_blocks)
+    assert on_cpu(made.parts)[:, :5].tolist() == parts
+    assert on_cpu(made.num_splits).tolist() == num_splits
 
 
 @pytest.mark.parametrize("lengths", [[20000] * 8, [64] * 500, [50000, *[100] * 60]], ids=len)

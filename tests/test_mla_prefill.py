@@ -141,6 +141,7 @@ def test_work_that_is_not_needed_is_not_done():
         for queries, keys, causal in ((64, 128, 0), (64, 256, 0), (200, 200, 1), (200, 200, 0))
     )
     assert whole - under == two - one > 0  # a block of 128 x 128 is behind the diagonal
+    assert work(2, 128, causal=True)["tensor"] == one  # and none behind the keys
 
 
 def test_nothing(backend):

@@ -463,7 +463,8 @@ def test_scaled_experts_gradients_with_many_tokens(backend, kind):
     check_scaled_gradients(backend, kind, 4096, 2, 8, 128, 128)
 
 
-def test_experts_trained_in_fp8(backend):
+@pytest.mark.parametrize("shared", [0, 1])
+def test_experts_trained_in_fp8(backend, shared):
     """A master copy in bf16: forward and gradients of nn.fp8_experts are the op's on its blocks."""
     need("moe_experts", backend)
     if backend == "triton":
@@ -472,18 +473,20 @@ def test_experts_trained_in_fp8(backend):
     w13 = (torch.randn(e, 2 * i, d) / d**0.5).bfloat16()
     w2 = (torch.randn(e, d, i) / i**0.5).bfloat16()
     x, grad = torch.randn(t, d).bfloat16(), torch.randn(t, d).bfloat16()
-    topk_idx, weights = routing("holes", t, k, e), torch.rand(t, k)
+    topk_idx, weights = routing("holes", t, k, e - shared), torch.rand(t, k)
     scaled = [rowwise.quantize(w, (128, 128)) for w in (w13, w2)]
-    want = ref_experts_backward(grad, x, *scaled, topk_idx, weights)
+    options = dict(num_shared=shared)
+    want = ref_experts_backward(grad, x, *scaled, topk_idx, weights, **options)
 
     def gradients(*wanted):
         leaves = [on_device(v.clone(), backend) for v in (x, w13, w2, weights)]
         for index in wanted:
             leaves[index].requires_grad_()
         with dsk.use_backend(backend):
-            y = dsk.nn.fp8_experts(*leaves[:3], on_device(topk_idx, backend), leaves[3])
+            y = dsk.nn.fp8_experts(*leaves[:3], on_device(topk_idx, backend), leaves[3], **options)
             y.backward(on_device(grad, backend))
-        assert calc_diff(on_cpu(y.detach()), ref.moe_experts(x, *scaled, topk_idx, weights)) < 5e-5
+        exact = ref.moe_experts(x, *scaled, topk_idx, weights, **options)
+        assert calc_diff(on_cpu(y.detach()), exact) < 5e-5
         return [None if v.grad is None else on_cpu(v.grad) for v in leaves]
 
     for what, leaf, g, w in zip(range(4), (x, w13, w2, weights), gradients(0, 1, 2, 3), want):
@@ -495,7 +498,7 @@ def test_experts_trained_in_fp8(backend):
     # The op itself, with FP8 weights that get no gradient.
     leaves = [on_device(v.clone(), backend).requires_grad_() for v in (x, weights)]
     rest = [on_device(v, backend) for v in (*scaled, topk_idx)]
-    y = dsk.moe_experts(leaves[0], *rest, leaves[1], backend=backend)
+    y = dsk.moe_experts(leaves[0], *rest, leaves[1], backend=backend, **options)
     for what, g in zip((0, 3), torch.autograd.grad(y, leaves, on_device(grad, backend))):
         assert calc_diff(on_cpu(g), want[what]) < 5e-5, what
 

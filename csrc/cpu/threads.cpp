@@ -28,8 +28,11 @@ inline void relax() {
 #endif
 }
 
-// One parallel region. Workers take a ticket to enter, so a region with fewer threads than the
-// pool wakes everybody but is executed by `threads` of them only.
+// One parallel region at a time. `gate_` holds the region's free seats (upper half) and the workers
+// that sit in it (lower half). A worker takes a seat if one is left; the caller works too, and
+// removes the empty seats when no task is left. So it waits only for workers that are in the middle
+// of a task, never for one that the system has not even started: on a busy machine that takes
+// milliseconds, and the caller finishes alone meanwhile.
 class Pool {
  public:
   ~Pool() {
@@ -50,17 +53,16 @@ class Pool {
     context_ = context;
     tasks_ = tasks;
     next_task_.store(0, std::memory_order_relaxed);
-    next_thread_.store(1, std::memory_order_relaxed);
-    threads_ = threads;
-    pending_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    gate_.store(static_cast<uint32_t>(threads - 1) * kSeat, std::memory_order_release);
     epoch_.fetch_add(1);
     epoch_.notify_all();
     drain(0);
-    for (int spins = 0; int left = pending_.load(std::memory_order_acquire); ++spins) {
+    gate_.fetch_and(kSeat - 1, std::memory_order_relaxed);  // no more seats
+    for (int spins = 0; uint32_t left = gate_.load(std::memory_order_acquire); ++spins) {
       if (spins < kSpins) {
         relax();
       } else {
-        pending_.wait(left, std::memory_order_acquire);
+        gate_.wait(left, std::memory_order_acquire);
       }
     }
     return true;
@@ -69,6 +71,9 @@ class Pool {
   int size() const { return static_cast<int>(workers_.size()); }
 
  private:
+  static constexpr uint32_t kSeat = 1 << 16;
+  static_assert(kMaxThreads < static_cast<int>(kSeat));
+
   void drain(int thread) {
     for (;;) {
       const int64_t task = next_task_.fetch_add(1, std::memory_order_relaxed);
@@ -78,38 +83,56 @@ class Pool {
   }
 
   void work(uint32_t seen);
+  int sit_down();
+  void stand_up();
 
   std::vector<std::thread> workers_;
   std::mutex region_;
+  // The region, written while gate_ is 0 and read by those who sit in it.
   TaskBody body_ = nullptr;
   void* context_ = nullptr;
   int64_t tasks_ = 0;
-  int threads_ = 0;
   // Each on its own cache line: they are written by different threads at different times.
   alignas(64) std::atomic<uint32_t> epoch_{0};
   alignas(64) std::atomic<int64_t> next_task_{0};
-  alignas(64) std::atomic<int> next_thread_{0};
-  alignas(64) std::atomic<int> pending_{0};
+  alignas(64) std::atomic<uint32_t> gate_{0};
   alignas(64) std::atomic<bool> stopping_{false};
 };
 
 thread_local bool inside_task = false;
 
+// The number of the seat, from 1; 0: none is free.
+int Pool::sit_down() {
+  uint32_t gate = gate_.load(std::memory_order_relaxed);
+  while (gate >= kSeat) {
+    if (gate_.compare_exchange_weak(gate, gate - kSeat + 1, std::memory_order_acquire)) {
+      return static_cast<int>(gate / kSeat);
+    }
+  }
+  return 0;
+}
+
+void Pool::stand_up() {
+  if (gate_.fetch_sub(1, std::memory_order_release) == 1) gate_.notify_one();
+}
+
 void Pool::work(uint32_t seen) {
   inside_task = true;
   for (;;) {
-    for (int spins = 0; epoch_.load(std::memory_order_acquire) == seen; ++spins) {
+    uint32_t epoch;
+    for (int spins = 0; (epoch = epoch_.load(std::memory_order_acquire)) == seen; ++spins) {
       if (spins < kSpins) {
         relax();
       } else {
         epoch_.wait(seen, std::memory_order_acquire);
       }
     }
-    ++seen;
+    seen = epoch;  // regions that came and went meanwhile are no longer of interest
     if (stopping_.load()) return;
-    const int thread = next_thread_.fetch_add(1, std::memory_order_relaxed);
-    if (thread < threads_) drain(thread);
-    if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
+    if (const int thread = sit_down()) {
+      drain(thread);
+      stand_up();
+    }
   }
 }
 

@@ -8,8 +8,9 @@ namespace dsk::cpu {
 
 // Runs body(context, task, thread) for every task in [0, tasks), at most `threads` at a time and
 // including the caller; thread is in [0, threads). Tasks are handed out in order, one by one, so
-// uneven ones balance. Returns when all are done. A call made from inside a task, or while another
-// caller holds the pool, runs its tasks on the calling thread.
+// uneven ones balance, and a thread that comes late finds none left and is not waited for. Returns
+// when all are done. A call made from inside a task, or while another caller holds the pool, runs
+// its tasks on the calling thread.
 using TaskBody = void (*)(void* context, int64_t task, int thread);
 void run_tasks(int64_t tasks, int threads, TaskBody body, void* context);
 

@@ -228,11 +228,15 @@ def _plain(a: torch.Tensor, b: torch.Tensor, deterministic: bool) -> torch.Tenso
     return y
 
 
-def plain_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [m, k] times b [k, n] in one float type: fp32 sums, rounded once."""
+def plain_product(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """a [m, k] times b [k, n] in one float type: fp32 sums, rounded once; into `out` [m, n] of that
+    type where one is given."""
     if a.dtype == torch.float32 or (a.dtype == torch.bfloat16 and _onednn_has_bf16()):
-        return torch.mm(a, b)
-    return (a.float() @ b.float()).to(a.dtype)
+        return torch.mm(a, b, out=out)
+    wide = a.float() @ b.float()
+    return wide.to(a.dtype) if out is None else out.copy_(wide)
 
 
 def _onednn_has_bf16() -> bool:

@@ -250,7 +250,7 @@ def _plain_experts(x, w13, w2, topk_idx, topk_weights) -> torch.Tensor:
     y = torch.empty_like(rows)
     for expert, part in _parts(group_sizes):
         hidden = rowwise.swiglu(gemm.plain_product(rows[part], w13[expert].t()))
-        y[part] = gemm.plain_product(hidden, w2[expert].t())
+        gemm.plain_product(hidden, w2[expert].t(), out=y[part])
     return moe_unpermute(y, row_map, topk_weights)
 
 
@@ -307,7 +307,10 @@ def _plain_experts_backward(grad, x, w13, w2, topk_idx, topk_weights, weight_gra
     x_perm, g_perm = (_gather(_rows(n, t), layout) for n, t in (("x", x), ("grad", grad)))
     weights = _row_weights(x_perm.shape[0], layout, topk_weights)
     dot, dx_perm = torch.empty(x_perm.shape[0]), torch.empty_like(x_perm)
-    d13, d2 = (torch.zeros_like(w) if weight_grads else w.new_empty(0) for w in (w13, w2))
+    d13, d2 = (torch.empty_like(w) if weight_grads else w.new_empty(0) for w in (w13, w2))
+    if weight_grads:  # only the experts that no product fills: these are the largest tensors here
+        for expert in (layout[1] == 0).nonzero().flatten().tolist():
+            d13[expert] = d2[expert] = 0
     product = gemm.plain_product
     for expert, part in _parts(layout[1]):
         x_e, g_e, factor = x_perm[part], g_perm[part], weights[part]
@@ -317,10 +320,10 @@ def _plain_experts_backward(grad, x, w13, w2, topk_idx, topk_weights, weight_gra
         # <grad, y> = <grad w2, act>: the expert's output itself is not needed.
         dot[part] = (back * act).sum(dim=-1)
         dh = swiglu_backward(back * factor, h.float()).to(x.dtype)
-        dx_perm[part] = product(dh, w13[expert])
+        product(dh, w13[expert], out=dx_perm[part])
         if weight_grads:
-            d2[expert] = product((g_e * factor).to(x.dtype).t(), act)
-            d13[expert] = product(dh.t(), x_e)
+            product((g_e * factor).to(x.dtype).t(), act, out=d2[expert])
+            product(dh.t(), x_e, out=d13[expert])
     dx = moe_unpermute(dx_perm, layout[2], None)
     return dx, d13, d2, _slot_values(dot, layout, topk_weights)
 

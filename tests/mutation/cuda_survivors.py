@@ -18,44 +18,9 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "A run of choices behind the last has no row: it loads nothing and adds nothing.",
     (
         "cuda/tile/mla_dequantize.cuh",
-        "return block < piece.end && token < piece.length ? __ldg(table + token / p.page) : 0;",
-        "return block <= piece.end && token < piece.length ? __ldg(table + token / p.page) : 0;",
-    ): "Behind the piece, where the request goes on, it looks up a page that nobody follows.",
-    (
-        "cuda/tile/mla_dequantize.cuh",
         "if (lane / 2 >= min(tokens.count, kTurned)) return;",
         "if (lane / 2 > min(tokens.count, kTurned)) return;",
     ): "One token more is a hint to L2, which reads nothing into the program.",
-    (
-        "cuda/tile/mla_columns.cuh",
-        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes);",
-        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes + 16);",
-    ): "The distance between tiles of 64 rows; wgmma's A has 64 rows, one tile.",
-    (
-        "cuda/tile/mla_columns.cuh",
-        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes);",
-        "const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes - 16);",
-    ): "The distance between tiles of 64 rows; wgmma's A has 64 rows, one tile.",
-    (
-        "cuda/tile/mla_softmax.cuh",
-        "*reinterpret_cast<uint4*>(tiles[tile] + swizzle128(row, chunk)) = uint4{0, 0, 0, 0};",
-        "*reinterpret_cast<uint4*>(tiles[tile] + (swizzle128(row, chunk) ^ 16)) = uint4{0, 0, 0, 0};",
-    ): "All chunks of the row are cleared, in another order.",
-    (
-        "cuda/kernels/mla_schedule.cuh",
-        "int whole = p.b > 0 ? blocks[0] : 0, left = whole;",
-        "int whole = p.b >= 0 ? blocks[0] : 0, left = whole;",
-    ): "Without requests only whole - left is used, which is 0 whatever the word holds; it is allocated.",
-    (
-        "cuda/kernels/mla_schedule.cuh",
-        "part.end_block = request < p.b ? whole - left : 0;",
-        "part.end_block = request <= p.b ? whole - left : 0;",
-    ): "Behind the last request nothing of it has been taken: whole - left is 0 too.",
-    (
-        "cuda/kernels/mla_schedule.cuh",
-        "const int share = lane == 31 ? enough : min(equal + lane, enough);",
-        "const int share = lane == 31 ? enough : (equal + lane);",
-    ): "A lane with more than is enough comes behind one with just that, and the first lane is taken.",
     (
         "cuda/kernels/mla_schedule.cuh",
         "__syncwarp();",
@@ -82,11 +47,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     "parted for one agent, as they are in step on hardware; PTX asks for the barrier.",
     (
         "cuda/kernels/mla_prefill.cuh",
-        "*reinterpret_cast<uint4*>(smem.v[at.stage][tile] + swizzle128(row, chunk)) =",
-        "*reinterpret_cast<uint4*>(smem.v[at.stage][tile] + (swizzle128(row, chunk) ^ 16)) =",
-    ): "All chunks of the row are cleared, in another order.",
-    (
-        "cuda/kernels/mla_prefill.cuh",
         "smem.q_ring.init(kPrefillMath / 32);",
         "smem.q_ring.init(kPrefillMath / 32 + 1);",
     ): "Q is loaded once: nobody waits for its stage to be free.",
@@ -96,21 +56,11 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "smem.q_ring.init(kPrefillMath / 32 - 1);",
     ): "Q is loaded once: nobody waits for its stage to be free.",
     (
-        "cuda/tile/prefill_job.cuh",
-        "job.key = request < p.b ? __ldg(p.cu_seqlens_k + request) : 0;",
-        "job.key = request <= p.b ? __ldg(p.cu_seqlens_k + request) : 0;",
-    ): "Rows behind the last request attend nothing, wherever their keys would begin.",
-    (
         "cuda/kernels/mla_prefill_backward.cuh",
         "if (row < job.kept_length) own[i] = p.statistics[at];",
         "if (row <= job.kept_length) own[i] = p.statistics[at];",
     ): "The row behind the request's last is not stored, whatever its statistics; reading them stays "
     "inside the workspace, whose requests are padded to 64 rows and which has 64 more.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
-        "*reinterpret_cast<uint4*>(to + swizzle128(row, i % 8)) = uint4{0, 0, 0, 0};",
-        "*reinterpret_cast<uint4*>(to + (swizzle128(row, i % 8) ^ 16)) = uint4{0, 0, 0, 0};",
-    ): "All chunks of the row are cleared, in another order.",
     (
         "cuda/kernels/mla_prefill_backward.cuh",
         "smem.kept_ring.init(1);",

@@ -151,6 +151,13 @@ MUTANTS = [
     Mutant(
         "shared expert left out",
         "model/moe.py",
+        "self._multiply(x, topk_idx, topk_weights, None, self.num_shared)",
+        "self._multiply(x, topk_idx, topk_weights, None, 0)",
+        HF,
+    ),
+    Mutant(
+        "several shared experts left out",
+        "model/moe.py",
         "return out if self.shared_experts is None else out + self.shared_experts(x)",
         "return out",
         HF,

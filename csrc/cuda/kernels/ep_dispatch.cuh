@@ -80,6 +80,7 @@ __device__ __forceinline__ void find_targets(const EpGroup& g, const EpNow& now,
   if (proto::is_alive(now.alive, peer)) {
     const auto rows_to = [&](int from, int to) { return notice_from(g, from)->rows_to[to]; };
     targets.region[peer] = g.windows[peer] + notice_from(g, peer)->region;
+    targets.forwards[peer] = int32_t(notice_from(g, peer)->forwards);
     targets.first_row[peer] = int32_t(proto::first_row(rows_to, g.rank, peer, now.alive));
   }
   __syncthreads();
@@ -125,7 +126,7 @@ __device__ __forceinline__ void send_token(const EpDispatchParams& p, const EpNo
   send_forwards(p, from, row_of);
 }
 
-// How much this rank has received, for the host or the next kernel.
+// How much this rank receives, for the host or the next kernel.
 __device__ __forceinline__ void count_received(const EpDispatchParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
   for (int e = threadIdx.x; e <= g.experts.count(g.rank); e += blockDim.x) {
@@ -163,6 +164,7 @@ __device__ __forceinline__ void dispatch_call(const EpDispatchParams& p, const E
   }
   if (!await_everyone(g, now, proto::kNotified)) return;
   find_targets(g, now, targets);
+  if (blockIdx.x == 0) count_received(p, now);
   const proto::RegionLayout fields =
       proto::RegionLayout::of(p.row, g.shape.ranks * g.shape.max_tokens);
   for (int token = blockIdx.x * kEpDispatchWarps + threadIdx.x / kEpWarp; token < p.tokens;
@@ -174,7 +176,7 @@ __device__ __forceinline__ void dispatch_call(const EpDispatchParams& p, const E
   if (p.ranks_per_node != 0 && !forward_rows(p, now, targets, fields)) return;
   if (!last_to_arrive(g, now, 1)) return;
   if (p.ranks_per_node != 0) say_forwarded(p, now);
-  if (await_everyone(g, now, proto::kSent)) count_received(p, now);
+  await_everyone(g, now, proto::kSent);
 }
 
 __device__ __forceinline__ void dispatch_tokens(const EpDispatchParams& p) {

@@ -40,10 +40,12 @@ __device__ __forceinline__ int number_tokens(int tokens, Goes goes, int32_t* num
   return count;
 }
 
-// Where this rank's rows begin at each peer.
+// What the notices say: where this rank's rows begin at each peer, and how many of the peer's rows
+// it is to pass on.
 struct EpTargets {
   uint8_t* region[proto::kMaxRanks];
   int32_t first_row[proto::kMaxRanks];
+  int32_t forwards[proto::kMaxRanks];
 };
 
 // A token and all that goes along with it.
@@ -162,7 +164,8 @@ __device__ __forceinline__ void send_forwards(const EpDispatchParams& p, const E
   }
 }
 
-// My rows are where they belong, or at the rank that passes them on.
+// My rows are where they belong, or at the rank that passes them on; and no CTA needs a notice of
+// this call any more, so that the next may come.
 __device__ __forceinline__ void say_sent(const EpDispatchParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
   const int peer = threadIdx.x;
@@ -222,7 +225,7 @@ __device__ __forceinline__ bool forward_rows(const EpDispatchParams& p, const Ep
   const proto::RegionLayout waiting = forward_fields(p);
   const int warps = blockDim.x / kEpWarp;
   proto::each_rank(rails, [&](int source) {
-    const int rows = int(notice_from(g, source)->forwards);
+    const int rows = targets.forwards[source];
     if (blockIdx.x == 0 && threadIdx.x == 0) {
       p.num_forwarded[proto::node_of(source, p.ranks_per_node)] = rows;
     }

@@ -1,9 +1,10 @@
 // Joins the splits of a request: out = sum of 2^(lse_i - lse) out_i, lse = log2 of sum of 2^lse_i.
 //
-// Bound by memory where many requests are split, 2 KB of fp32 a row and split; by latency where one
-// request is split over all SMs: 132 times 2 KB for each of its few rows. So a warp has a whole row
-// or a quarter of it, and 16 loads in flight either way. Splits are added in order: the sum depends
-// neither on that nor on which CTA came first. Requests with one split are already written.
+// Bound by L2 where many rows are split, 2 KB of fp32 a row and split; by latency where they are
+// few: one request over all SMs has up to 128 splits. So a warp has a whole row or a quarter of it,
+// an instance each, since they need different numbers of registers, and 16 loads in flight either
+// way. Splits are added in order: the sum depends neither on that nor on which CTA came first.
+// Requests with one split are already written.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,7 +25,7 @@ struct MlaMean {
   float sum = 0.f;  // of weights
 
   // Adds splits i .. i + kDepth - 1, behind `last` nothing: lane j has split j's weight, 0 there.
-  __device__ __forceinline__ void add(const float4* from, int64_t stride, int i, int last,
+  __device__ __forceinline__ void add(const float4* from, int stride, int i, int last,
                                       float weight) {
     float4 part[kDepth][kQuarters];
 #pragma unroll
@@ -70,14 +71,14 @@ __device__ __forceinline__ void mla_combine_row(const MlaCombineParams& p, int r
   const int64_t column = quarter * 128 + lane * 4;
   const float peak = mla_peak(p, row, begin, end);
   MlaMean<kQuarters> mean;
-  for (int first = begin; first < end; first += 32) {
+  for (int first = begin, count; first != end; first += count) {
+    count = min(end - first, 32);
     const int64_t at = int64_t(first) * rows + row;
-    const int count = min(end - first, 32);
     const float lse = lane < count ? p.lse_partial[at + int64_t(lane) * rows] : -INFINITY;
     const float weight = ptx::exp2_approx(lse - peak);
     const auto* from = reinterpret_cast<const float4*>(p.out_partial + at * kMlaLatent + column);
     for (int i = 0; i < count; i += mean.kDepth) {
-      mean.add(from, int64_t(rows) * kMlaLatent / 4, i, count - 1, weight);
+      mean.add(from, rows * kMlaLatent / 4, i, count - 1, weight);
     }
   }
 
@@ -97,18 +98,16 @@ __device__ __forceinline__ void mla_combine_row(const MlaCombineParams& p, int r
   }
 }
 
+template <int kQuarters>
 __device__ __forceinline__ void mla_combine_splits(const MlaCombineParams& p) {
+  constexpr int kWarps = 4 / kQuarters;  // of a row
   const int warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  const int row = p.quarters ? warp / 4 : warp;
+  const int row = warp / kWarps;
   const int request = blockIdx.y;
   const int begin = p.num_splits[request];
   const int end = p.num_splits[request + 1];
   if (row >= p.s * p.h || end - begin < 2) return;
-  if (p.quarters) {
-    mla_combine_row<1>(p, request, row, warp % 4, begin, end);
-  } else {
-    mla_combine_row<4>(p, request, row, 0, begin, end);
-  }
+  mla_combine_row<kQuarters>(p, request, row, warp % kWarps, begin, end);
 }
 
 }  // namespace dsk

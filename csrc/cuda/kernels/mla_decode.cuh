@@ -183,7 +183,7 @@ __device__ __forceinline__ void mla_decode(const MlaDecodeParams& p) {
     Cache::produce(p, smem);
   }
   // Until here the other CTA writes to this one's shared memory and arrives at its barriers.
-  if constexpr (Cache::kSharers > 1) meet_cluster();
+  if constexpr (Cache::kSharers != 1) meet_cluster();
 }
 
 }  // namespace dsk

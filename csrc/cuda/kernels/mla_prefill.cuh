@@ -131,7 +131,7 @@ struct PrefillMath {
   // Hides the keys that a row does not attend.
   __device__ __forceinline__ void mask(float (&s)[kPrefillScores], int block) const {
     const int first = block * kPrefillBlock;
-    if (first + kPrefillBlock <= job.first_keys()) return;
+    if (first + kPrefillBlock <= job.shift) return;
     int end[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -154,8 +154,8 @@ struct PrefillMath {
     const int tile = threadIdx.x / 8 % kValueTiles, chunk = threadIdx.x % 8;
     constexpr int kStep = kPrefillMath / 8 / kValueTiles;
     for (int row = filled + int(threadIdx.x) / 8 / kValueTiles; row < kPrefillBlock; row += kStep) {
-      *reinterpret_cast<uint4*>(smem.v[at.stage][tile] + swizzle128(row, chunk)) =
-          uint4{0, 0, 0, 0};
+      uint8_t* to = smem.v[at.stage][tile] + row * kSwizzleBytes;
+      *reinterpret_cast<uint4*>(to + chunk * 16) = uint4{0, 0, 0, 0};
     }
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::named_barrier_sync(kPrefillBoth, kPrefillMath);

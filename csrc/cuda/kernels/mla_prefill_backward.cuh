@@ -140,7 +140,7 @@ struct PrefillBackwardMath {
       const int row = i / (8 * kTiles), tile = i / 8 % kTiles;
       uint8_t* to = tile < kBackwardWide ? smem.wide[at.stage][tile]
                                          : smem.narrow[at.stage][tile - kBackwardWide];
-      *reinterpret_cast<uint4*>(to + swizzle128(row, i % 8)) = uint4{0, 0, 0, 0};
+      *reinterpret_cast<uint4*>(to + row * kSwizzleBytes + i % 8 * 16) = uint4{0, 0, 0, 0};
     }
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::named_barrier_sync(kBackwardBoth, kBackwardMath);

@@ -27,8 +27,8 @@ template <bool kWrite>
 __device__ __forceinline__ bool mla_deal(const MlaScheduleParams& p, const int32_t* blocks,
                                          int share) {
   int request = 0, split = 0, splits_before = 0;
-  int whole = p.b > 0 ? blocks[0] : 0, left = whole;
-  int following = p.b > 1 ? blocks[1] : 0;  // loaded a request ahead: nobody waits for it
+  int whole = blocks[0], left = whole;
+  int following = blocks[1];  // loaded a request ahead: nobody waits for it
   if (kWrite) p.num_splits[0] = 0;
   for (int i = 0; i < p.num_parts; ++i) {
     MlaPart part{request, whole - left, 0, 0, split, {}};
@@ -45,21 +45,22 @@ __device__ __forceinline__ bool mla_deal(const MlaScheduleParams& p, const int32
         if (kWrite) p.num_splits[request] = splits_before;
         split = 0;
         whole = left = following;
-        following = blocks[min(request + 1, p.b - 1)];
+        following = blocks[request + 1];
       }
     }
     if (!kWrite && request == p.b) break;
     part.end_request = request;
-    part.end_block = request < p.b ? whole - left : 0;
+    part.end_block = whole - left;
     if (kWrite) p.parts[i] = part;
   }
   return request == p.b;
 }
 
 __device__ __forceinline__ void mla_schedule_requests(const MlaScheduleParams& p) {
-  extern __shared__ int32_t blocks[];  // [b]
+  extern __shared__ int32_t blocks[];  // [b + 2], the last two 0
   const int lane = threadIdx.x;
   int total = 0;
+  if (lane < 2) blocks[p.b + lane] = 0;
   for (int i = lane; i < p.b; i += 32) {
     blocks[i] = mla_num_blocks(p.seq_lens[i]);
     const int pieces =
@@ -72,13 +73,16 @@ __device__ __forceinline__ void mla_schedule_requests(const MlaScheduleParams& p
   }
   __syncwarp();
 
+  // Splits have to be joined, which takes the longer the more there are: pieces of two blocks at
+  // least, and of a fifth of the root of a request's blocks, are where both take about as long.
+  int least = 2;
+  while (least * least * 20 * p.b < total) ++least;
+
   // Less than an equal share cannot do. A part may leave less than one piece's cost (or one split)
-  // unused: with that on top, which the last lane has, the parts always suffice.
-  const int equal = (total + p.num_parts - 1) / p.num_parts;
-  const int enough = equal + p.piece_cost + p.split_blocks;
-  const int share = lane == 31 ? enough : min(equal + lane, enough);
-  const uint32_t suffices = __ballot_sync(0xffffffffu, mla_deal<false>(p, blocks, share));
-  if (lane == __ffs(suffices) - 1) mla_deal<true>(p, blocks, share);
+  // unused: with that on top, which is less than the last lanes have, the parts always suffice.
+  const int equal = max((total + p.num_parts - 1) / p.num_parts, p.piece_cost + least);
+  const uint32_t suffices = __ballot_sync(0xffffffffu, mla_deal<false>(p, blocks, equal + lane));
+  if (lane == __ffs(suffices) - 1) mla_deal<true>(p, blocks, equal + lane);
 }
 
 }  // namespace dsk

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "check.hpp"
 #include "cuda/mla_shape.hpp"
 
 namespace dsk::launch {
@@ -13,6 +14,7 @@ namespace cu = device::cu;
 
 constexpr int kDecodeThreads = 384;  // as in instances/mla.def
 constexpr int kCombineThreads = 128;
+constexpr size_t kManyRows = 512;  // a warp for each keeps the machine busy
 constexpr int kScheduleThreads = 32;
 constexpr uint32_t kTileColumns = 64;  // one 128-byte swizzled row of bf16
 
@@ -129,8 +131,11 @@ void mla_schedule(Context& context, const MlaScheduleArgs& args, cu::Stream stre
                                  args.num_splits,      args.b,
                                  args.num_parts,       args.split_blocks,
                                  piece_cost(args.rows)};
-  launch(context, "mla_schedule",
-         shape_of(1, 1, kScheduleThreads, std::max(args.b, 1) * sizeof(int32_t)), params, stream);
+  // Each lane of the kernel's warp deals for a share of its own, one block more than its neighbour.
+  DSK_CHECK(params.piece_cost + args.split_blocks < 32, "split_blocks: expected at most ",
+            31 - params.piece_cost, ", got ", args.split_blocks);
+  launch(context, "mla_schedule", shape_of(1, 1, kScheduleThreads, (args.b + 2) * sizeof(int32_t)),
+         params, stream);
   if (context.emulated()) context.device().synchronize(stream);
 }
 
@@ -158,11 +163,10 @@ void mla_decode(Context& context, const MlaDecodeArgs& args, cu::Stream stream) 
       shape_of(ceil_div(rows, kMlaRows), args.num_parts, kDecodeThreads, mla_decode_shared_bytes());
   shape.cluster.x = kernel.cluster;
   launch(context, kernel.name, shape, make_params(context, args), stream);
-  // Rows of many splits are few: four warps each, so that their sums take a quarter of the time.
-  const bool quarters = args.num_parts >= 8 * args.b;
-  const MlaCombineParams combine{args.num_splits, args.out_partial, args.lse_partial, args.out,
-                                 args.lse,        args.s,           args.h,           quarters};
-  launch(context, "mla_combine",
+  const bool quarters = all_rows < kManyRows;  // of a row for a warp, or all of it
+  const MlaCombineParams combine{
+      args.num_splits, args.out_partial, args.lse_partial, args.out, args.lse, args.s, args.h};
+  launch(context, quarters ? "mla_combine_quarters" : "mla_combine",
          shape_of(ceil_div(rows * (quarters ? 4 : 1), kCombineThreads / 32), args.b,
                   kCombineThreads, 0),
          combine, stream);

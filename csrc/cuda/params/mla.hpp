@@ -62,7 +62,6 @@ struct MlaCombineParams {
   float* lse;                 // [b, h, s]
   int32_t s;
   int32_t h;
-  int32_t quarters;  // whether a warp takes a quarter of a row, or a whole one
 };
 
 }  // namespace dsk

@@ -94,7 +94,7 @@ struct MlaColumns {
 #pragma unroll
     for (int i = 0; i < kN / 4; ++i) {
       const float largest = across_rows<true>(fmaxf(s[mla_value(i, 0)], s[mla_value(i, 1)]));
-      if (threadIdx.x % 32 < 4) smem.column[side][warp][mla_column(i)] = largest;
+      if (threadIdx.x % 32 / 4 == 0) smem.column[side][warp][mla_column(i)] = largest;
     }
     ptx::named_barrier_sync(kMlaWarpgroupOnly + side, kMlaWarpgroup);
 #pragma unroll
@@ -121,7 +121,7 @@ struct MlaColumns {
   __device__ __forceinline__ void publish(const float (&s)[kN / 2], MlaDecodeSmem& smem,
                                           MlaSide side) const {
     store_transposed<kN>(s, mla_few_weights(smem, side));
-    if (threadIdx.x % kMlaWarpgroup < 4) {
+    if (threadIdx.x % kMlaWarpgroup / 4 == 0) {
 #pragma unroll
       for (int i = 0; i < kN / 4; ++i) smem.row_max[side][mla_column(i)] = peak[i];
     }
@@ -136,7 +136,7 @@ struct MlaColumns {
 #pragma unroll
     for (int i = 0; i < kN / 4; ++i) {
       const float mine = across_rows<false>(sum[i]);
-      if (threadIdx.x % 32 < 4) smem.column[side][warp][mla_column(i)] = mine;
+      if (threadIdx.x % 32 / 4 == 0) smem.column[side][warp][mla_column(i)] = mine;
     }
     ptx::named_barrier_sync(kMlaBoth, kMlaMathThreads);
 #pragma unroll
@@ -180,7 +180,7 @@ __device__ __forceinline__ void multiply_latents(float (&o)[4][kN / 2], const ui
   ptx::wgmma_fence();
 #pragma unroll
   for (int tile = 0; tile < 4; ++tile) {
-    const uint64_t values = mn_major_descriptor(v[tile], kMlaTileBytes);
+    const uint64_t values = mn_major_descriptor(v[tile], 0);  // A has 64 rows, one tile
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       ptx::WgmmaBf16<kN>::template mma<ptx::Major::kMn, ptx::Major::kK>(
@@ -208,7 +208,7 @@ __device__ __forceinline__ void rescale_columns(float (&o)[4][kN / 2],
   }
 }
 
-// Hides the tokens that a column's query may not attend.
+// Hides the tokens that a column's query may not attend; columns behind the last are unused.
 template <int kN>
 __device__ __forceinline__ void mask_tokens(const MlaDecodeParams& p, const MlaPiece& piece,
                                             float (&s)[kN / 2], int block) {
@@ -218,8 +218,7 @@ __device__ __forceinline__ void mask_tokens(const MlaDecodeParams& p, const MlaP
   const int token = first + mla_first_row();
 #pragma unroll
   for (int i = 0; i < kN / 4; ++i) {
-    const int query = min(mla_column(i) / p.h, p.s - 1);  // columns behind the last are unused
-    const int end = p.causal ? seen_by_all + query : piece.length;
+    const int end = p.causal ? seen_by_all + mla_column(i) / p.h : piece.length;
     if (token >= end) s[mla_value(i, 0)] = -INFINITY;
     if (token + 8 >= end) s[mla_value(i, 1)] = -INFINITY;
   }
@@ -255,7 +254,7 @@ __device__ __forceinline__ void store_columns(const MlaDecodeParams& p, const Ml
         to[tile * 64 + 8] = o[tile][mla_value(i, 1)];
       }
     }
-    if (threadIdx.x < 4) store_row_lse(p, piece, row, columns.peak[i], total[i]);
+    if (threadIdx.x / 4 == 0) store_row_lse(p, piece, row, columns.peak[i], total[i]);
   }
 }
 

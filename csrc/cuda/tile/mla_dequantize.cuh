@@ -124,15 +124,15 @@ struct MlaFp8Cache {
     }
   };
 
-  // The page of this warp's tokens of a block of the piece; behind it there are none.
+  // The page of this warp's tokens of a block, of the piece or behind it.
   __device__ static __forceinline__ int look_up(const MlaDecodeParams& p, const MlaPiece& piece,
                                                 int block, int warp) {
     const int token = block * kMlaBlock + warp * kTokens;
     const int32_t* table = p.block_table + int64_t(piece.request) * p.ld_table;
-    return block < piece.end && token < piece.length ? __ldg(table + token / p.page) : 0;
+    return token < piece.length ? __ldg(table + token / p.page) : 0;
   }
 
-  // Those tokens.
+  // Those tokens; behind the piece there are none.
   __device__ static __forceinline__ Tokens locate(const MlaDecodeParams& p, const MlaPiece& piece,
                                                   int block, int warp, int page) {
     const int token = block * kMlaBlock + warp * kTokens;

@@ -110,7 +110,7 @@ __device__ __forceinline__ void mla_clear_tail(uint8_t (*tiles)[kMlaTileBytes], 
   const int thread = threadIdx.x % kMlaWarpgroup;
   const int tile = thread / 8 % 4, chunk = thread % 8;
   for (int row = filled + thread / 32; row < kMlaBlock; row += 4) {
-    *reinterpret_cast<uint4*>(tiles[tile] + swizzle128(row, chunk)) = uint4{0, 0, 0, 0};
+    *reinterpret_cast<uint4*>(tiles[tile] + row * kSwizzleBytes + chunk * 16) = uint4{0, 0, 0, 0};
   }
   cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
   ptx::named_barrier_sync(kMlaWarpgroupOnly + side, kMlaWarpgroup);
@@ -119,14 +119,13 @@ __device__ __forceinline__ void mla_clear_tail(uint8_t (*tiles)[kMlaTileBytes], 
 // Which tokens this thread's rows attend.
 class MlaMask {
  public:
-  __device__ MlaMask(const MlaDecodeParams& p, const MlaPiece& piece) : length_(piece.length) {
+  __device__ MlaMask(const MlaDecodeParams& p, const MlaPiece& piece)
+      : length_(piece.length), first_end_(p.causal ? piece.length - p.s + 1 : piece.length) {
     const int row = int(blockIdx.x) * kMlaRows + mla_first_row();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int token = min((row + 8 * half) / p.h, p.s - 1);  // rows behind the last are unused
-      end_[half] = p.causal ? piece.length - p.s + 1 + token : piece.length;
+      end_[half] = p.causal ? first_end_ + (row + 8 * half) / p.h : piece.length;
     }
-    first_end_ = p.causal ? piece.length - p.s + 1 : piece.length;
   }
 
   __device__ __forceinline__ void apply(float (&s)[32], int block) const {
@@ -147,8 +146,8 @@ class MlaMask {
 
  private:
   int length_;
-  int end_[2];
   int first_end_;  // tokens that every row attends
+  int end_[2];     // rows behind the last are unused
 };
 
 }  // namespace dsk

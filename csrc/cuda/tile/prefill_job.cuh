@@ -14,10 +14,8 @@ struct PrefillJob {
   int row_end;  // one past the request's last row of q
   int key;      // the request's first key
   int length;   // its number of keys
-  int shift;    // row r attends keys below r - row + shift (clipped to length)
+  int shift;    // row r of the request attends keys below r - row + shift, at most all of them
   int blocks;   // of keys that any of the rows attends
-
-  __device__ __forceinline__ int first_keys() const { return shift < length ? shift : length; }
 };
 
 // Finds job `index`: requests in order, and behind the last one the rows that belong to none, which
@@ -35,7 +33,7 @@ __device__ __forceinline__ bool find_prefill_job(const MlaPrefillParams& p, int 
     // The last rows attend most keys, so they go first: CTAs that start late have little to do.
     job.row = begin + (jobs - 1 - index) * kPrefillRows;
     job.row_end = end;
-    job.key = request < p.b ? __ldg(p.cu_seqlens_k + request) : 0;
+    job.key = __ldg(p.cu_seqlens_k + request);
     job.length = request < p.b ? __ldg(p.cu_seqlens_k + request + 1) - job.key : 0;
     job.shift = p.causal ? job.row - begin + job.length - (end - begin) + 1 : job.length;
     const int last = p.causal ? job.shift + kPrefillRows - 1 : job.length;
