@@ -105,5 +105,11 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "const bool second = kRows > 1 && panel > 0 && (panel > 128 || panel >= boundary_);",
     ): "The boundary is by the 128th column, so that this panel lies behind it either way. Known to "
     "the compiler, panel >= 128 spares a comparison.",
+    (
+        "cuda/kernels/gemm_fp8_swiglu.cuh",
+        "scales.place((p.extent.n + tile.n_start) / 2, warpgroup * Shape::kColumns);",
+        "scales.place((p.extent.n - tile.n_start) / 2, warpgroup * Shape::kColumns);",
+    ): "A tile starts at a multiple of 128 of the gate's rows, and only the remainder by 128 of the "
+    "up-projection's first row is used.",
 }
 EXPLAINED.update({mutant: why for why, mutants in OF_EP.items() for mutant in mutants})
