@@ -304,3 +304,40 @@ def test_a_rank_that_stays_away_is_reported_and_masked(seed):
     assert report["counters"]["notice"] == [3, 1, 3]  # the epochs of dispatch, combine, dispatch
     group.alive = [True, False, True]
     compare_normal(group, case, 256, alive=group.alive)
+
+
+def written(exchange):
+    """How many bytes of each rank's window exchange(group), of 3 ranks, writes: those that are not
+    what lay there before, with one of two fillings."""
+    changed = []
+    for filling in (0x5A, 0xA5):
+        group = make(3)
+        for rank in group.ranks:
+            rank.window.fill_(filling)
+        exchange(group)
+        changed.append([rank.window != filling for rank in group.ranks])
+    return [int((a | b).sum()) for a, b in zip(*changed)]
+
+
+def test_a_call_writes_its_rows_and_nothing_else(seed):
+    ranks, local, hidden = 3, 4, 256
+    xs, idxs, weights = routing("even", ranks, local * ranks, K, T, hidden, 0)
+
+    def dispatch(group):
+        group.dispatch(xs, idxs, weights, sizes_on_host=False)
+        group.wait()
+
+    def send(group):
+        group.low_latency_dispatch(xs, idxs, use_fp8=True)[1]()
+
+    want = ref.dispatch(xs, idxs, weights, num_experts=local * ranks)
+    notices = ranks * (44 + 4 * ranks + 4 * local)
+    record = K * (8 + 4) + 16  # and -1 for each expert of a row that nobody sent
+    assert written(dispatch) == [
+        notices + n * (2 * hidden + record) + (ranks * T - n) * K * 8
+        for n in (len(w.source) for w in want)
+    ]
+    low = ref.low_latency_dispatch(xs, idxs, max_tokens=T, num_experts=local * ranks)
+    assert written(send) == [
+        4 * ranks * local + int(w.count.sum()) * (hidden + hidden // 128 * 4 + 8) for w in low
+    ]

@@ -8,9 +8,11 @@ A launch with a hazard (race, missing proxy fence, out-of-bounds or uninitialise
 import pytest
 import torch
 from backend_axis import need
+from mla_cases import work_of
 from test_gemm import exact_gemm, scaled_operands
 
 import dskernels as dsk
+from dskernels import emu
 from dskernels.cuda import launchers
 from dskernels.cuda.gemm import forced_kernel
 from dskernels.ref import gemm as ref
@@ -224,6 +226,16 @@ def same_but_for_rounding(got, want):
     assert off.max() <= 1 and (off > 0).float().mean() < 0.01
 
 
+def test_a_turn_for_each_1024_row_indices():
+    def barriers(rows):
+        a, b = scaled_operands(rows, 8, 128, groups=(1,))
+        index = torch.zeros(rows, dtype=torch.int32)
+        call = lambda: dsk.grouped_gemm(a, b, m_indices=index, backend="emu")  # noqa: E731
+        return work_of(call)["gemm_runs"]["sync"]
+
+    assert 2 * barriers(1024) == barriers(1025)
+
+
 # i of D's columns: whole blocks; an up-projection that starts within a block of scales.
 @pytest.mark.parametrize("i", [256, 80])
 @pytest.mark.parametrize("epilogue", ["swiglu", "swiglu_quant"])
@@ -263,6 +275,43 @@ def test_swiglu(form, epilogue, i):
             same_but_for_rounding(
                 *(dsk.ScaledTensor(x.data[rows], x.scale[rows], x.block) for x in (got, want))
             )
+
+
+@pytest.mark.parametrize(
+    "kernel, epilogue, n", [("gemm_fp8_64x64", None, 64), ("gemm_fp8_swiglu", "swiglu_quant", 256)]
+)
+def test_a_full_tile_leaves_by_tma(kernel, epilogue, n):
+    """Of two groups the first ends within D: one row less than a tile has, and all of them."""
+
+    def stores(rows):
+        a, b = scaled_operands(2 * rows, n, 128, groups=(2,))
+        with forced_kernel("" if epilogue else kernel):
+            work = work_of(
+                lambda: dsk.grouped_gemm(
+                    a, b, group_sizes=[rows, rows], epilogue=epilogue, backend="emu"
+                )
+            )
+        return work[kernel]["global"]
+
+    assert stores(63) - stores(64) >= 64 * 128 / (32 * 16)  # a row has 128 bytes, a lane stores 16
+
+
+def test_one_warpgroup_keeps_up_with_what_memory_brings():
+    """A tile of 64 rows: its next products run while it promotes. In the emulator's model 8 blocks
+    of k take what L2 needs for them; taking turns with itself, a warpgroup needs 1.3 times that."""
+
+    def modelled(k):
+        a, b = scaled_operands(64, 128, k)
+        with (
+            forced_kernel("gemm_fp8_64x128", split=1),
+            emu.profiling("h800", sample_ctas=None) as profile,
+        ):
+            dsk.gemm(a, b, num_sms=1, backend="emu")
+        timing = profile.launches[0].timing
+        return timing.modelled_us, timing.busy["L2"] * timing.modelled_us
+
+    (few, few_bytes), (many, many_bytes) = modelled(1024), modelled(2048)
+    assert many - few < 1.1 * (many_bytes - few_bytes)
 
 
 def test_every_shipped_kernel_is_tested_here():

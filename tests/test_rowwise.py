@@ -3,6 +3,7 @@
 import pytest
 import torch
 from backend_axis import need, on_cpu, on_device
+from mla_cases import work_of
 
 import dskernels as dsk
 from dskernels.ref import rowwise as ref
@@ -32,6 +33,13 @@ def test_quantize_is_bitwise_the_reference(backend, m, k, dtype, scale_format):
     got = dsk.quantize(on_device(x, backend), scale_format=scale_format, backend=backend)
     assert_bitwise_equal(on_cpu(got.data), want.data)
     assert_bitwise_equal(on_cpu(got.scale), want.scale)
+
+
+def test_a_whole_run_is_one_access():
+    """Of a lane's four values: one load, one store; and the row's scale."""
+    need("quantize", "emu")
+    work = work_of(lambda: dsk.quantize(torch.randn(1, 128), backend="emu"))
+    assert work["rowwise_quantize_f32"]["global"] == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -7,18 +7,6 @@ from cuda_survivors_ep import REASONS as OF_EP
 
 EXPLAINED: dict[tuple[str, str, str], str] = {
     (
-        "cuda/kernels/rowwise_quantize_transpose.cuh",
-        "const bool inside = first_row + row < p.rows && left > 0;",
-        "const bool inside = first_row + row < p.rows && left >= 0;",
-    ): "The column behind the last one reads no element (left is 0 either way), and its scale is that "
-    "of the last: a tile reaches behind x only where cols is no multiple of 64, so cols / 128 is "
-    "the last group.",
-    (
-        "cuda/tile/quantize.cuh",
-        "return left >= kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
-        "return left > kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
-    ): "The row's last whole run then goes element by element: slower, the same values.",
-    (
         "cuda/kernels/moe_gate_backward.cuh",
         "for (int k = 0; k < p.k; k += kProductSlab) {",
         "for (int k = 0; k <= p.k; k += kProductSlab) {",
@@ -99,18 +87,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "A fence for the compiler, which is no instruction: this compiler keeps the sums where they "
     "are without it too. Nothing but the fence makes it.",
     (
-        "cuda/kernels/gemm_fp8_swiglu.cuh",
-        "const bool whole = at.rows_left >= Shape::kBlockM || at.clipped;",
-        "const bool whole = at.rows_left > Shape::kBlockM || at.clipped;",
-    ): "A tile of exactly 64 rows then goes out by 16-byte copies instead of TMA: slower, the same "
-    "values.",
-    (
-        "cuda/kernels/gemm_runs.cuh",
-        "for (int base = 0; base < p.rows; base += kThreads) {",
-        "for (int base = 0; base <= p.rows; base += kThreads) {",
-    ): "One more turn over rows that do not exist, where p.rows is a multiple of kThreads: none "
-    "starts a run or ends one.",
-    (
         "cuda/tile/gemm_promote.cuh",
         "const uint32_t mine = (1u << min(end, kStages)) - (1u << at_.stage);",
         "const uint32_t mine = (1u << (end)) - (1u << at_.stage);",
@@ -118,10 +94,16 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     "bits from the stage's on are set after the subtraction. The minimum is for C++, where that is "
     "undefined.",
     (
-        "cuda/tile/gemm_promote.cuh",
-        "constexpr bool kOverlapsItself = kN * kMathWarpgroups <= 128;",
-        "constexpr bool kOverlapsItself = kN * kMathWarpgroups < 128;",
-    ): "Only how many products are under way at once: each k block's sums, and their order, are the "
-    "same.",
+        "cuda/kernels/gemm_fp8_1d2d.cuh",
+        "const bool second = kRows > 1 && panel > 0 && (panel >= 128 || panel >= boundary_);",
+        "const bool second = kRows > 1 && panel >= 0 && (panel >= 128 || panel >= boundary_);",
+    ): "The boundary is at least a panel away from the tile's first column. Known to the compiler, "
+    "panel > 0 spares a comparison.",
+    (
+        "cuda/kernels/gemm_fp8_1d2d.cuh",
+        "const bool second = kRows > 1 && panel > 0 && (panel >= 128 || panel >= boundary_);",
+        "const bool second = kRows > 1 && panel > 0 && (panel > 128 || panel >= boundary_);",
+    ): "The boundary is by the 128th column, so that this panel lies behind it either way. Known to "
+    "the compiler, panel >= 128 spares a comparison.",
 }
 EXPLAINED.update({mutant: why for why, mutants in OF_EP.items() for mutant in mutants})

@@ -164,6 +164,7 @@ __device__ __forceinline__ void dispatch_call(const EpDispatchParams& p, const E
   }
   if (!await_everyone(g, now, proto::kNotified)) return;
   find_targets(g, now, targets);
+  if (blockIdx.x == 0) count_received(p, now);
   const proto::RegionLayout fields =
       proto::RegionLayout::of(p.row, g.shape.ranks * g.shape.max_tokens);
   for (int token = blockIdx.x * kEpDispatchWarps + threadIdx.x / kEpWarp; token < p.tokens;
@@ -171,10 +172,7 @@ __device__ __forceinline__ void dispatch_call(const EpDispatchParams& p, const E
     send_token(p, now, token, targets, fields);
   }
   if (p.whole_region) clear_behind(p, now, fields);
-  if (last_to_arrive(g, now, 0)) {
-    count_received(p, now);
-    say_sent(p, now);
-  }
+  if (last_to_arrive(g, now, 0)) say_sent(p, now);
   if (p.ranks_per_node != 0 && !forward_rows(p, now, targets, fields)) return;
   if (!last_to_arrive(g, now, 1)) return;
   if (p.ranks_per_node != 0) say_forwarded(p, now);

@@ -164,12 +164,11 @@ __device__ __forceinline__ void send_forwards(const EpDispatchParams& p, const E
   }
 }
 
-// My rows are where they belong, or at the rank that passes them on; and I need no notice of this
-// call any more, so that the next may come. Called by one whole CTA.
+// My rows are where they belong, or at the rank that passes them on; and no CTA needs a notice of
+// this call any more, so that the next may come.
 __device__ __forceinline__ void say_sent(const EpDispatchParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
   const int peer = threadIdx.x;
-  __syncthreads();
   if (!proto::is_alive(now.alive, peer)) return;
   if (proto::goes_direct(g.rank, peer, p.ranks_per_node, now.alive)) {
     raise_at(g, now, peer, proto::kSent, g.rank);
