@@ -111,5 +111,17 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "scales.place((p.extent.n - tile.n_start) / 2, warpgroup * Shape::kColumns);",
     ): "A tile starts at a multiple of 128 of the gate's rows, and only the remainder by 128 of the "
     "up-projection's first row is used.",
+    (
+        "cuda/tile/gemm_promote.cuh",
+        "ptx::fence_accumulators(partial);",
+        ";",
+    ): "A fence for the compiler, which is no instruction: this compiler keeps the sums where they "
+    "are without it too. Nothing but the fence makes it.",
+    (
+        "cuda/tile/gemm_promote.cuh",
+        "if (end < kStages) {",
+        "if (end <= kStages) {",
+    ): "A tile that ends with the ring's last stage leaves the wrap to the next one's first round, in "
+    "which no stage is its own.",
 }
 EXPLAINED.update({mutant: why for why, mutants in OF_EP.items() for mutant in mutants})
