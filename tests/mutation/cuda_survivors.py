@@ -22,6 +22,11 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "if (lane / 2 > min(tokens.count, kTurned)) return;",
     ): "One token more is a hint to L2, which reads nothing into the program.",
     (
+        "cuda/tile/mla_columns.cuh",
+        "if (piece.slot < 0) {",
+        "if (piece.slot <= 0) {",
+    ): "The first split then also writes its own result to out, where combine writes afterwards.",
+    (
         "cuda/kernels/mla_schedule.cuh",
         "__syncwarp();",
         ";",
