@@ -17,10 +17,10 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "for (int first = 0; first <= p.topk; first += kRowsInFlight<T>) {",
     ): "A run of choices behind the last has no row: it loads nothing and adds nothing.",
     (
-        "cuda/tile/mla_dequantize.cuh",
-        "if (lane / 2 >= min(tokens.count, kTurned)) return;",
-        "if (lane / 2 > min(tokens.count, kTurned)) return;",
-    ): "One token more is a hint to L2, which reads nothing into the program.",
+        "cuda/tile/mla_columns.cuh",
+        "if (piece.slot < 0) {",
+        "if (piece.slot <= 0) {",
+    ): "The first split then also writes its own result to out, where combine writes afterwards.",
     (
         "cuda/kernels/mla_schedule.cuh",
         "__syncwarp();",
