@@ -183,8 +183,9 @@ def need_masked(backend):
 @pytest.mark.parametrize("t", [0, 1, 7, 72])  # 72: a group may be full
 def test_masked_layout_gives_the_same_bits(backend, kind, k, t):
     need_masked(backend)
-    w13, w2 = scaled_experts(6, 256, 128)
-    x, weights = torch.randn(t, 256).bfloat16(), torch.rand(t, k)
+    d, i = 272, 128  # a last group of 16 values
+    w13, w2 = scaled_experts(6, d, i)
+    x, weights = torch.randn(t, d).bfloat16(), torch.rand(t, k)
     args = backend, x, w13, w2, routing(kind, t, k, 5), weights
     for shared in (0, 1):
         got, want = (
@@ -229,10 +230,13 @@ def test_masked_layout_has_no_room_for_an_expert_named_twice():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("t,k,d", [(1, 1, 16), (40, 7, 300), (300, 3, 144), (9, 300, 128)])
-def test_rows_quantised_on_the_way(backend, dtype, t, k, d):
+@pytest.mark.parametrize(
+    "t,k,e,d", [(1, 1, 8, 16), (40, 7, 8, 300), (300, 3, 1024, 144), (9, 300, 8, 128)]
+)
+def test_rows_quantised_on_the_way(backend, dtype, t, k, e, d):
     """The bits of quantising first and copying then, whole and cut groups, in either scale format;
-    slots of one token in several chunks; the rest as it was."""
+    slots of one token in several chunks, as many experts as there are counters; the rest as it
+    was."""
     if backend not in ("emu", "cuda"):
         pytest.skip(f"{backend}: has no such step")
     need("moe_experts", backend)
@@ -244,11 +248,11 @@ def test_rows_quantised_on_the_way(backend, dtype, t, k, d):
     x[t // 2] *= 1e-6
     topk_idx = routing("holes" if k < 8 else "zipf", t, k, 8)
     for pow2 in (False, True):
-        layout = stem._layout(on_device(topk_idx, backend), 8)
+        layout = stem._layout(on_device(topk_idx, backend), e)
         got, row_map = stem._copy_quantized(layout, on_device(x, backend), pow2=pow2)
         want = rowwise.quantize(x, scale_format="pow2" if pow2 else "fp32")
         row_map = on_cpu(row_map)
-        assert_bitwise_equal(row_map, ref.moe_permute(x, topk_idx, 8)[2])
+        assert_bitwise_equal(row_map, ref.moe_permute(x, topk_idx, e)[2])
         tokens, slots = (row_map >= 0).nonzero(as_tuple=True)
         rows = row_map[tokens, slots]
         assert_bitwise_equal(on_cpu(got.data).view(torch.uint8)[rows],

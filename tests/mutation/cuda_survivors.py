@@ -93,5 +93,23 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "Only bits below kStages are looked at, and PTX's shift by 32 or more gives zero, of which all "
     "bits from the stage's on are set after the subtraction. The minimum is for C++, where that is "
     "undefined.",
+    (
+        "cuda/kernels/gemm_fp8_1d2d.cuh",
+        "const bool second = kRows > 1 && panel > 0 && (panel >= 128 || panel >= boundary_);",
+        "const bool second = kRows > 1 && panel >= 0 && (panel >= 128 || panel >= boundary_);",
+    ): "The boundary is at least a panel away from the tile's first column. Known to the compiler, "
+    "panel > 0 spares a comparison.",
+    (
+        "cuda/kernels/gemm_fp8_1d2d.cuh",
+        "const bool second = kRows > 1 && panel > 0 && (panel >= 128 || panel >= boundary_);",
+        "const bool second = kRows > 1 && panel > 0 && (panel > 128 || panel >= boundary_);",
+    ): "The boundary is by the 128th column, so that this panel lies behind it either way. Known to "
+    "the compiler, panel >= 128 spares a comparison.",
+    (
+        "cuda/kernels/gemm_fp8_swiglu.cuh",
+        "scales.place((p.extent.n + tile.n_start) / 2, warpgroup * Shape::kColumns);",
+        "scales.place((p.extent.n - tile.n_start) / 2, warpgroup * Shape::kColumns);",
+    ): "A tile starts at a multiple of 128 of the gate's rows, and only the remainder by 128 of the "
+    "up-projection's first row is used.",
 }
 EXPLAINED.update({mutant: why for why, mutants in OF_EP.items() for mutant in mutants})
