@@ -341,3 +341,10 @@ def test_a_call_writes_its_rows_and_nothing_else(seed):
     assert written(send) == [
         4 * ranks * local + int(w.count.sum()) * (hidden + hidden // 128 * 4 + 8) for w in low
     ]
+
+
+def test_rows_of_zeros_are_cast(seed):
+    xs, idxs, weights = routing("even", 2, 8, K, T, 256, 0)
+    for x in xs:
+        x[::2] = 0
+    compare_low_latency(make(2), (xs, idxs, weights), use_fp8=True)

@@ -21,6 +21,31 @@ REASONS: dict[str, list[tuple[str, str, str]]] = {
             "for (int first = 0; first <= runs; first += kEpWarp) {",
         ),
     ],
+    "Weights are not rounded: read row by row, where they lie, they have the same sum.": [
+        (
+            "cuda/kernels/ep_combine.cuh",
+            "const float sum = place >= 0",
+            "const float sum = place > 0",
+        ),
+    ],
+    "The barrier at the end of rank_tokens comes before the places are read, too.": [
+        ("cuda/kernels/ep_forward.cuh", "__syncthreads();", ";"),
+    ],
+    "The lane behind the last choice names no rank.": [
+        (
+            "cuda/kernels/ep_low_latency.cuh",
+            "for (int k = 0; k < p.row.topk; ++k) {",
+            "for (int k = 0; k <= p.row.topk; ++k) {",
+        ),
+    ],
+    "Each part then copies the rest of its row as well: slower, the same bytes.": [
+        (
+            "cuda/kernels/ep_low_latency.cuh",
+            "copy_row(data + part * kPart, from + part * kPart, "
+            "min(kPart, p.row.row_bytes - part * kPart));",
+            "copy_row(data + part * kPart, from + part * kPart, (p.row.row_bytes - part * kPart));",
+        ),
+    ],
     "One more look before giving up.": [
         (
             "cuda/tile/ep_signals.cuh",
