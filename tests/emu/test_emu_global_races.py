@@ -74,6 +74,14 @@ def test_missing_half_of_a_handshake(name):
     planted(good, flags(), "global-race", broken=bad, **PAIR)
 
 
+@pytest.mark.parametrize("write", [STORE, "red.global.add.u32 [%P1], 1"])
+def test_who_sees_a_fenced_write_may_store_there(write):
+    """The write is part of the release pattern: its reader, fenced, knows of it as of the rest."""
+    body = SPLIT + GPU.replace("\n", " // FIX\n") + write + "; // BUG\nret;\nREADER:\n"
+    body += SPIN.format(load=LOAD) + GPU + "st.global.u32 [%P1], 0; // VICTIM\n"
+    planted(body, flags(), "global-race", **PAIR)
+
+
 NARROW = {
     "release": handshake(RELEASE.replace("gpu", "cta"), ACQUIRE),
     "release in a cluster": handshake(RELEASE.replace("gpu", "cluster"), ACQUIRE),

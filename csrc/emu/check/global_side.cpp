@@ -115,6 +115,15 @@ void GlobalSide::touch(AccessKind kind, const GlobalTouch& touch, Box box, const
   }
 }
 
+// When a strong write happened, for those who ask whether they know of it. A write that a fence
+// comes before is itself a part of what the two release (PTX memory model, release patterns): who
+// sees its value and fences knows of it as of the fence, and may then write there without atomics.
+u32 GlobalSide::clock_of_write(Agent agent, const SyncState& state, const Access& access) const {
+  const u32 now = state.knowledge.happened.of(agent);
+  const Past* fenced = past_of(state.flushed(scope_of(access)), record_->home.cluster);
+  return fenced != nullptr && fenced->happened.of(agent) + 1 == now ? now - 1 : now;
+}
+
 bool GlobalSide::access(const Warp& w, Agent agent, SyncState& state, u32 pc, u32 mask,
                         const Access& access, const u64* place) {
   const bool strong = is_strong(access);
@@ -127,6 +136,9 @@ bool GlobalSide::access(const Warp& w, Agent agent, SyncState& state, u32 pc, u3
                    strong ? scope_of(access) : Scope::None,
                    strong,
                    false};
+  if (strong && access.kind != AccessKind::Read) {
+    made.clock = clock_of_write(agent, state, access);
+  }
   // Lanes at consecutive addresses, or at the same one, are one run.
   u64 begin = 0, end = 0;
   for (u32 m = mask; m != 0; m &= m - 1) {

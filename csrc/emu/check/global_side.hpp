@@ -48,6 +48,7 @@ class GlobalSide {
     Knowledge knowledge;
   };
 
+  u32 clock_of_write(Agent agent, const SyncState& state, const Access& access) const;
   void touch(AccessKind kind, const GlobalTouch& touch, Box box, const SyncState& state);
   Region* region(u64 address);
 
