@@ -296,6 +296,38 @@ def test_a_full_tile_leaves_by_tma(kernel, epilogue, n):
     assert stores(63) - stores(64) >= 64 * 128 / (32 * 16)  # a row has 128 bytes, a lane stores 16
 
 
+def test_a_full_tile_of_few_tokens_leaves_by_tma():
+    a, b = scaled_operands(2 * 32, 128, 128, groups=(2,))
+    a = dsk.ScaledTensor(a.data.view(2, 32, -1), a.scale.view(2, 32, -1), a.block)
+
+    def stores(rows):
+        counts = torch.tensor([rows, 0], dtype=torch.int32)
+        with forced_kernel("gemm_fp8_tokens_16"):
+            work = work_of(lambda: dsk.grouped_gemm(a, b, masked_m=counts, backend="emu"))
+        return work["gemm_fp8_tokens_16"]["global"]
+
+    assert stores(15) > stores(16)
+
+
+def copies(kernel, m, n, k, **cluster):
+    """TMA copies, loads and stores, of a product."""
+    a, b = scaled_operands(m, n, k)
+    with forced_kernel(kernel, **cluster):
+        return work_of(lambda: dsk.gemm(a, b, backend="emu"))[kernel]["async"]
+
+
+@pytest.mark.parametrize("kernel", ["gemm_fp8_64x128", "gemm_fp8_tokens_16"])
+def test_nothing_is_stored_behind_the_columns(kernel):
+    """128 columns leave by two copies, 64 of them by one; of B both load a whole box."""
+    assert copies(kernel, 16, 64, 128) < copies(kernel, 16, 128, 128)
+
+
+def test_a_share_of_k_ends_with_k():
+    """Of two CTAs that share 3 blocks of k, one loads 2 and the other 1."""
+    two, three, four = (copies("gemm_fp8_64x128", 64, 128, k, split=2) for k in (256, 384, 512))
+    assert three - two == four - three > 0
+
+
 def test_one_warpgroup_keeps_up_with_what_memory_brings():
     """A tile of 64 rows: its next products run while it promotes. In the emulator's model 8 blocks
     of k take what L2 needs for them; taking turns with itself, a warpgroup needs 1.3 times that."""
