@@ -62,6 +62,8 @@ def test_a_token_is_sent_by_whole_runs():
     experts, hidden = 5, 256
     work = exchange(1, experts, hidden, use_fp8=True)["ep_low_send"]
     assert times(work, "redux.sync.add") == TOPK + experts  # places of a token, counts of experts
+    # Where a choice goes, three words, is asked for with the row and once more for its source.
+    assert times(work, "shfl.sync.idx") == 2 * TOPK * 3
     assert times(work, "ld.global.nc.v2") == hidden // 128
     assert not [opcode for opcode, _ in work if opcode.startswith("ld") and opcode.endswith("16")]
 

@@ -3,15 +3,13 @@
 Keyed by (file, source line, mutated line); an entry that no longer applies is reported as stale.
 """
 
-from cuda_survivors_ep import REASONS as OF_EP
-
 EXPLAINED: dict[tuple[str, str, str], str] = {
     (
         "cuda/tile/quantize.cuh",
         "return left >= kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
         "return left > kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
     ): "The row's last whole run then goes element by element: slower, the same values. The row-wise "
-    "tests count its accesses; those of the stems that share the line need not.",
+    "and expert-parallel tests count its accesses; those of the other stems need not.",
     (
         "cuda/kernels/moe_gate_backward.cuh",
         "for (int k = 0; k < p.k; k += kProductSlab) {",
@@ -130,4 +128,3 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "A tile that ends with the ring's last stage leaves the wrap to the next one's first round, in "
     "which no stage is its own.",
 }
-EXPLAINED.update({mutant: why for why, mutants in OF_EP.items() for mutant in mutants})
