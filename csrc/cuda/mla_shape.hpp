@@ -10,6 +10,9 @@ constexpr int kMlaScaleBytes = kMlaLatent / 128 * 4;
 // A token of an FP8 cache: e4m3 latents, fp32 scales, bf16 RoPE values.
 constexpr int kMlaFp8Bytes = kMlaLatent + kMlaScaleBytes + (kMlaWidth - kMlaLatent) * 2;
 
+// Requests whose rows a CTA of mla_combine may have.
+constexpr int kMlaCombineRequests = 128;
+
 // Bytes of MlaDecodeSmem: Q, two blocks of 64 tokens, stage, row statistics, barriers.
 constexpr int mla_decode_shared_bytes() {
   const int tile = kMlaRows * kMlaWidth * 2;
