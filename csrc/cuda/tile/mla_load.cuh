@@ -28,8 +28,11 @@ struct MlaBf16Cache {
   static constexpr int kProducers = 1;
   static constexpr int kSharers = 1;        // CTAs that share blocks
   static constexpr bool kZeroTail = false;  // rows of V behind a request's end are left as they are
+  static constexpr bool kWithQueries = true;  // the producer loads them as well
 
-  // One warp: lane i loads the i-th page (or piece of a page) of a block.
+  // One warp: lane i loads the i-th page (or piece of a page) of a block. A piece's queries come
+  // behind its first block: their place may not be free yet, and behind the second block, which is
+  // asked for early, the scores of the first would wait for both.
   __device__ static __forceinline__ void produce(const MlaDecodeParams& p, MlaDecodeSmem& smem) {
     if (threadIdx.x >= kMlaMathThreads + 32) return;
     const int lane = threadIdx.x % 32;
@@ -38,6 +41,7 @@ struct MlaBf16Cache {
     MlaPieces pieces(p);
     MlaPiece piece;
     uint32_t phases = 0;  // bit i: of buffer i
+    RingPosition<1> q_at;
     while (pieces.more()) {
       // On its way together with the request's length, which says whether to follow it.
       int page = look_up(p, pieces.next_request(), pieces.next_block(), offset);
@@ -59,7 +63,10 @@ struct MlaBf16Cache {
         }
         phases ^= 1u << buffer;
         page = look_up(p, piece.request, block + 1, offset);
+        if (block == piece.begin && lane == 0) load_queries(p, piece, smem, q_at);
       }
+      if (piece.begin == piece.end && lane == 0) load_queries(p, piece, smem, q_at);
+      q_at.advance();
     }
   }
 
