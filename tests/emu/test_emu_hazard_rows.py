@@ -89,7 +89,7 @@ def test_relaxed_cluster_barrier_orders_no_memory():
 SIGNALS = {
     "arrival": "mbarrier.arrive.shared::cluster.b64 _, [%r9]; // BUG\n",
     "copy": "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
-    "[%r6], [%s], 16, [%r9]; // BUG\n",
+    "[%r6+2048], [%s], 16, [%r9]; // BUG\n",
 }
 
 
