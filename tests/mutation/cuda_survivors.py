@@ -28,12 +28,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "if (piece.slot <= 0) {",
     ): "The first split then also writes its own result to out, where combine writes afterwards.",
     (
-        "cuda/kernels/mla_schedule.cuh",
-        "__syncwarp();",
-        ";",
-    ): "All lanes have met at the shuffles before it, behind their stores; the emulator takes that for "
-    "enough, as hardware does. PTX promises an order of memory for the barrier only, so it stays.",
-    (
         "cuda/kernels/mla_decode.cuh",
         "__syncwarp();",
         ";",
