@@ -1,6 +1,8 @@
-"""Benchmarks. PyTorch's threads wait asleep, as with `make`: spinning ones take the processors that
-the threads of dskernels' pool need (docs/cpu.md). A setting of OMP_WAIT_POLICY wins."""
+"""Benchmarks. PyTorch's threads stay awake for some 10 us between regions, as in `make`: libgomp's
+default, milliseconds, takes the processors that the next candidate's threads need; sleeping at once
+costs small models up to half of their speed (docs/cpu.md). OMP_WAIT_POLICY wins if it is set."""
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded, not later
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read when torch is loaded, not later

@@ -366,10 +366,20 @@ def dealt(blocks, num_parts, split_blocks, share, piece_cost=PIECE_COST):
 def test_schedules_are_the_greedy_ones(machine, backend, deterministic):
     g = torch.Generator().manual_seed(5)
     for num_parts in range(1, 12):
-        for _ in range(6):
-            lens = torch.randint(0, 400, (40,), generator=g).int()
-            lens *= torch.randint(0, 2, (40,), generator=g).int()  # half of them empty
+        for count, longest in ((40, 400), (40, 400), (70, 400), (3, 9000), (40, 4000), (100, 2000)):
+            lens = torch.randint(0, longest, (count,), generator=g).int()
+            lens *= torch.randint(0, 2, (count,), generator=g).int()  # half of them empty
             assert_greedy(machine, backend, lens, num_parts, deterministic)
+
+
+def test_schedules_take_a_negative_length_for_none(machine, backend):
+    """On a GPU nobody has looked at the values."""
+    made, want = (
+        machine.mla_schedule(on_device(torch.tensor(lens).int(), backend), 64, num_sms=5)
+        for lens in ([700, -3000, -1, 90], [700, 0, 0, 90])
+    )
+    assert on_cpu(made.parts).tolist() == on_cpu(want.parts).tolist()
+    assert on_cpu(made.num_splits).tolist() == on_cpu(want.num_splits).tolist()
 
 
 @pytest.mark.parametrize("lengths", [[130], [77 * 64], [78 * 64], [30000], [7000, 100, 20000]])

@@ -13,6 +13,12 @@ constexpr int kMlaFp8Bytes = kMlaLatent + kMlaScaleBytes + (kMlaWidth - kMlaLate
 // Requests whose rows a CTA of mla_combine may have.
 constexpr int kMlaCombineRequests = 128;
 
+// Shares that mla_schedule may need to try: an equal one, and up to what a part may leave of it
+// more.
+constexpr int mla_num_shares(int split_blocks, int piece_cost) {
+  return piece_cost + (split_blocks > 0 ? split_blocks : 1);
+}
+
 // Bytes of MlaDecodeSmem: Q, two blocks of 64 tokens, stage, row statistics, barriers.
 constexpr int mla_decode_shared_bytes() {
   const int tile = kMlaRows * kMlaWidth * 2;

@@ -16,7 +16,7 @@ constexpr int kDecodeThreads = 384;  // as in instances/mla.def
 constexpr int kCombineThreads = 128;
 constexpr int kCombinePerSm = 4;   // CTAs of mla_combine that run at once
 constexpr size_t kManyRows = 512;  // a warp for each keeps the machine busy
-constexpr int kScheduleThreads = 32;
+constexpr int kScheduleThreads = 1024;
 constexpr uint32_t kTileColumns = 64;  // one 128-byte swizzled row of bf16
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -132,11 +132,12 @@ void mla_schedule(Context& context, const MlaScheduleArgs& args, cu::Stream stre
                                  args.num_splits,      args.b,
                                  args.num_parts,       args.split_blocks,
                                  piece_cost(args.rows)};
-  // Each lane of the kernel's warp deals for a share of its own, one block more than its neighbour.
-  DSK_CHECK(params.piece_cost + args.split_blocks < 32, "split_blocks: expected at most ",
-            31 - params.piece_cost, ", got ", args.split_blocks);
-  launch(context, "mla_schedule", shape_of(1, 1, kScheduleThreads, (args.b + 2) * sizeof(int32_t)),
-         params, stream);
+  const int shares = mla_num_shares(args.split_blocks, params.piece_cost);  // a warp for each
+  DSK_CHECK(shares <= kScheduleThreads / 32, "split_blocks: expected at most ",
+            kScheduleThreads / 32 - params.piece_cost, ", got ", args.split_blocks);
+  const size_t words = size_t(args.b + 1) * 2 + size_t(args.num_parts + 1) * 2 * shares;
+  launch(context, "mla_schedule",
+         shape_of(1, 1, kScheduleThreads, unsigned(words * sizeof(int32_t))), params, stream);
   if (context.emulated()) context.device().synchronize(stream);
 }
 

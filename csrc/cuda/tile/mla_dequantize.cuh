@@ -51,6 +51,7 @@ struct MlaFp8Cache {
   static constexpr int kWarps = kMlaWarpgroup / 32;
   static constexpr int kProducers = kWarps;
   static constexpr int kSharers = kCtas;
+  static constexpr bool kWithQueries = false;
   static constexpr bool kZeroTail = true;
   static constexpr int kTokens = kMlaBlock / kWarps;  // of a warp: their RoPE values
   static constexpr int kTurned = kTokens / kCtas;     // of which it turns the latents
