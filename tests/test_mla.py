@@ -236,15 +236,16 @@ def test_more_splits_than_a_warp_has_lanes(machine, backend):
     assert_decoded(tuple(on_cpu(x) for x in got), case)
 
 
-# A warp has a row each, or, on fewer SMs, several; 32 where the SMs hold no more warps.
+# Split rows are shared out among the warps that the schedule's SMs hold, 128 requests at a time.
 @pytest.mark.parametrize(
     "lengths,heads,num_sms,splits",
     [
         ([300, *[0] * 31], 33, 36, {0: 3}),
         ([0, 500, *[0] * 12, 300, 0], 33, 6, {1: 2, 14: 2}),
         ([*[0] * 16, 64 * 57], 64, 2, {16: 2}),
+        ([640, *[0] * 134, 640, *[0] * 4], 4, 20, {0: 2, 135: 2}),
     ],
-    ids=["a row", "some rows", "32 rows"],
+    ids=["a row a warp", "two requests", "two rows a warp", "140 requests"],
 )
 def test_many_rows_are_joined_by_a_warp_each(machine, backend, lengths, heads, num_sms, splits):
     case = paged_case(lengths, 1, heads)

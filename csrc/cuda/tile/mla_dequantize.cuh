@@ -141,17 +141,14 @@ struct MlaFp8Cache {
     return {p.kv_rows + page * p.ld_page + token % p.page * p.ld_token, count};
   }
 
-  // A token's lines, dealt to its share of the lanes.
+  // Two lanes a token or, where this CTA turns half of them, four: each a run of its bytes.
   __device__ static __forceinline__ void prefetch(const Tokens& tokens, int ld_token) {
-    constexpr int kLanes = 32 / kTurned, kLines = (kMlaFp8Bytes + 127) / 128;
+    constexpr int kLanes = 32 / kTurned, kRun = kMlaFp8Bytes / kLanes;
     const int token = threadIdx.x % 32 / kLanes;
     if (token >= tokens.count) return;
-    const uint8_t* at = tokens.from + token * ld_token;
+    const uint8_t* at = tokens.from + token * ld_token + threadIdx.x % kLanes * kRun;
 #pragma unroll
-    for (int i = 0; i < kLines; i += kLanes) {
-      const int line = i + threadIdx.x % kLanes;
-      if (line < kLines) ptx::prefetch_l2(at + line * 128);
-    }
+    for (int byte = 0; byte < kRun; byte += 128) ptx::prefetch_l2(at + byte);
   }
 
   // Starts the first kBatch tokens' way to this lane's place in the stage: in each pass, lanes 0-15
