@@ -366,11 +366,29 @@ def dealt(blocks, num_parts, split_blocks, share, piece_cost=PIECE_COST):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_schedules_are_the_greedy_ones(machine, backend, deterministic):
     g = torch.Generator().manual_seed(5)
-    for num_parts in range(1, 12):
+    for num_parts in (*range(1, 12), 32):
         for count, longest in ((40, 400), (40, 400), (70, 400), (3, 9000), (40, 4000), (100, 2000)):
             lens = torch.randint(0, longest, (count,), generator=g).int()
             lens *= torch.randint(0, 2, (count,), generator=g).int()  # half of them empty
             assert_greedy(machine, backend, lens, num_parts, deterministic)
+
+
+@pytest.mark.parametrize(
+    "lengths,num_parts,steps",
+    [
+        ([128], 132, 4 * 32),  # four shares; whose parts suffice is seen every 32 parts
+        ([128], 10, 4 * 11),  # the start behind the last part is its end
+        ([64] * 62, 2, 4 * (3 + 1)),  # lanes know 32 requests, the next 31 when a part ends there
+    ],
+)
+def test_schedules_take_one_reduction_a_part(lengths, num_parts, steps):
+    need("mla_decode", "emu")
+    machine = importlib.import_module("dskernels.emu.mla")
+    with emu.profiling(sample_ctas=None) as profile:
+        machine.mla_schedule(torch.tensor(lengths).int(), 64, num_sms=num_parts)
+    ran = [line["executed"] for line in profile.launches[0].instructions
+           if line["text"].startswith("redux")]  # fmt: skip
+    assert sum(ran) == steps
 
 
 def test_schedules_take_a_negative_length_for_none(machine, backend):

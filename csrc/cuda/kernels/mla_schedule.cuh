@@ -41,7 +41,7 @@ struct MlaSums {
   __device__ __forceinline__ void add_up(const MlaScheduleParams& p) const {
     const int lane = threadIdx.x;
     const int run = (p.b + 31) / 32;
-    const int begin = min(lane * run, p.b), end = min(begin + run, p.b);
+    const int begin = lane * run, end = min(begin + run, p.b);
     int cost = 0, count = 0;
     for (int i = begin; i < end; ++i) {
       const int blocks = costs[i + 1];
@@ -95,7 +95,7 @@ struct MlaStarts {
         int over;  // how far the limit is in its request
         while (true) {
           over = int(__reduce_min_sync(0xffffffffu, uint32_t(limit - begins)));  // < 0: large
-          if (__builtin_expect(limit < last, true)) break;
+          if (__builtin_expect(limit <= last, true)) break;
           request += 31;
           begins = request <= p.b ? costs[request] : INT_MAX;
           last = __shfl_sync(0xffffffffu, begins, 31);
@@ -115,7 +115,7 @@ struct MlaStarts {
   }
 };
 
-// The last of n ascending values that is at most v, as the first one is.
+// The last of n ascending values that is at most v; the first one where none is.
 __device__ __forceinline__ int mla_last_up_to(const int32_t* values, int n, int v) {
   int found = 0, above = n;
   while (above - found > 1) {
@@ -129,9 +129,7 @@ __device__ __forceinline__ int mla_last_up_to(const int32_t* values, int n, int 
 __device__ __forceinline__ void mla_write(const MlaScheduleParams& p, const MlaSums& sums,
                                           const MlaStarts& starts) {
   for (int i = threadIdx.x; i <= p.b; i += blockDim.x) {
-    if (i > 0) {
-      sums.pieces[i] += starts.cuts[mla_last_up_to(starts.x, p.num_parts + 1, sums.costs[i] - 1)];
-    }
+    sums.pieces[i] += starts.cuts[mla_last_up_to(starts.x, p.num_parts + 1, sums.costs[i] - 1)];
     p.num_splits[i] = sums.pieces[i];
   }
   __syncthreads();

@@ -76,8 +76,7 @@ struct MlaBf16Cache {
   __device__ static __forceinline__ int look_up(const MlaDecodeParams& p, int request, int block,
                                                 int offset) {
     const int entry = (block * kMlaBlock + offset) / p.page;
-    const bool there = offset < kMlaBlock && entry < p.ld_table;
-    return there ? __ldg(p.block_table + int64_t(request) * p.ld_table + entry) : 0;
+    return entry < p.ld_table ? __ldg(p.block_table + int64_t(request) * p.ld_table + entry) : 0;
   }
 
   __device__ static __forceinline__ void load_half(const MlaDecodeParams& p, MlaDecodeSmem& smem,
