@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "mutation"))
 
-from cuda_mutants import includes_of, instances_of, mutants_of  # noqa: E402
+from cuda_mutants import Mutant, includes_of, instances_of, mutants_of  # noqa: E402
 from cuda_survivors import EXPLAINED  # noqa: E402
+from mutate_cuda import Outcome, summary, try_all  # noqa: E402
 
 CSRC = ROOT / "csrc"
 SOURCE = """// if (a < b) wgmma_fence();
@@ -64,6 +65,42 @@ def test_every_explained_survivor_still_applies():
             file,
             new,
         )
+
+
+class FakeStem:
+    """Stands for a stem whose tests catch the mutants of the files in `sees`."""
+
+    def __init__(self, name, shares, sees):
+        self.name, self.shares, self.sees = name, shares, sees
+        self.tests, self.baselines = [], 0
+
+    def includes(self, file):
+        return file in self.shares
+
+    def baseline(self):
+        self.baselines += 1
+
+    def try_mutant(self, mutant):
+        return Outcome(mutant, "caught" if mutant.file in self.sees else "SURVIVED", "", self.name)
+
+
+def test_what_a_stem_misses_in_a_shared_file_is_tried_on_who_shares_it(capsys):
+    own = FakeStem("own", ["a", "b", "c", "d"], ["a"])
+    stranger = FakeStem("stranger", ["a"], ["b", "c", "d"])
+    first = FakeStem("first", ["b", "c"], ["b", "d"])
+    second = FakeStem("second", ["b", "c"], ["b", "c"])
+    mutants = [Mutant(file, 1, "tail", "old", "new", "text") for file in "abcd"]
+    outcomes = try_all(own, [stranger, first, second], mutants, 1)
+    assert [(o.mutant.file, o.status, o.stem) for o in outcomes] == [
+        ("a", "caught", "own"), ("b", "caught", "first"), ("c", "caught", "second"),
+        ("d", "SURVIVED", "own"),
+    ]  # fmt: skip
+    # Before and after; not at all where nothing is asked.
+    assert [s.baselines for s in (own, stranger, first, second)] == [2, 0, 2, 2]
+    summary("own", outcomes, complete=True)
+    said = capsys.readouterr().out
+    assert "caught by other stems' tests of shared files: {'first': 1, 'second': 1}" in said
+    assert "caught 3 of 4 real mutants: 75.0%" in said
 
 
 PLANTED = """

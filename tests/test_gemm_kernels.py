@@ -328,6 +328,18 @@ def test_a_share_of_k_ends_with_k():
     assert three - two == four - three > 0
 
 
+def test_four_shares_of_k_are_summed_in_one_turn():
+    """A turn loads four at once: two shares take one as well, eight take two."""
+
+    def loads(ways):
+        a, b = scaled_operands(64, 64, 1024)
+        with forced_kernel("gemm_fp8_64x64", split=ways):
+            work = work_of(lambda: dsk.gemm(a, b, backend="emu"))
+        return work["gemm_fp8_64x64"]["global"]  # as generic accesses count, those to peers too
+
+    assert loads(2) == loads(4) < loads(8)
+
+
 def test_one_warpgroup_keeps_up_with_what_memory_brings():
     """A tile of 64 rows: its next products run while it promotes. In the emulator's model 8 blocks
     of k take what L2 needs for them; taking turns with itself, a warpgroup needs 1.3 times that."""

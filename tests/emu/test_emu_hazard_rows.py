@@ -84,6 +84,55 @@ def test_relaxed_cluster_barrier_orders_no_memory():
     planted(body, [], "shared-race", **CLUSTER)
 
 
+# CTA 1's first lane touches a barrier of CTA 0, which nothing has ordered behind its initialisation
+# but a relaxed barrier.
+SIGNALS = {
+    "arrival": "mbarrier.arrive.shared::cluster.b64 _, [%r9]; // BUG\n",
+    "copy": "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+    "[%r6+2048], [%s], 16, [%r9]; // BUG\n",
+}
+
+
+def signal_to_a_peer(signal, fence, order):
+    return (
+        PEER
+        + """
+add.u32 %r90, %s, 4096;
+mapa.shared::cluster.u32 %r9, %r90, %r5;
+setp.ne.u32 %p2, %t, 0;
+st.shared.b32 [%r1], %t;
+fence.proxy.async.shared::cta;
+@%p2 bra READY;
+mbarrier.init.shared.b64 [%r90], 1; // VICTIM
+"""
+        + fence
+        + ("mbarrier.arrive.expect_tx.shared.b64 _, [%r90], 16;\n" if signal == "copy" else "")
+        + f"READY:\nbarrier.cluster.arrive.{order}.aligned;\nbarrier.cluster.wait.acquire.aligned;\n"
+        + "@%p2 bra END;\n@!%p1 bra LOOP;\n"
+        + SIGNALS[signal]
+        + "bra END;\nLOOP:\nmbarrier.try_wait.parity.shared.b64 %p8, [%r90], 0;\n@!%p8 bra LOOP;\nEND:\n"
+        + MEET
+    )
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_mbarrier_of_a_peer_that_has_not_fenced_its_initialisation(signal):
+    body = signal_to_a_peer(signal, "fence.mbarrier_init.release.cluster; // FIX\n", "relaxed")
+    planted(body, [], "mbarrier-init-unordered", **CLUSTER)
+
+
+def test_a_fence_of_mbarriers_is_for_those_initialised_before_it():
+    fence = "fence.mbarrier_init.release.cluster;\n"
+    body = signal_to_a_peer("arrival", "", "relaxed")
+    init = "mbarrier.init.shared.b64 [%r90], 1; // VICTIM\n"
+    caught(body.replace(init, fence + init), [], "mbarrier-init-unordered", **CLUSTER)
+
+
+def test_a_cluster_barrier_that_orders_memory_orders_initialisations():
+    stats = launch(signal_to_a_peer("arrival", "", "release"), [], **CLUSTER)
+    assert not stats.hazards
+
+
 def flag_between_ctas(release, acquire):
     """CTA 0 stores into CTA 1 and sets a flag there."""
     return (

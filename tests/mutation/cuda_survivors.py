@@ -21,17 +21,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "for (int first = 0; first <= p.topk; first += kRowsInFlight<T>) {",
     ): "A run of choices behind the last has no row: it loads nothing and adds nothing.",
     (
-        "cuda/tile/mla_columns.cuh",
-        "if (piece.slot < 0) {",
-        "if (piece.slot <= 0) {",
-    ): "The first split then also writes its own result to out, where combine writes afterwards.",
-    (
-        "cuda/kernels/mla_schedule.cuh",
-        "__syncwarp();",
-        ";",
-    ): "All lanes have met at the shuffles before it, behind their stores; the emulator takes that for "
-    "enough, as hardware does. PTX promises an order of memory for the barrier only, so it stays.",
-    (
         "cuda/kernels/mla_decode.cuh",
         "__syncwarp();",
         ";",
@@ -50,81 +39,10 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "One lane announces what the whole warp has stored. The race checker takes lanes that have not "
     "parted for one agent, as they are in step on hardware; PTX asks for the barrier.",
     (
-        "cuda/kernels/mla_prefill.cuh",
-        "smem.q_ring.init(kPrefillMath / 32);",
-        "smem.q_ring.init(kPrefillMath / 32 + 1);",
-    ): "Q is loaded once: nobody waits for its stage to be free.",
-    (
-        "cuda/kernels/mla_prefill.cuh",
-        "smem.q_ring.init(kPrefillMath / 32);",
-        "smem.q_ring.init(kPrefillMath / 32 - 1);",
-    ): "Q is loaded once: nobody waits for its stage to be free.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
-        "if (row < job.kept_length) own[i] = p.statistics[at];",
-        "if (row <= job.kept_length) own[i] = p.statistics[at];",
-    ): "The row behind the request's last is not stored, whatever its statistics; reading them stays "
-    "inside the workspace, whose requests are padded to 64 rows and which has 64 more.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
-        "smem.kept_ring.init(1);",
-        "smem.kept_ring.init(1 + 1);",
-    ): "The kept rows are loaded once: nobody waits for their place to be free.",
-    (
-        "cuda/kernels/mla_prefill.cuh",
-        "ptx::named_barrier_sync(kPrefillWarpgroupOnly + half, kPrefillWarpgroup);",
-        ";",
-    ): "A warp overwrites the 16 rows of A that are its own share of the products, and its own wait has "
-    "ended them; the emulator takes that for enough. PTX does not promise which warp reads what, so the "
-    "barrier stays.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
-        "ptx::named_barrier_sync(kBackwardWarpgroupOnly + half, kBackwardWarpgroup);",
-        ";",
-    ): "A warp overwrites the 16 rows of A that are its own share of the products, and its own wait has "
-    "ended them; the emulator takes that for enough. PTX does not promise which warp reads what, so the "
-    "barrier stays.",
-    (
-        "cuda/kernels/gemm_bf16.cuh",
-        "ptx::fence_accumulators(sum);",
-        ";",
-    ): "A fence for the compiler, which is no instruction: this compiler keeps the sums where they "
-    "are without it too. Nothing but the fence makes it.",
-    (
-        "cuda/tile/gemm_promote.cuh",
-        "const uint32_t mine = (1u << min(end, kStages)) - (1u << at_.stage);",
-        "const uint32_t mine = (1u << (end)) - (1u << at_.stage);",
-    ): "Only bits below kStages are looked at, and PTX's shift by 32 or more gives zero, of which all "
-    "bits from the stage's on are set after the subtraction. The minimum is for C++, where that is "
-    "undefined.",
-    (
-        "cuda/kernels/gemm_fp8_1d2d.cuh",
-        "const bool second = kRows > 1 && panel > 0 && (panel >= 128 || panel >= boundary_);",
-        "const bool second = kRows > 1 && panel >= 0 && (panel >= 128 || panel >= boundary_);",
-    ): "The boundary is at least a panel away from the tile's first column. Known to the compiler, "
-    "panel > 0 spares a comparison.",
-    (
-        "cuda/kernels/gemm_fp8_1d2d.cuh",
-        "const bool second = kRows > 1 && panel > 0 && (panel >= 128 || panel >= boundary_);",
-        "const bool second = kRows > 1 && panel > 0 && (panel > 128 || panel >= boundary_);",
-    ): "The boundary is by the 128th column, so that this panel lies behind it either way. Known to "
-    "the compiler, panel >= 128 spares a comparison.",
-    (
-        "cuda/kernels/gemm_fp8_swiglu.cuh",
-        "scales.place((p.extent.n + tile.n_start) / 2, warpgroup * Shape::kColumns);",
-        "scales.place((p.extent.n - tile.n_start) / 2, warpgroup * Shape::kColumns);",
-    ): "A tile starts at a multiple of 128 of the gate's rows, and only the remainder by 128 of the "
-    "up-projection's first row is used.",
-    (
-        "cuda/tile/gemm_promote.cuh",
-        "ptx::fence_accumulators(partial);",
-        ";",
-    ): "A fence for the compiler, which is no instruction: this compiler keeps the sums where they "
-    "are without it too. Nothing but the fence makes it.",
-    (
-        "cuda/tile/gemm_promote.cuh",
-        "if (end < kStages) {",
-        "if (end <= kStages) {",
-    ): "A tile that ends with the ring's last stage leaves the wrap to the next one's first round, in "
-    "which no stage is its own.",
+        "cuda/tile/gemm_roles.cuh",
+        "__syncwarp();  // or the lane that released walks the loop by itself",
+        ";  // or the lane that released walks the loop by itself",
+    ): "Lanes that have parted at a branch meet behind it again, in the emulator always, on hardware "
+    "where ptxas says so. Here it once let a lane wait for the next tile alone; PTX does not promise "
+    "that lanes meet, so the barrier stays.",
 }

@@ -7,7 +7,9 @@ The mutants are found by pattern (cuda_mutants.py): every fence, wait, barrier, 
 expected byte count, swizzle constant, tail bound, scale index, numerical constant and step of a
 descriptor in the sources under csrc/cuda/kernels and csrc/cuda/tile that the stem's kernels include. For each, the instances it
 touches are compiled to PTX, and the tests that launch them run on the emulator with its checks on,
-under the fixed schedule and under random ones. A baseline run tells which test launches what.
+under the fixed schedule and under random ones. A baseline run tells which test launches what. A
+mutant of a file that other stems' kernels include too (tile/) is tried on theirs as well, one stem
+after the other, if the stem's own tests miss it.
 
 caught          a test failed: wrong bits, a hazard, a deadlock, a timeout; or the build's gates
                 complain of its machine code
@@ -55,6 +57,7 @@ class Outcome(NamedTuple):
     mutant: Mutant
     status: str  # caught | same code | no compile | explained | SURVIVED
     how: str
+    stem: str  # whose kernels and tests these are
 
 
 # ---- one mutant --------------------------------------------------------------------------------
@@ -106,19 +109,30 @@ class BaselineFails(Exception):
     """A test fails on the unchanged kernels."""
 
 
+class Sources(NamedTuple):
+    """Copies: a build or an edit in the meantime must not look like a caught mutant."""
+
+    csrc: Path
+    kernels: Path
+
+    @classmethod
+    def copied_to(cls, workspace: Path) -> Sources:
+        copy = cls(workspace / "csrc", workspace / "kernels")
+        for folder in ("cuda", "proto"):  # what kernels may include
+            if (ROOT / "csrc" / folder).is_dir():
+                shutil.copytree(ROOT / "csrc" / folder, copy.csrc / folder)
+        copy.kernels.mkdir()
+        for file in SHIPPED.glob("*.ptx"):
+            shutil.copy(file, copy.kernels)
+        return copy
+
+
 class Stem:
     """A stem's instances and the tests that launch them."""
 
-    def __init__(self, name: str, seeds: list[int], workspace: Path) -> None:
+    def __init__(self, name: str, seeds: list[int], sources: Sources) -> None:
         self.name, self.seeds = name, seeds
-        # Copies: a build or an edit in the meantime must not look like a caught mutant.
-        self.csrc, self.kernels = workspace / "csrc", workspace / "kernels"
-        for folder in ("cuda", "proto"):  # what kernels may include
-            if (ROOT / "csrc" / folder).is_dir():
-                shutil.copytree(ROOT / "csrc" / folder, self.csrc / folder)
-        self.kernels.mkdir()
-        for file in SHIPPED.glob("*.ptx"):
-            shutil.copy(file, self.kernels)
+        self.csrc, self.kernels = sources
         self.instances = instances_of(self.csrc, name)
         self.files = {
             i.name: {
@@ -128,19 +142,28 @@ class Stem:
             }
             for i in self.instances
         }
-        self.tests: list[Test] = []
+        self.items: list = []  # its tests, as pytest collected them
+        self.tests: list[Test] = []  # those that launch kernels
+
+    def includes(self, file: str) -> bool:
+        return any(file in files for files in self.files.values())
+
+    def test_files(self) -> list[str]:
+        found = (ROOT / "tests").glob(f"test_{self.name}*.py")
+        return sorted(str(file.relative_to(ROOT)) for file in found)
 
     def mutants(self) -> list[Mutant]:
         files = sorted({f for files in self.files.values() for f in files})
         return [m for f in files for m in mutants_of(self.csrc, f)]
 
-    def baseline(self, items: list) -> None:
-        """Learn which test launches what; exits where the unchanged kernels fail. Run once more at
-        the end: had something else broken the tests meanwhile, no mutant would count as caught."""
+    def baseline(self) -> None:
+        """Learn which test launches what. Run once more at the end: had something else broken the
+        tests meanwhile, no mutant would count as caught. Raises BaselineFails."""
+        items = self.items
         for seed in self.seeds:
             done = run_items(items, [BASELINE_LIMIT] * len(items), self.kernels, seed)
             if done.failure:
-                raise BaselineFails(f"with seed {seed}: {done.failure}")
+                raise BaselineFails(f"of {self.name} with seed {seed}: {done.failure}")
             if not self.tests:
                 tests = [Test(items[i], s, frozenset(k)) for i, s, k in done.tests if k]
                 self.tests = sorted(tests, key=lambda t: t.seconds)
@@ -165,7 +188,7 @@ class Stem:
                 original = ptx.read_text()
                 ptx.unlink()
                 if not compile_ptx(instance, overlay, self.csrc, ptx):
-                    return Outcome(mutant, "no compile", "")
+                    return self._outcome(mutant, "no compile")
                 if code_lines(ptx.read_text()) == code_lines(original):
                     continue
                 how = self._run(instance.name, kernels)
@@ -176,7 +199,7 @@ class Stem:
                         continue
                 changed = True
                 if how:
-                    return Outcome(mutant, "caught", f"{instance.name}: {how}")
+                    return self._outcome(mutant, "caught", f"{instance.name}: {how}")
         return self._uncaught(mutant, changed, bool(touched))
 
     def _run(self, instance: str, kernels: Path) -> str:
@@ -191,10 +214,13 @@ class Stem:
     def _uncaught(self, mutant: Mutant, changed: bool, tested: bool) -> Outcome:
         why = EXPLAINED.get((mutant.file, mutant.old, mutant.new), "")
         if tested and not changed:
-            return Outcome(mutant, "same code", "")
+            return self._outcome(mutant, "same code")
         if why:
-            return Outcome(mutant, "explained", why)
-        return Outcome(mutant, "SURVIVED", "" if tested else "no test launches this code")
+            return self._outcome(mutant, "explained", why)
+        return self._outcome(mutant, "SURVIVED", "" if tested else "no test launches this code")
+
+    def _outcome(self, mutant: Mutant, status: str, how: str = "") -> Outcome:
+        return Outcome(mutant, status, how, self.name)
 
 
 # ---- the whole run -----------------------------------------------------------------------------
@@ -217,13 +243,15 @@ def chosen(stem: Stem, only: str | None, sample: int | None) -> list[Mutant]:
     return mutants
 
 
-def summary(outcomes: list[Outcome], complete: bool) -> bool:
+def summary(stem: str, outcomes: list[Outcome], complete: bool) -> bool:
     """Print the tally; True when the goal is met."""
     count = Counter(o.status for o in outcomes)
     hows = Counter(reason(o.how) for o in outcomes if o.status == "caught")
     real = count["caught"] + count["explained"] + count["SURVIVED"]
     rate = count["caught"] / real if real else 1.0
     print(f"\n{dict(count)}; caught by {dict(hows)}")
+    elsewhere = Counter(o.stem for o in outcomes if o.status == "caught" and o.stem != stem)
+    print(f"caught by other stems' tests of shared files: {dict(elsewhere) or 'none'}")
     for outcome in outcomes:
         if outcome.status in ("explained", "SURVIVED"):
             print(f"{outcome.status:9} {outcome.mutant.label}\n          {outcome.how}")
@@ -247,13 +275,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, workspace: Path) -> int:
     seeds = [int(s) for s in options.seeds.split(",")]
-    stem = Stem(options.stem, seeds, workspace)
+    sources = Sources.copied_to(workspace)
+    stem = Stem(options.stem, seeds, sources)
     mutants = chosen(stem, options.only, options.sample)
     if options.list:
         for mutant in mutants:
             print(mutant.label)
         print(f"{len(mutants)} mutants of {len(stem.instances)} instances")
         return 0
+    others = [Stem(name, seeds, sources) for name in STEMS if name != stem.name]
+    others = (
+        [] if options.tests else [o for o in others if any(o.includes(m.file) for m in mutants)]
+    )
 
     os.chdir(ROOT)
     import torch
@@ -261,20 +294,25 @@ def run(options: argparse.Namespace, workspace: Path) -> int:
     import dskernels  # noqa: F401  (before the forks, so that none pays for it again)
 
     torch.set_num_threads(1)
-    paths = options.tests or sorted(
-        str(f.relative_to(ROOT)) for f in (ROOT / "tests").glob(f"test_{stem.name}*.py")
-    )
+    paths = {s.name: s.test_files() for s in (stem, *others)}
+    paths[stem.name] = options.tests or paths[stem.name]
 
     def work(items: list) -> int:
+        for each in others:
+            files = {ROOT / path for path in paths[each.name]}
+            each.items = [i for i in items if i.path in files]
+        theirs = {id(i) for each in others for i in each.items}
+        stem.items = [i for i in items if id(i) not in theirs]
         try:
-            outcomes = try_all(stem, items, mutants, options.jobs)
+            outcomes = try_all(stem, others, mutants, options.jobs)
         except BaselineFails as error:
             print(f"baseline fails {error}")
             return 2
         complete = options.only is None and options.sample is None
-        return 0 if summary(outcomes, complete) else 1
+        return 0 if summary(stem.name, outcomes, complete) else 1
 
-    return forked_tests.collect(["--backend", "emu", "-m", "not slow", *paths], work)
+    arguments = ["--backend", "emu", "-m", "not slow", *(p for ps in paths.values() for p in ps)]
+    return forked_tests.collect(arguments, work)
 
 
 _stem: Stem | None = None  # in a worker: handed down by the fork, for tests do not pickle
@@ -289,17 +327,32 @@ def _try(mutant: Mutant) -> Outcome:
     return _stem.try_mutant(mutant)
 
 
-def try_all(stem: Stem, items: list, mutants: list[Mutant], jobs: int) -> list[Outcome]:
-    stem.baseline(items)
-    print(f"{len(mutants)} mutants, {len(stem.tests)} tests launch kernels", flush=True)
+def try_on(stem: Stem, mutants: list[Mutant], jobs: int) -> list[Outcome]:
+    stem.baseline()
+    print(
+        f"{len(mutants)} mutants, {len(stem.tests)} tests of {stem.name} launch kernels", flush=True
+    )
     outcomes = []
     with multiprocessing.get_context("fork").Pool(jobs, _adopt, (stem,)) as pool:
         for outcome in pool.imap_unordered(_try, mutants):
             outcomes.append(outcome)
             first = outcome.how.splitlines()[0][:150] if outcome.how else ""
             print(f"{outcome.status:10} {outcome.mutant.label}\n{'':11}{first}", flush=True)
-    stem.baseline(items)
+    stem.baseline()
     return outcomes
+
+
+def try_all(stem: Stem, others: list[Stem], mutants: list[Mutant], jobs: int) -> list[Outcome]:
+    """What the stem's own tests say and, where they miss a mutant, those of who shares its file."""
+    said = {o.mutant: o for o in try_on(stem, mutants, jobs)}
+    for other in others:
+        missed = [m for m, o in said.items() if o.status in ("explained", "SURVIVED")]
+        shared = [m for m in missed if other.includes(m.file)]
+        if shared:
+            print(f"missed, in files that {other.name} shares:", flush=True)
+            caught = (o for o in try_on(other, shared, jobs) if o.status == "caught")
+            said.update((o.mutant, o) for o in caught)
+    return list(said.values())
 
 
 if __name__ == "__main__":

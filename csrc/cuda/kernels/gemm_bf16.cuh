@@ -66,8 +66,7 @@ __device__ __forceinline__ void running_sum(Stages& ring, typename Stages::Posit
     const uint64_t desc_b = kTransposed
                                 ? mn_major_descriptor(right(at.stage), kBf16BlockK * kSwizzleBytes)
                                 : k_major_descriptor(right(at.stage));
-    ptx::fence_accumulators(sum);
-    ptx::wgmma_fence();
+    ptx::wgmma_fence(sum);
 #pragma unroll
     for (int k = 0; k < kBf16BlockK; k += kBf16MmaK) {
       const uint64_t next_b = kTransposed ? advance_k_rows(desc_b, k) : advance_k(desc_b, k * 2);
@@ -75,15 +74,13 @@ __device__ __forceinline__ void running_sum(Stages& ring, typename Stages::Posit
                                                                next_b, 1);
     }
     ptx::wgmma_commit_group();
-    ptx::fence_accumulators(sum);
     // All but this block's products are done: nobody reads the last block's stage any more.
     ptx::wgmma_wait_group<1>();
     if (k_block > k_begin) release(last.stage);
     last = at;
     at.advance();
   }
-  ptx::wgmma_wait_group<0>();
-  ptx::fence_accumulators(sum);
+  ptx::wgmma_wait_group<0>(sum);
   if (k_begin < k_end) release(last.stage);
 }
 

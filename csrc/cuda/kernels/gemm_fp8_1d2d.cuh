@@ -67,7 +67,7 @@ class RowAndBlockScales {
         sfa_(kept(smem.sfa[0][warpgroup * kMmaM + threadIdx.x % kWarpgroup / 32 * 16 +
                               threadIdx.x % 32 / 4])) {}
 
-  __device__ __forceinline__ void place(int n_start) { boundary_ = 128 - n_start % 128; }
+  __device__ __forceinline__ void place(uint32_t n_start) { begin_ = n_start % 128; }
 
   __device__ __forceinline__ void read(int stage) {
     const float* rows = &sfa_ + stage * Shape::kBlockM;
@@ -84,11 +84,10 @@ class RowAndBlockScales {
                                           const float (&partial)[Shape::kBlockN / 2]) const {
 #pragma unroll
     for (int column = 0; column < Shape::kBlockN; column += 8) {
-      // Tiles start at multiples of a panel, so the scale changes between panels, if at all, and
-      // behind the first and by the 128th column.
+      // Tiles start at multiples of a panel, so the scale changes between panels, if at all.
       constexpr int kPanel = gemm_panel_columns(Shape::kBlockN);
       const int panel = column / kPanel * kPanel;
-      const bool second = kRows > 1 && panel > 0 && (panel >= 128 || panel >= boundary_);
+      const bool second = begin_ + panel >= 128;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // rows r and r + 8 of the fragment
         const float scale = second ? scale_[kRows - 1][half] : scale_[0][half];
@@ -104,7 +103,7 @@ class RowAndBlockScales {
 
   const typename Shape::ScalesOfB (&sfb_)[Shape::kNumStages];
   const float& sfa_;  // of this thread's first row, in the first stage
-  int boundary_ = 0;  // the tile's columns from here on use the next row of scales
+  int begin_ = 0;     // the tile's first column, in its block of scales
   float scale_[kRows][2];
 };
 

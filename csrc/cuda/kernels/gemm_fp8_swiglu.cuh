@@ -64,12 +64,12 @@ class SwigluScales {
  public:
   static constexpr bool kReadsLate = false;
 
-  __device__ __forceinline__ explicit SwigluScales(const Smem& smem)
+  // `up`: the up-projection's first row in B, from which all tiles' are multiples of 128 away;
+  // `column`: the warpgroup's first.
+  __device__ __forceinline__ SwigluScales(const Smem& smem, int up, int column)
       : sfb_(kept(smem.sfb)),
-        sfa_(kept(smem.sfa[0][threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4])) {}
-
-  // `up`: the up-projection's first row of the tile in B; `column`: the warpgroup's first.
-  __device__ __forceinline__ void place(int up, int column) { boundary_ = 128 - up % 128 - column; }
+        sfa_(kept(smem.sfa[0][threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4])),
+        boundary_(128 - up % 128 - column) {}
 
   __device__ __forceinline__ void read(int stage) {
     const float* rows = &sfa_ + stage * Shape::kBlockM;
@@ -101,8 +101,8 @@ class SwigluScales {
 
  private:
   const StageScales<3> (&sfb_)[Shape::kNumStages];
-  const float& sfa_;  // of this thread's first row, in the first stage
-  int boundary_;      // the columns from here on use the up-projection's next row of scales
+  const float& sfa_;    // of this thread's first row, in the first stage
+  const int boundary_;  // the columns from here on use the up-projection's next row of scales
   float scale_[3][2];
 };
 
@@ -230,10 +230,9 @@ __device__ __forceinline__ void gemm_fp8_swiglu(const GemmFp8Params& p) {
     auto& ring = kept(smem.ring);
     const StageRelease release(ring, sharers);
     RingPosition<Shape::kNumStages> at;
-    SwigluScales<Shape, Smem> scales(smem);
+    SwigluScales<Shape, Smem> scales(smem, p.extent.n / 2, warpgroup * Shape::kColumns);
     for_each_tile(smem.queue, [&](const GemmTile& tile) {
       float sum[2 * Shape::kColumns / 2];
-      scales.place((p.extent.n + tile.n_start) / 2, warpgroup * Shape::kColumns);
       promoted_sum<2 * Shape::kColumns,
                    kOverlapsItself<2 * Shape::kColumns, Shape::kMathWarpgroups>>(
           ring, at, release, tile.k_begin, tile.k_end, left, right, scales, sum, [] {});

@@ -1,6 +1,7 @@
 // Warpgroup matrix multiply-accumulate (PTX ISA 8.0, sm_90a). All four warps of a warpgroup execute
 // each of these together. Accumulators are in flight from wgmma until wgmma_wait_group: the
 // compiler knows nothing of that, so fence_accumulators must stand between them and any other use.
+// Given the accumulators, wgmma_fence and wgmma_wait_group see to it.
 #pragma once
 
 #include <cstdint>
@@ -28,6 +29,20 @@ template <int kCount>
 __device__ __forceinline__ void fence_accumulators(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Whatever was done with the accumulators d is done before the next wgmma.
+template <int kCount>
+__device__ __forceinline__ void wgmma_fence(float (&d)[kCount]) {
+  fence_accumulators(d);
+  wgmma_fence();
+}
+
+// The accumulators d are those of a group that is waited for: nothing looks at them sooner.
+template <int kPending, int kCount>
+__device__ __forceinline__ void wgmma_wait_group(float (&d)[kCount]) {
+  wgmma_wait_group<kPending>();
+  fence_accumulators(d);
 }
 
 // D[64 x N] (+)= A[64 x 32] * B[N x 32]^T, e4m3 operands in shared memory, fp32 accumulators.

@@ -57,14 +57,12 @@ class PromotingLoop {
   __device__ __forceinline__ void start(const Position& at, Sums& partial) {
     const int stage = at.stage;
     ring_.await(at);
-    ptx::fence_accumulators(partial);
-    ptx::wgmma_fence();
+    ptx::wgmma_fence(partial);
 #pragma unroll
     for (int k = 0; k < kFp8BlockK; k += kFp8MmaK) {
       ptx::WgmmaE4m3<kN>::mma(partial, left_.at(stage, k), right_.at(stage, k), k != 0);
     }
     ptx::wgmma_commit_group();
-    ptx::fence_accumulators(partial);
   }
 
   // Waits for the oldest products, which `stage` holds and of which at most kPending newer ones are
@@ -72,8 +70,7 @@ class PromotingLoop {
   template <int kPending>
   __device__ __forceinline__ void finish(int stage, Sums& partial) {
     scales_.read(stage);
-    ptx::wgmma_wait_group<kPending>();
-    ptx::fence_accumulators(partial);
+    ptx::wgmma_wait_group<kPending>(partial);
     if constexpr (Scales::kReadsLate) {
       scales_.read_rest(stage);
       scales_.promote(sum_, partial);
@@ -91,7 +88,8 @@ class PromotingLoop {
     constexpr int kStages = Stages::kStages;
     int end = at_.stage + blocks;  // counted from this round's stage 0
     while (at_.stage != end) {
-      const uint32_t mine = (1u << min(end, kStages)) - (1u << at_.stage);
+      const int stop = min(end, kStages);
+      const uint32_t mine = (1u << stop) - (1u << at_.stage);
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
         if ((mine >> stage & 1) == 0) continue;
@@ -99,9 +97,8 @@ class PromotingLoop {
         start({stage, at_.phase}, partial);
         finish<0>(stage, partial);
       }
-      if (end < kStages) {
-        at_.stage = end;
-      } else {
+      at_.stage = stop;
+      if (stop == kStages) {
         end -= kStages;
         at_.stage = 0;
         at_.phase ^= 1;

@@ -160,7 +160,7 @@ __device__ __forceinline__ void run_roles(Smem& smem, int sharers, Producer prod
     compute(__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0));
   }
   // The peer may still write into this CTA's stages, or arrive on its barriers.
-  if (sharers > 1) meet_cluster();
+  if (sharers != 1) meet_cluster();
 }
 
 }  // namespace dsk

@@ -41,24 +41,13 @@ struct Ring {
   // `producers` that of acquire() or fill() calls that announce one.
   __device__ __forceinline__ void init(uint32_t consumers, uint32_t producers = 1,
                                        uint32_t sharers = 1) {
-#pragma unroll
-    for (int s = 0; s < kNumStages; ++s) {
-      cuda::ptx::mbarrier_init(&full[s], producers);
-      cuda::ptx::mbarrier_init(&empty[s], consumers * sharers);
-    }
-    cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+    init_every<1>(0, consumers, producers, sharers);
   }
 
   // The same by a whole warp: a lane for each stage.
   __device__ __forceinline__ void init_by_warp(uint32_t consumers, uint32_t producers = 1,
                                                uint32_t sharers = 1) {
-    static_assert(kNumStages <= 32);
-    const int stage = threadIdx.x % 32;
-    if (stage < kNumStages) {
-      cuda::ptx::mbarrier_init(&full[stage], producers);
-      cuda::ptx::mbarrier_init(&empty[stage], consumers * sharers);
-    }
-    cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+    init_every<32>(threadIdx.x % 32, consumers, producers, sharers);
   }
 
   // Producer: wait until the stage is free (the first round finds every stage free), then announce
@@ -100,6 +89,19 @@ struct Ring {
   }
 
  private:
+  // Stages first, first + kStep, ... The fence is for those who come by a cluster's barrier that
+  // orders no memory.
+  template <int kStep>
+  __device__ __forceinline__ void init_every(int first, uint32_t consumers, uint32_t producers,
+                                             uint32_t sharers) {
+#pragma unroll
+    for (int s = first; s < kNumStages; s += kStep) {
+      cuda::ptx::mbarrier_init(&full[s], producers);
+      cuda::ptx::mbarrier_init(&empty[s], consumers * sharers);
+    }
+    cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+  }
+
   __device__ static __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
     while (!cuda::ptx::mbarrier_try_wait_parity(barrier, parity)) {
     }

@@ -32,12 +32,12 @@ __device__ __forceinline__ uint32_t swizzle64(uint32_t row, uint32_t chunk) {
 }
 
 // Descriptor of a K-major operand in 128B-swizzled rows (PTX ISA, "Matrix descriptor format"):
-// bits 0-13 address / 16, 16-29 leading offset (unused for swizzled K-major), 32-45 stride between
-// groups of 8 rows / 16, 62-63 swizzle mode (1 = 128B).
+// bits 0-13 address / 16; 16-29 unused in this layout; 32-45 stride between groups of 8 rows / 16;
+// 62-63 swizzle mode, 1 for 128B.
 __device__ __forceinline__ uint64_t k_major_descriptor(const void* tile) {
   constexpr uint64_t kStride = (kSwizzleRows * kSwizzleBytes) >> 4;
   const uint64_t address = (shared_address(tile) & 0x3ffffu) >> 4;
-  return address | (uint64_t(1) << 16) | (kStride << 32) | (uint64_t(1) << 62);
+  return address | (kStride << 32) | (uint64_t(1) << 62);
 }
 
 // The same operand, `bytes` further along K within the swizzled row (a multiple of 32).

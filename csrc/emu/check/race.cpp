@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "emu/check/agents.hpp"
+#include "emu/check/barrier_init.hpp"
 #include "emu/check/global_side.hpp"
 #include "emu/check/lane_side.hpp"
 #include "emu/check/runs.hpp"
@@ -115,8 +116,16 @@ class RaceChecker : public ClusterObserver {
       case SyncKind::MbarInit:
         barriers_[{event.a, event.b}] = BarrierState{};
         written_[event.a]->mark(event.b, 8);
+        inits_.init(event.a, event.b, {agent, state.knowledge.happened.of(agent)}, w, event.pc);
+        break;
+      case SyncKind::FenceMbarInit:
+        inits_.fence({agent, state.knowledge.happened.of(agent)});
+        break;
+      case SyncKind::MbarExpectTx:
+        use_barrier(event.a, event.b, w, event.pc, event.mask);
         break;
       case SyncKind::MbarArrive:
+        use_barrier(event.a, event.b, w, event.pc, event.mask);
         if (event.a != cta) {
           life_.visit(static_cast<u32>(event.a), {agent, state.knowledge.happened.of(agent)}, w,
                       event.pc);
@@ -223,6 +232,8 @@ class RaceChecker : public ClusterObserver {
 
   // A barrier's phase carries the operation's own effects, not its issuer's past.
   void on_complete_tx(u32 rank, u32 offset) override {
+    const Slot& slot = slots_[landing_.agent - first_slot_];
+    use_barrier(rank, offset, *slot.warp, slot.pc, slot.warp->live);
     Knowledge& gathering = barriers_[{rank, offset}].gathering;
     gathering.happened.set(landing_.agent, landing_.clock);
     gathering.fenced.set(landing_.agent, landing_.clock);
@@ -289,6 +300,10 @@ class RaceChecker : public ClusterObserver {
     const PendingGroups& copies = warps_[agent].cp_async;
     learn(gathering, copies.open);
     for (const auto& group : copies.committed) learn(gathering, group);
+  }
+
+  void use_barrier(u64 rank, u64 offset, const Warp& w, u32 pc, u32 lanes) const {
+    inits_.use(rank, offset, w, pc, lanes, warps_[agent_of(w)].knowledge.happened, executed_);
   }
 
   void pass(WarpState& state, const Key& key, u64 phase) {
@@ -551,6 +566,7 @@ class RaceChecker : public ClusterObserver {
   SharedLife life_;
   std::vector<std::unique_ptr<InitBits>> written_;
   std::map<Key, BarrierState> barriers_;
+  BarrierInits inits_;
   std::map<Key, WgmmaGroup> wgmma_groups_;  // (first warp of the warpgroup, number of the group)
   std::map<Key, Word> words_;               // of shared memory
   std::vector<Finding> findings_;
