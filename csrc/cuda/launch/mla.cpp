@@ -14,6 +14,7 @@ namespace cu = device::cu;
 
 constexpr int kDecodeThreads = 384;  // as in instances/mla.def
 constexpr int kCombineThreads = 128;
+constexpr int kCombinePerSm = 4;   // CTAs of mla_combine that run at once
 constexpr size_t kManyRows = 512;  // a warp for each keeps the machine busy
 constexpr int kScheduleThreads = 1024;
 constexpr uint32_t kTileColumns = 64;  // one 128-byte swizzled row of bf16
@@ -164,13 +165,18 @@ void mla_decode(Context& context, const MlaDecodeArgs& args, cu::Stream stream) 
       shape_of(ceil_div(rows, kMlaRows), args.num_parts, kDecodeThreads, mla_decode_shared_bytes());
   shape.cluster.x = kernel.cluster;
   launch(context, kernel.name, shape, make_params(context, args), stream);
-  const bool quarters = all_rows < kManyRows;  // of a row for a warp, or all of it
-  const MlaCombineParams combine{
-      args.num_splits, args.out_partial, args.lse_partial, args.out, args.lse, args.s, args.h};
-  launch(context, quarters ? "mla_combine_quarters" : "mla_combine",
-         shape_of(ceil_div(rows * (quarters ? 4 : 1), kCombineThreads / 32), args.b,
-                  kCombineThreads, 0),
-         combine, stream);
+  const MlaCombineParams combine{args.num_splits, args.out_partial, args.lse_partial, args.out,
+                                 args.lse,        args.b,           args.s,           args.h};
+  if (all_rows < kManyRows) {
+    launch(context, "mla_combine_quarters", shape_of(rows, args.b, kCombineThreads, 0), combine,
+           stream);
+  } else {
+    const int sms = int(shape.grid.x * shape.grid.y);  // as many as attention had
+    const int shares = ceil_div(args.b, kMlaCombineRequests);
+    const int needed = ceil_div(std::min(args.b, kMlaCombineRequests) * rows, kCombineThreads / 32);
+    const int ctas = std::min(needed, std::max(sms * kCombinePerSm / shares, 1));
+    launch(context, "mla_combine", shape_of(ctas, shares, kCombineThreads, 0), combine, stream);
+  }
   if (context.emulated()) context.device().synchronize(stream);
 }
 
