@@ -80,6 +80,14 @@ def assert_decoded(got, case, rounds=True, **how):
     assert_within(lse, want_lse, 1e-6, 8.01 / 65536)
 
 
+def executed(call, text):
+    """How many warps execute an instruction that begins with `text`, over all of a call."""
+    with emu.profiling(sample_ctas=None) as profile:
+        call()
+    lines = (line for launch in profile.launches for line in launch.instructions)
+    return sum(line["executed"] for line in lines if line["text"].startswith(text))
+
+
 def work_of(call):
     """What the emulator executes in a call: warp-instructions by kernel and kind."""
     with emu.profiling(sample_ctas=None) as profile:

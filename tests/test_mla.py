@@ -7,10 +7,9 @@ import re
 import pytest
 import torch
 from backend_axis import need, on_cpu, on_device
-from mla_cases import LATENT, assert_decoded, paged_case, work_of
+from mla_cases import LATENT, assert_decoded, executed, paged_case, work_of
 
 import dskernels as dsk
-from dskernels import emu
 from dskernels.testing import assert_bitwise_equal
 
 
@@ -169,14 +168,14 @@ def test_two_ctas_that_share_a_cache_give_the_bits_of_one(machine, backend):
         assert_bitwise_equal(on_cpu(one[1]), lse[:, half].contiguous())
 
 
-@pytest.mark.parametrize("heads", [3, 35])
-def test_splits_are_joined_without_the_neighbours(machine, backend, heads):
+@pytest.mark.parametrize("length,heads,splits", [(150, 3, 2), (150, 35, 2), (4096, 3, 32)])
+def test_splits_are_joined_without_the_neighbours(machine, backend, length, heads, splits):
     """The next request's weights are 2^300 times this one's."""
-    case = paged_case([150, 150], 1, heads)
+    case = paged_case([length, 150], 1, heads)
     case[0][1] *= 1500
     q, cache, table, lens = (on_device(x, backend) for x in case)
     schedule = machine.mla_schedule(lens, heads, num_sms=40)
-    assert (schedule.num_splits.diff() > 1).all()
+    assert schedule.num_splits[1] == splits
     got = machine.mla_decode(q, cache, table, lens, schedule=schedule)
     out, lse = (on_cpu(x) for x in got)
     assert lse[1].min() > lse[0].max() + 200
@@ -194,18 +193,38 @@ def test_a_full_block_is_neither_masked_nor_cleared(heads, kernel):
     assert partly["sync"] - fully["sync"] >= 8  # eight warps meet
 
 
+def decode_pieces(pieces, **how):
+    """Attends a request of four blocks cut into so many pieces."""
+    machine = importlib.import_module("dskernels.emu.mla")
+    q, cache, table, lens = paged_case([256], 1, 3, **how)
+    schedule = machine.mla_schedule(lens, 3, num_sms=pieces)
+    assert schedule.num_splits[1] == pieces
+    return lambda: machine.mla_decode(q, cache, table, lens, schedule=schedule)
+
+
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_fp8_blocks_behind_a_piece_are_not_prefetched(pieces):
     need("mla_decode", "emu")
-    machine = importlib.import_module("dskernels.emu.mla")
-    q, cache, table, lens = paged_case([256], 1, 3, fp8=True)
-    schedule = machine.mla_schedule(lens, 3, num_sms=pieces)
-    with emu.profiling(sample_ctas=None) as profile:
-        machine.mla_decode(q, cache, table, lens, schedule=schedule)
-    ran = [line["executed"] for line in profile.launches[0].instructions
-           if line["text"].startswith("prefetch")]  # fmt: skip
     blocks, warps, lines = 4, 4, 3
-    assert sum(ran) == (blocks - pieces) * warps * lines
+    ran = executed(decode_pieces(pieces, fp8=True), "prefetch")
+    assert ran == (blocks - pieces) * warps * lines
+
+
+def test_fp8_rope_values_behind_a_request_are_not_fetched():
+    need("mla_decode", "emu")
+    partly, fully = (
+        executed(lambda n=n: decode(paged_case([n], 1, 3, fp8=True), "emu"), "cp.async.cg")
+        for n in (48, 64)
+    )
+    assert fully - partly == 16 / 4  # the last warp's tokens, four at a time
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_pieces_of_a_request_are_not_stored_as_its_result(pieces):
+    need("mla_decode", "emu")
+    sides, tiles = 2, 4
+    ran = executed(decode_pieces(pieces), "cp.async.bulk.tensor.3d.global")
+    assert ran == (sides * tiles if pieces == 1 else 0)
 
 
 def test_more_splits_than_a_warp_has_lanes(machine, backend):
@@ -217,11 +236,23 @@ def test_more_splits_than_a_warp_has_lanes(machine, backend):
     assert_decoded(tuple(on_cpu(x) for x in got), case)
 
 
-def test_many_rows_are_joined_by_a_warp_each(machine, backend):
-    case = paged_case([300, *[0] * 31], 1, 33)
+# Split rows are shared out among the warps that the schedule's SMs hold, 128 requests at a time.
+@pytest.mark.parametrize(
+    "lengths,heads,num_sms,splits",
+    [
+        ([300, *[0] * 31], 33, 36, {0: 3}),
+        ([0, 500, *[0] * 12, 300, 0], 33, 6, {1: 2, 14: 2}),
+        ([*[0] * 16, 64 * 57], 64, 2, {16: 2}),
+        ([640, *[0] * 134, 640, *[0] * 4], 4, 20, {0: 2, 135: 2}),
+    ],
+    ids=["a row a warp", "two requests", "two rows a warp", "140 requests"],
+)
+def test_many_rows_are_joined_by_a_warp_each(machine, backend, lengths, heads, num_sms, splits):
+    case = paged_case(lengths, 1, heads)
     q, cache, table, lens = (on_device(x, backend) for x in case)
-    schedule = machine.mla_schedule(lens, 33, num_sms=36)
-    assert schedule.num_splits.diff()[0] == 3
+    schedule = machine.mla_schedule(lens, heads, num_sms=num_sms)
+    made = enumerate(schedule.num_splits.diff().tolist())
+    assert {request: count for request, count in made if count > 1} == splits
     got = machine.mla_decode(q, cache, table, lens, schedule=schedule)
     assert_decoded(tuple(on_cpu(x) for x in got), case)
 
@@ -335,11 +366,37 @@ def dealt(blocks, num_parts, split_blocks, share, piece_cost=PIECE_COST):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_schedules_are_the_greedy_ones(machine, backend, deterministic):
     g = torch.Generator().manual_seed(5)
-    for num_parts in range(1, 12):
-        for _ in range(6):
-            lens = torch.randint(0, 400, (40,), generator=g).int()
-            lens *= torch.randint(0, 2, (40,), generator=g).int()  # half of them empty
+    for num_parts in (*range(1, 12), 32):
+        for count, longest in ((40, 400), (40, 400), (70, 400), (3, 9000), (40, 4000), (100, 2000)):
+            lens = torch.randint(0, longest, (count,), generator=g).int()
+            lens *= torch.randint(0, 2, (count,), generator=g).int()  # half of them empty
             assert_greedy(machine, backend, lens, num_parts, deterministic)
+
+
+@pytest.mark.parametrize(
+    "lengths,num_parts,steps",
+    [
+        ([128], 132, 4 * 32),  # four shares; whose parts suffice is seen every 32 parts
+        ([128], 10, 4 * 11),  # the start behind the last part is its end
+        ([64] * 62, 2, 4 * (3 + 1)),  # lanes know 32 requests, the next 31 when a part ends there
+    ],
+)
+def test_schedules_take_one_reduction_a_part(lengths, num_parts, steps):
+    need("mla_decode", "emu")
+    machine = importlib.import_module("dskernels.emu.mla")
+    lens = torch.tensor(lengths).int()
+    ran = executed(lambda: machine.mla_schedule(lens, 64, num_sms=num_parts), "redux")
+    assert ran == steps
+
+
+def test_schedules_take_a_negative_length_for_none(machine, backend):
+    """On a GPU nobody has looked at the values."""
+    made, want = (
+        machine.mla_schedule(on_device(torch.tensor(lens).int(), backend), 64, num_sms=5)
+        for lens in ([700, -3000, -1, 90], [700, 0, 0, 90])
+    )
+    assert on_cpu(made.parts).tolist() == on_cpu(want.parts).tolist()
+    assert on_cpu(made.num_splits).tolist() == on_cpu(want.num_splits).tolist()
 
 
 @pytest.mark.parametrize("lengths", [[130], [77 * 64], [78 * 64], [30000], [7000, 100, 20000]])

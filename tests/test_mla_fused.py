@@ -81,6 +81,7 @@ def test_latents_of_an_fp8_cache_are_quantised_from_their_bf16(backend, t):
     """Byte for byte what quantising the plain cache's rows gives."""
     plain = latents_case(t)
     plain[1][0, 3] = 900.0  # a block whose scale is far from 1
+    plain[1][0, 128:256] = 0.0  # and one that has none
     packed = [*plain]
     packed[6] = torch.full((*plain[6].shape[:2], 656), UNTOUCHED, dtype=torch.uint8)
     q, rows = latents(plain, backend)

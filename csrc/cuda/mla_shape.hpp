@@ -10,6 +10,15 @@ constexpr int kMlaScaleBytes = kMlaLatent / 128 * 4;
 // A token of an FP8 cache: e4m3 latents, fp32 scales, bf16 RoPE values.
 constexpr int kMlaFp8Bytes = kMlaLatent + kMlaScaleBytes + (kMlaWidth - kMlaLatent) * 2;
 
+// Requests whose rows a CTA of mla_combine may have.
+constexpr int kMlaCombineRequests = 128;
+
+// Shares that mla_schedule may need to try: an equal one, and up to what a part may leave of it
+// more.
+constexpr int mla_num_shares(int split_blocks, int piece_cost) {
+  return piece_cost + (split_blocks > 0 ? split_blocks : 1);
+}
+
 // Bytes of MlaDecodeSmem: Q, two blocks of 64 tokens, stage, row statistics, barriers.
 constexpr int mla_decode_shared_bytes() {
   const int tile = kMlaRows * kMlaWidth * 2;

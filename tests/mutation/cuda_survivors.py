@@ -17,17 +17,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         "for (int first = 0; first <= p.topk; first += kRowsInFlight<T>) {",
     ): "A run of choices behind the last has no row: it loads nothing and adds nothing.",
     (
-        "cuda/tile/mla_columns.cuh",
-        "if (piece.slot < 0) {",
-        "if (piece.slot <= 0) {",
-    ): "The first split then also writes its own result to out, where combine writes afterwards.",
-    (
-        "cuda/kernels/mla_schedule.cuh",
-        "__syncwarp();",
-        ";",
-    ): "All lanes have met at the shuffles before it, behind their stores; the emulator takes that for "
-    "enough, as hardware does. PTX promises an order of memory for the barrier only, so it stays.",
-    (
         "cuda/kernels/mla_decode.cuh",
         "__syncwarp();",
         ";",
@@ -45,41 +34,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         ";",
     ): "One lane announces what the whole warp has stored. The race checker takes lanes that have not "
     "parted for one agent, as they are in step on hardware; PTX asks for the barrier.",
-    (
-        "cuda/kernels/mla_prefill.cuh",
-        "smem.q_ring.init(kPrefillMath / 32);",
-        "smem.q_ring.init(kPrefillMath / 32 + 1);",
-    ): "Q is loaded once: nobody waits for its stage to be free.",
-    (
-        "cuda/kernels/mla_prefill.cuh",
-        "smem.q_ring.init(kPrefillMath / 32);",
-        "smem.q_ring.init(kPrefillMath / 32 - 1);",
-    ): "Q is loaded once: nobody waits for its stage to be free.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
-        "if (row < job.kept_length) own[i] = p.statistics[at];",
-        "if (row <= job.kept_length) own[i] = p.statistics[at];",
-    ): "The row behind the request's last is not stored, whatever its statistics; reading them stays "
-    "inside the workspace, whose requests are padded to 64 rows and which has 64 more.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
-        "smem.kept_ring.init(1);",
-        "smem.kept_ring.init(1 + 1);",
-    ): "The kept rows are loaded once: nobody waits for their place to be free.",
-    (
-        "cuda/kernels/mla_prefill.cuh",
-        "ptx::named_barrier_sync(kPrefillWarpgroupOnly + half, kPrefillWarpgroup);",
-        ";",
-    ): "A warp overwrites the 16 rows of A that are its own share of the products, and its own wait has "
-    "ended them; the emulator takes that for enough. PTX does not promise which warp reads what, so the "
-    "barrier stays.",
-    (
-        "cuda/kernels/mla_prefill_backward.cuh",
-        "ptx::named_barrier_sync(kBackwardWarpgroupOnly + half, kBackwardWarpgroup);",
-        ";",
-    ): "A warp overwrites the 16 rows of A that are its own share of the products, and its own wait has "
-    "ended them; the emulator takes that for enough. PTX does not promise which warp reads what, so the "
-    "barrier stays.",
     (
         "cuda/tile/gemm_roles.cuh",
         "__syncwarp();  // or the lane that released walks the loop by itself",

@@ -19,7 +19,7 @@
 //
 // Shared memory holds Q and two blocks, 216 KB, so a block is loaded again as early as possible:
 // its left half when the left warpgroup is done with it, its right half likewise. Results leave
-// through Q's place. One producer warp loads blocks, one loads Q.
+// through Q's place.
 //
 // Tokens behind a request's end are never read; where a block is partly filled, its scores are
 // masked and its rows of V set to zero, since 0 * NaN would not be 0.
@@ -147,8 +147,10 @@ __device__ __forceinline__ void mla_math(const MlaDecodeParams& p, MlaDecodeSmem
   uint32_t phase[2] = {0, 0};
   RingPosition<1> q_at;
   while (pieces.next(piece)) {
-    if (kSide == kLeft && threadIdx.x == 0) load_queries(p, piece, smem, q_at);
-    __syncwarp();
+    if constexpr (kSide == kLeft && !Cache::kWithQueries) {
+      if (threadIdx.x == 0) load_queries(p, piece, smem, q_at);
+      __syncwarp();
+    }
     smem.q_ring.await(q_at);
     Tile::template run<Cache, kSide>(p, piece, smem, phase);
     __syncwarp();  // all lanes have read the sums that other warps write anew behind the next Q

@@ -29,15 +29,13 @@ class MlaFew {
     for (int i = 0; i < 4 * kN / 2; ++i) o[i / (kN / 2)][i % (kN / 2)] = 0.f;
     for (int block = piece.begin; block < piece.end; block += 2) {
       const bool second = block + 1 < piece.end;
-      float s[kN / 2];
+      // In order of arrival: tensor cores have time, and a place that is free is loaded again.
       if constexpr (kSide == kLeft) {
-        score_tokens<kN>(s, smem_, 0, phase[0]);
-        own<0>(piece, block, phase, s, columns, o);
+        own<0>(piece, block, phase, columns, o);
         if (second) other<1>(piece, block + 1, phase, columns, o);
       } else {
-        if (second) score_tokens<kN>(s, smem_, 1, phase[1]);
         other<0>(piece, block, phase, columns, o);
-        if (second) own<1>(piece, block + 1, phase, s, columns, o);
+        if (second) own<1>(piece, block + 1, phase, columns, o);
       }
       phase[0] ^= 1;
       if (second) phase[1] ^= 1;
@@ -48,12 +46,12 @@ class MlaFew {
  private:
   static constexpr int kTile = kSide * 4;  // first of this side's tiles of V
 
-  // The block that this side has scored.
+  // The block that this side scores.
   template <int kBuffer>
   __device__ __forceinline__ void own(const MlaPiece& piece, int block, uint32_t (&phase)[2],
-                                      float (&s)[kN / 2], MlaColumns<kN>& columns,
-                                      float (&o)[4][kN / 2]) {
-    float factor[kN / 4];
+                                      MlaColumns<kN>& columns, float (&o)[4][kN / 2]) {
+    float factor[kN / 4], s[kN / 2];
+    score_tokens<kN>(s, smem_, kBuffer, phase[kBuffer]);
     mask_tokens<kN>(p_, piece, s, block);
     columns.softmax(s, p_.scale_log2, piece.is_one_block(), smem_, kSide, factor);
     columns.publish(s, smem_, kSide);

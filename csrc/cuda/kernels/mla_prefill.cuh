@@ -47,26 +47,31 @@ struct alignas(1024) MlaPrefillSmem {
   uint8_t v[kPrefillStages][kValueTiles][kPrefillKTile];
   Ring<kPrefillStages> k_ring;
   Ring<kPrefillStages> v_ring;
-  Ring<1> q_ring;
 };
+
+// Queries come with the first keys, at the same barrier.
+__device__ __forceinline__ void prefill_load_queries(const MlaPrefillParams& p,
+                                                     const PrefillJob& job, MlaPrefillSmem& smem) {
+  using namespace cuda::ptx;
+  for (int half = 0; half < 2; ++half) {
+    for (int tile = 0; tile < kKeyTiles; ++tile) {
+      const int32_t at[3] = {tile * 64, job.row + half * kPrefillHalf, int(blockIdx.y)};
+      cp_async_bulk_tensor(space_cluster, space_global, smem.q[half][tile], &p.q, at,
+                           &smem.k_ring.full[0]);
+    }
+  }
+}
 
 __device__ __forceinline__ void prefill_load(const MlaPrefillParams& p, const PrefillJob& job,
                                              MlaPrefillSmem& smem) {
   using namespace cuda::ptx;
   const int head = blockIdx.y;
-  const RingPosition<1> q_at;
-  smem.q_ring.acquire(q_at, sizeof(smem.q));
-  for (int half = 0; half < 2; ++half) {
-    for (int tile = 0; tile < kKeyTiles; ++tile) {
-      const int32_t at[3] = {tile * 64, job.row + half * kPrefillHalf, head};
-      cp_async_bulk_tensor(space_cluster, space_global, smem.q[half][tile], &p.q, at,
-                           &smem.q_ring.full[0]);
-    }
-  }
   RingPosition<kPrefillStages> stage;
   for (int block = 0; block < job.blocks; ++block) {
     const int key = job.key + block * kPrefillBlock;
-    smem.k_ring.acquire(stage, sizeof(smem.k[0]));
+    const uint32_t bytes = sizeof(smem.k[0]) + (block == 0 ? sizeof(smem.q) : 0);
+    smem.k_ring.acquire(stage, bytes);
+    if (block == 0) prefill_load_queries(p, job, smem);
     for (int tile = 0; tile < kKeyTiles; ++tile) {
       const int32_t at[3] = {tile * 64, key, head};
       cp_async_bulk_tensor(space_cluster, space_global, smem.k[stage.stage][tile], &p.k, at,
@@ -193,7 +198,8 @@ struct PrefillMath {
     }
   }
 
-  // O, divided and rounded, through Q's place to memory; and lse.
+  // O, divided and rounded, through Q's place to memory; and lse. Nobody reads Q any more: a warp's
+  // wait for its last scores was for those of the whole warpgroup.
   __device__ __forceinline__ void store(const PrefillRows& rows, float (&o)[kPrefillSums]) const {
     float inverse[2];
 #pragma unroll
@@ -225,8 +231,6 @@ struct PrefillMath {
   __device__ __forceinline__ void stage_result(const float (&o)[kPrefillSums]) const {
     const int lane = threadIdx.x % 32;
     const int row = threadIdx.x % kPrefillWarpgroup / 32 * 16 + lane % 16;
-    // Another warp of this warpgroup may still be reading Q.
-    ptx::named_barrier_sync(kPrefillWarpgroupOnly + half, kPrefillWarpgroup);
 #pragma unroll
     for (int column = 0; column < kPrefillValues; column += 16) {
       uint32_t packed[4];
@@ -252,7 +256,6 @@ __device__ __forceinline__ void prefill_attention(const MlaPrefillParams& p) {
   if (threadIdx.x == 0) {
     smem.k_ring.init(kPrefillMath / 32);
     smem.v_ring.init(kPrefillMath / 32);
-    smem.q_ring.init(kPrefillMath / 32);
   }
   __syncthreads();
 
@@ -268,7 +271,6 @@ __device__ __forceinline__ void prefill_attention(const MlaPrefillParams& p) {
   float o[kPrefillSums];
 #pragma unroll
   for (float& value : o) value = 0.f;
-  smem.q_ring.await({0, 0});
   if (job.blocks > 0) math.run(rows, o);
   math.store(rows, o);
 }

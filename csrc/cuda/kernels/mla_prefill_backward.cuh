@@ -111,8 +111,8 @@ struct PrefillBackwardMath {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = first_row() + 8 * i;
-      const int64_t at = blockIdx.y * prefill_statistics_rows(p.t, p.b) + job.statistics + row;
-      if (row < job.kept_length) own[i] = p.statistics[at];
+      const int read = min(row, job.kept_length - 1);  // those behind the end are not stored
+      own[i] = p.statistics[blockIdx.y * prefill_statistics_rows(p.t, p.b) + job.statistics + read];
     }
   }
 
@@ -283,8 +283,7 @@ struct PrefillBackwardMath {
 
   __device__ __forceinline__ void store(const float (&wide)[kBackwardWideSums],
                                         const float (&narrow)[kNarrowSums]) const {
-    // Another warp's share of this warpgroup's products may still be reading the kept rows.
-    ptx::named_barrier_sync(kBackwardWarpgroupOnly + half, kBackwardWarpgroup);
+    // Nobody reads the kept rows any more: a warp's wait was for the whole warpgroup's products.
     stage_result(wide, p.scale, smem.kept_wide[half]);
     if constexpr (kKeys) stage_result(narrow, 1.f, smem.kept_narrow[half]);
     ptx::named_barrier_sync(kBackwardWarpgroupOnly + half, kBackwardWarpgroup);
@@ -302,7 +301,6 @@ __device__ __forceinline__ void prefill_backward(const PrefillBackwardParams& p)
   if (!find_backward_job<kSide>(p, blockIdx.x, job)) return;  // the whole CTA
   if (threadIdx.x == 0) {
     smem.ring.init(kBackwardMath / 32);
-    smem.kept_ring.init(1);
   }
   __syncthreads();
 
@@ -321,7 +319,6 @@ __device__ __forceinline__ void prefill_backward(const PrefillBackwardParams& p)
   for (float& value : narrow) value = 0.f;
   if (job.first < job.last) {
     if constexpr (!math.kKeys) math.load_statistics();
-    smem.kept_ring.await({});
     math.run(wide, narrow);
   }
   math.store(wide, narrow);

@@ -14,8 +14,9 @@ namespace cu = device::cu;
 
 constexpr int kDecodeThreads = 384;  // as in instances/mla.def
 constexpr int kCombineThreads = 128;
+constexpr int kCombinePerSm = 4;   // CTAs of mla_combine that run at once
 constexpr size_t kManyRows = 512;  // a warp for each keeps the machine busy
-constexpr int kScheduleThreads = 32;
+constexpr int kScheduleThreads = 1024;
 constexpr uint32_t kTileColumns = 64;  // one 128-byte swizzled row of bf16
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -131,11 +132,12 @@ void mla_schedule(Context& context, const MlaScheduleArgs& args, cu::Stream stre
                                  args.num_splits,      args.b,
                                  args.num_parts,       args.split_blocks,
                                  piece_cost(args.rows)};
-  // Each lane of the kernel's warp deals for a share of its own, one block more than its neighbour.
-  DSK_CHECK(params.piece_cost + args.split_blocks < 32, "split_blocks: expected at most ",
-            31 - params.piece_cost, ", got ", args.split_blocks);
-  launch(context, "mla_schedule", shape_of(1, 1, kScheduleThreads, (args.b + 2) * sizeof(int32_t)),
-         params, stream);
+  const int shares = mla_num_shares(args.split_blocks, params.piece_cost);  // a warp for each
+  DSK_CHECK(shares <= kScheduleThreads / 32, "split_blocks: expected at most ",
+            kScheduleThreads / 32 - params.piece_cost, ", got ", args.split_blocks);
+  const size_t words = size_t(args.b + 1) * 2 + size_t(args.num_parts + 1) * 2 * shares;
+  launch(context, "mla_schedule",
+         shape_of(1, 1, kScheduleThreads, unsigned(words * sizeof(int32_t))), params, stream);
   if (context.emulated()) context.device().synchronize(stream);
 }
 
@@ -163,13 +165,18 @@ void mla_decode(Context& context, const MlaDecodeArgs& args, cu::Stream stream) 
       shape_of(ceil_div(rows, kMlaRows), args.num_parts, kDecodeThreads, mla_decode_shared_bytes());
   shape.cluster.x = kernel.cluster;
   launch(context, kernel.name, shape, make_params(context, args), stream);
-  const bool quarters = all_rows < kManyRows;  // of a row for a warp, or all of it
-  const MlaCombineParams combine{
-      args.num_splits, args.out_partial, args.lse_partial, args.out, args.lse, args.s, args.h};
-  launch(context, quarters ? "mla_combine_quarters" : "mla_combine",
-         shape_of(ceil_div(rows * (quarters ? 4 : 1), kCombineThreads / 32), args.b,
-                  kCombineThreads, 0),
-         combine, stream);
+  const MlaCombineParams combine{args.num_splits, args.out_partial, args.lse_partial, args.out,
+                                 args.lse,        args.b,           args.s,           args.h};
+  if (all_rows < kManyRows) {
+    launch(context, "mla_combine_quarters", shape_of(rows, args.b, kCombineThreads, 0), combine,
+           stream);
+  } else {
+    const int sms = int(shape.grid.x * shape.grid.y);  // as many as attention had
+    const int shares = ceil_div(args.b, kMlaCombineRequests);
+    const int needed = ceil_div(std::min(args.b, kMlaCombineRequests) * rows, kCombineThreads / 32);
+    const int ctas = std::min(needed, std::max(sms * kCombinePerSm / shares, 1));
+    launch(context, "mla_combine", shape_of(ctas, shares, kCombineThreads, 0), combine, stream);
+  }
   if (context.emulated()) context.device().synchronize(stream);
 }
 

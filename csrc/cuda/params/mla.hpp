@@ -60,6 +60,7 @@ struct MlaCombineParams {
   const float* lse_partial;   // [splits, s * h]
   void* out;                  // [b, s * h, 512] bf16
   float* lse;                 // [b, h, s]
+  int32_t b;
   int32_t s;
   int32_t h;
 };

@@ -18,7 +18,7 @@ constexpr int kPrefillStages = 2;
 constexpr int mla_prefill_shared_bytes() {
   const int q = kPrefillRows * kPrefillWidth * 2;
   const int stage = kPrefillBlock * (kPrefillWidth + kPrefillValues) * 2;
-  const int barriers = (2 * kPrefillStages + 1) * 2 * 8;
+  const int barriers = 2 * kPrefillStages * 2 * 8;
   return (q + kPrefillStages * stage + barriers + 1023) / 1024 * 1024;
 }
 

@@ -31,7 +31,7 @@ constexpr int64_t prefill_statistics_rows(int64_t t, int64_t b) {
 constexpr int prefill_backward_shared_bytes() {
   const int row = (kPrefillWidth + kPrefillValues) * 2;
   const int stage = kBackwardBlock * (row + int(sizeof(PrefillStatistics)));
-  const int barriers = (kBackwardStages + 1) * 2 * 8;
+  const int barriers = kBackwardStages * 2 * 8;
   return (kBackwardKept * row + kBackwardStages * stage + barriers + 1023) / 1024 * 1024;
 }
 

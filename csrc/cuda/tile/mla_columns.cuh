@@ -90,12 +90,12 @@ struct MlaColumns {
   __device__ __forceinline__ void softmax(float (&s)[kN / 2], float scale, bool one_block,
                                           MlaDecodeSmem& smem, MlaSide side,
                                           float (&factor)[kN / 4]) {
-    const int warp = threadIdx.x % kMlaWarpgroup / 32;
+    float highest[kN / 4];
 #pragma unroll
     for (int i = 0; i < kN / 4; ++i) {
-      const float largest = across_rows<true>(fmaxf(s[mla_value(i, 0)], s[mla_value(i, 1)]));
-      if (threadIdx.x % 32 / 4 == 0) smem.column[side][warp][mla_column(i)] = largest;
+      highest[i] = across_rows<true>(fmaxf(s[mla_value(i, 0)], s[mla_value(i, 1)]));
     }
+    show(highest, smem, side);
     ptx::named_barrier_sync(kMlaWarpgroupOnly + side, kMlaWarpgroup);
 #pragma unroll
     for (int i = 0; i < kN / 4; ++i) {
@@ -132,12 +132,10 @@ struct MlaColumns {
   // Sums of whole columns, from all warps of both warpgroups.
   __device__ __forceinline__ void join(MlaDecodeSmem& smem, MlaSide side,
                                        float (&total)[kN / 4]) const {
-    const int warp = threadIdx.x % kMlaWarpgroup / 32;
+    float mine[kN / 4];
 #pragma unroll
-    for (int i = 0; i < kN / 4; ++i) {
-      const float mine = across_rows<false>(sum[i]);
-      if (threadIdx.x % 32 / 4 == 0) smem.column[side][warp][mla_column(i)] = mine;
-    }
+    for (int i = 0; i < kN / 4; ++i) mine[i] = across_rows<false>(sum[i]);
+    show(mine, smem, side);
     ptx::named_barrier_sync(kMlaBoth, kMlaMathThreads);
 #pragma unroll
     for (int i = 0; i < kN / 4; ++i) {
@@ -146,6 +144,17 @@ struct MlaColumns {
       for (int w = 0; w < 8; ++w) total[i] += smem.column[w / 4][w % 4][mla_column(i)];
     }
   }
+
+ private:
+  // A warp's statistics, to all warps. Apart from the shuffles, which a branch between them would
+  // make wait for each other.
+  __device__ static __forceinline__ void show(const float (&values)[kN / 4], MlaDecodeSmem& smem,
+                                              MlaSide side) {
+    if (threadIdx.x % 32 / 4 != 0) return;
+    const int warp = threadIdx.x % kMlaWarpgroup / 32;
+#pragma unroll
+    for (int i = 0; i < kN / 4; ++i) smem.column[side][warp][mla_column(i)] = values[i];
+  }
 };
 
 // s [64 tokens, kN] = K Q^T of the block in `buffer`.
@@ -153,11 +162,14 @@ template <int kN>
 __device__ __forceinline__ void score_tokens(float (&s)[kN / 2], MlaDecodeSmem& smem, int buffer,
                                              uint32_t phase) {
   smem.kv_ring[buffer].await({0, phase});
-  smem.kv_ring[buffer].await({1, phase});
   ptx::fence_accumulators(s);
   ptx::wgmma_fence();
 #pragma unroll
   for (int tile = 0; tile < kMlaTiles; ++tile) {
+    if (tile == 4) {
+      smem.kv_ring[buffer].await({1, phase});
+      ptx::wgmma_fence();  // without it ptxas takes no wgmma across the wait's loop
+    }
     const uint64_t q = k_major_descriptor(smem.q[tile]);
     const uint64_t k = k_major_descriptor(smem.kv[buffer][tile]);
 #pragma unroll

@@ -51,6 +51,7 @@ struct MlaFp8Cache {
   static constexpr int kWarps = kMlaWarpgroup / 32;
   static constexpr int kProducers = kWarps;
   static constexpr int kSharers = kCtas;
+  static constexpr bool kWithQueries = false;
   static constexpr bool kZeroTail = true;
   static constexpr int kTokens = kMlaBlock / kWarps;  // of a warp: their RoPE values
   static constexpr int kTurned = kTokens / kCtas;     // of which it turns the latents
@@ -117,7 +118,7 @@ struct MlaFp8Cache {
  private:
   struct Tokens {
     const uint8_t* from;
-    int count;  // that exist; none where it is not positive
+    int count;  // that exist from there on; none where it is not positive
 
     __device__ __forceinline__ Tokens after(int skipped, int ld_token) const {
       return {from + skipped * ld_token, count - skipped};
@@ -136,18 +137,18 @@ struct MlaFp8Cache {
   __device__ static __forceinline__ Tokens locate(const MlaDecodeParams& p, const MlaPiece& piece,
                                                   int block, int warp, int page) {
     const int token = block * kMlaBlock + warp * kTokens;
-    const int count = block < piece.end ? min(piece.length - token, kTokens) : 0;
+    const int count = block < piece.end ? piece.length - token : 0;
     return {p.kv_rows + page * p.ld_page + token % p.page * p.ld_token, count};
   }
 
-  // Two lanes a token, three lines each.
+  // Two lanes a token or, where this CTA turns half of them, four: each a run of its bytes.
   __device__ static __forceinline__ void prefetch(const Tokens& tokens, int ld_token) {
-    static_assert(kTurned <= 16 && kMlaFp8Bytes > 5 * 128 && kMlaFp8Bytes <= 6 * 128);
-    const int lane = threadIdx.x % 32;
-    if (lane / 2 >= min(tokens.count, kTurned)) return;
-    const uint8_t* at = tokens.from + lane / 2 * ld_token + lane % 2 * 384;
+    constexpr int kLanes = 32 / kTurned, kRun = kMlaFp8Bytes / kLanes;
+    const int token = threadIdx.x % 32 / kLanes;
+    if (token >= tokens.count) return;
+    const uint8_t* at = tokens.from + token * ld_token + threadIdx.x % kLanes * kRun;
 #pragma unroll
-    for (int line = 0; line < 3; ++line) ptx::prefetch_l2(at + line * 128);
+    for (int byte = 0; byte < kRun; byte += 128) ptx::prefetch_l2(at + byte);
   }
 
   // Starts the first kBatch tokens' way to this lane's place in the stage: in each pass, lanes 0-15

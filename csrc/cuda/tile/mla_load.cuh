@@ -28,8 +28,11 @@ struct MlaBf16Cache {
   static constexpr int kProducers = 1;
   static constexpr int kSharers = 1;        // CTAs that share blocks
   static constexpr bool kZeroTail = false;  // rows of V behind a request's end are left as they are
+  static constexpr bool kWithQueries = true;  // the producer loads them as well
 
-  // One warp: lane i loads the i-th page (or piece of a page) of a block.
+  // One warp: lane i loads the i-th page (or piece of a page) of a block. A piece's queries come
+  // behind its first block: their place may not be free yet, and behind the second block, which is
+  // asked for early, the scores of the first would wait for both.
   __device__ static __forceinline__ void produce(const MlaDecodeParams& p, MlaDecodeSmem& smem) {
     if (threadIdx.x >= kMlaMathThreads + 32) return;
     const int lane = threadIdx.x % 32;
@@ -38,13 +41,15 @@ struct MlaBf16Cache {
     MlaPieces pieces(p);
     MlaPiece piece;
     uint32_t phases = 0;  // bit i: of buffer i
-    while (pieces.next(piece)) {
-      const int32_t* table = p.block_table + int64_t(piece.request) * p.ld_table;
+    RingPosition<1> q_at;
+    while (pieces.more()) {
+      // On its way together with the request's length, which says whether to follow it.
+      int page = look_up(p, pieces.next_request(), pieces.next_block(), offset);
+      pieces.next(piece);
       for (int block = piece.begin; block < piece.end; ++block) {
         const int buffer = (block - piece.begin) % 2;
         const int token = block * kMlaBlock + offset;
         const bool mine = offset < kMlaBlock && token < piece.length;
-        const int page = mine ? __ldg(table + token / p.page) : 0;
         const int filled = min(piece.length - block * kMlaBlock, kMlaBlock);
         const int boxes = (filled + box_tokens - 1) / box_tokens;
         for (int half = 0; half < 2; ++half) {
@@ -57,11 +62,23 @@ struct MlaBf16Cache {
           if (mine) load_half(p, smem, buffer, half, tiles, offset, token % p.page, page);
         }
         phases ^= 1u << buffer;
+        page = look_up(p, piece.request, block + 1, offset);
+        if (block == piece.begin && lane == 0) load_queries(p, piece, smem, q_at);
       }
+      if (piece.begin == piece.end && lane == 0) load_queries(p, piece, smem, q_at);
+      q_at.advance();
     }
   }
 
  private:
+  // The table's entry for the tokens at that offset of a block, where it has one: the request need
+  // not be so long.
+  __device__ static __forceinline__ int look_up(const MlaDecodeParams& p, int request, int block,
+                                                int offset) {
+    const int entry = (block * kMlaBlock + offset) / p.page;
+    return entry < p.ld_table ? __ldg(p.block_table + int64_t(request) * p.ld_table + entry) : 0;
+  }
+
   __device__ static __forceinline__ void load_half(const MlaDecodeParams& p, MlaDecodeSmem& smem,
                                                    int buffer, int half, int tiles, int offset,
                                                    int row, int page) {

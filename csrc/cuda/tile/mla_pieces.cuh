@@ -34,10 +34,17 @@ class MlaPieces {
         block_(part_.begin_block),
         split_(part_.begin_split) {}
 
+  __device__ bool more() const {
+    return request_ < part_.end_request ||
+           (request_ == part_.end_request && block_ < part_.end_block);
+  }
+
+  // Of the next piece, where there is one: known before the request's length has been read.
+  __device__ int next_request() const { return request_; }
+  __device__ int next_block() const { return block_; }
+
   __device__ bool next(MlaPiece& piece) {
-    const bool inside =
-        request_ < part_.end_request || (request_ == part_.end_request && block_ < part_.end_block);
-    if (!inside) return false;
+    if (!more()) return false;
     piece.request = request_;
     piece.length = __ldg(p_.seq_lens + request_);
     piece.begin = block_;

@@ -77,12 +77,11 @@ __device__ __forceinline__ void softmax(float (&s)[32], float scale, bool one_bl
   }
 }
 
-// Hands P and the maxima to the other warpgroup. The side that scored a block has its number.
+// Hands P and the maxima to the other warpgroup. The side that scored a block has its number. P
+// overwrites columns that the scores were made of: a warp's wait for them is for all four shares.
 __device__ __forceinline__ void publish(MlaDecodeSmem& smem, MlaSide side, const MlaRows& rows,
                                         const uint32_t (&p)[16]) {
   const int buffer = side;
-  // P overwrites columns that another warp's share of the scores may still be reading.
-  ptx::named_barrier_sync(kMlaWarpgroupOnly + side, kMlaWarpgroup);
   const int lane = threadIdx.x % 32;
   const int row = threadIdx.x % kMlaWarpgroup / 32 * 16 + lane % 16;
   const uint32_t tile = shared_address(smem.kv[buffer][kMlaRopeTile]);

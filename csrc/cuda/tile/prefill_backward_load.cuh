@@ -22,7 +22,6 @@ struct alignas(1024) PrefillBackwardSmem {
   uint8_t narrow[kBackwardStages][kBackwardNarrow][kBackwardTile];
   PrefillStatistics statistics[kBackwardStages][kBackwardBlock];  // of queries that pass
   Ring<kBackwardStages> ring;
-  Ring<1> kept_ring;
 };
 
 template <int kTiles>
@@ -36,19 +35,27 @@ __device__ __forceinline__ void load_block(uint8_t (&to)[kTiles][kBackwardTile],
   }
 }
 
-// By one thread: the kept rows, then every block of the other side.
+// The kept rows come with the first block, at its barrier.
+template <PrefillSide kSide>
+__device__ __forceinline__ void load_kept(const PrefillBackwardParams& p,
+                                          const PrefillBackwardJob& job, PrefillBackwardSmem& smem,
+                                          uint64_t* full) {
+  constexpr bool kKeys = kSide == PrefillSide::kKeys;
+  for (int half = 0; half < 2; ++half) {
+    const int row = job.kept_begin + job.kept + half * kBackwardBlock;
+    load_block(smem.kept_wide[half], kKeys ? p.k : p.q, row, full);
+    load_block(smem.kept_narrow[half], kKeys ? p.v : p.grad, row, full);
+  }
+}
+
+// By one thread: the kept rows, and every block of the other side.
 template <PrefillSide kSide>
 __device__ __forceinline__ void backward_load(const PrefillBackwardParams& p,
                                               const PrefillBackwardJob& job,
                                               PrefillBackwardSmem& smem) {
   constexpr bool kKeys = kSide == PrefillSide::kKeys;
-  smem.kept_ring.acquire({}, sizeof(smem.kept_wide) + sizeof(smem.kept_narrow));
-  for (int half = 0; half < 2; ++half) {
-    const int row = job.kept_begin + job.kept + half * kBackwardBlock;
-    load_block(smem.kept_wide[half], kKeys ? p.k : p.q, row, &smem.kept_ring.full[0]);
-    load_block(smem.kept_narrow[half], kKeys ? p.v : p.grad, row, &smem.kept_ring.full[0]);
-  }
-  constexpr uint32_t kBytes =
+  constexpr uint32_t kKept = sizeof(smem.kept_wide) + sizeof(smem.kept_narrow);
+  constexpr uint32_t kBlock =
       sizeof(smem.wide[0]) + sizeof(smem.narrow[0]) + (kKeys ? sizeof(smem.statistics[0]) : 0);
   const PrefillStatistics* statistics =
       p.statistics + blockIdx.y * prefill_statistics_rows(p.t, p.b) + job.statistics;
@@ -56,7 +63,10 @@ __device__ __forceinline__ void backward_load(const PrefillBackwardParams& p,
   for (int block = job.first; block < job.last; ++block, at.advance()) {
     const int row = job.passing_begin + block * kBackwardBlock;
     uint64_t* full = &smem.ring.full[at.stage];
-    smem.ring.acquire(at, kBytes);
+    const bool first = block == job.first;
+    const uint32_t bytes = first ? kBlock + kKept : kBlock;
+    smem.ring.acquire(at, bytes);
+    if (first) load_kept<kSide>(p, job, smem, full);
     load_block(smem.wide[at.stage], kKeys ? p.q : p.k, row, full);
     load_block(smem.narrow[at.stage], kKeys ? p.grad : p.v, row, full);
     if constexpr (kKeys) {
