@@ -7,12 +7,6 @@ from cuda_survivors_ep import REASONS as OF_EP
 
 EXPLAINED: dict[tuple[str, str, str], str] = {
     (
-        "cuda/tile/quantize.cuh",
-        "return left >= kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
-        "return left > kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
-    ): "The row's last whole run then goes element by element: slower, the same values. The row-wise "
-    "tests count its accesses; those of the stems that share the line need not.",
-    (
         "cuda/kernels/moe_gate_backward.cuh",
         "for (int k = 0; k < p.k; k += kProductSlab) {",
         "for (int k = 0; k <= p.k; k += kProductSlab) {",
