@@ -5,12 +5,6 @@ Keyed by (file, source line, mutated line); an entry that no longer applies is r
 
 EXPLAINED: dict[tuple[str, str, str], str] = {
     (
-        "cuda/tile/quantize.cuh",
-        "return left >= kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
-        "return left > kCount && reinterpret_cast<uintptr_t>(at) % (kCount * sizeof(T)) == 0;",
-    ): "The row's last whole run then goes element by element: slower, the same values. The row-wise "
-    "and expert-parallel tests count its accesses; those of the other stems need not.",
-    (
         "cuda/kernels/moe_gate_backward.cuh",
         "for (int k = 0; k < p.k; k += kProductSlab) {",
         "for (int k = 0; k <= p.k; k += kProductSlab) {",

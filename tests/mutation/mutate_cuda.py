@@ -5,11 +5,12 @@
 
 The mutants are found by pattern (cuda_mutants.py): every fence, wait, barrier, arrival, phase,
 expected byte count, swizzle constant, tail bound, scale index, numerical constant and step of a
-descriptor in the sources under csrc/cuda/kernels and csrc/cuda/tile that the stem's kernels include. For each, the instances it
-touches are compiled to PTX, and the tests that launch them run on the emulator with its checks on,
-under the fixed schedule and under random ones. A baseline run tells which test launches what. A
-mutant of a file that other stems' kernels include too (tile/) is tried on theirs as well, one stem
-after the other, if the stem's own tests miss it.
+descriptor in the sources under csrc/cuda/kernels and csrc/cuda/tile that the stem's kernels
+include. For each, the instances it touches are compiled to PTX, and the tests that launch them run
+on the emulator with its checks on, under the fixed schedule and under random ones. A baseline run
+tells which test launches what. A mutant that the stem's own tests miss, in a file that other stems'
+kernels include too, is tried on theirs, one stem after the other, unless it is argued that no test
+can see it.
 
 caught          a test failed: wrong bits, a hazard, a deadlock, a timeout; or the build's gates
                 complain of its machine code
@@ -346,7 +347,7 @@ def try_all(stem: Stem, others: list[Stem], mutants: list[Mutant], jobs: int) ->
     """What the stem's own tests say and, where they miss a mutant, those of who shares its file."""
     said = {o.mutant: o for o in try_on(stem, mutants, jobs)}
     for other in others:
-        missed = [m for m, o in said.items() if o.status in ("explained", "SURVIVED")]
+        missed = [m for m, o in said.items() if o.status == "SURVIVED"]  # no test sees the argued
         shared = [m for m in missed if other.includes(m.file)]
         if shared:
             print(f"missed, in files that {other.name} shares:", flush=True)

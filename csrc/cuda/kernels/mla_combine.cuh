@@ -35,15 +35,18 @@ struct MlaSplitRow {
         end(__ldg(p.num_splits + request + 1)),
         lse(lse_of(p, begin + threadIdx.x % 32)) {}
 
+  __device__ __forceinline__ float stored_lse(const MlaCombineParams& p, int split) const {
+    return p.lse_partial[int64_t(split) * p.s * p.h + row];
+  }
   __device__ __forceinline__ float lse_of(const MlaCombineParams& p, int split) const {
-    return split < end ? p.lse_partial[int64_t(split) * p.s * p.h + row] : -INFINITY;
+    return split < end ? stored_lse(p, split) : -INFINITY;
   }
 
   // The largest; 0 where nothing is attended: every weight is 0 then.
   __device__ __forceinline__ float peak(const MlaCombineParams& p) const {
     float peak = lse;
     for (int split = begin + 32 + int(threadIdx.x % 32); split < end; split += 32) {
-      peak = fmaxf(peak, lse_of(p, split));
+      peak = fmaxf(peak, stored_lse(p, split));
     }
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {

@@ -168,7 +168,7 @@ __device__ __forceinline__ void score_tokens(float (&s)[kN / 2], MlaDecodeSmem& 
   for (int tile = 0; tile < kMlaTiles; ++tile) {
     if (tile == 4) {
       smem.kv_ring[buffer].await({1, phase});
-      ptx::wgmma_fence();  // without it ptxas takes no wgmma across the wait's loop
+      ptx::wgmma_fence();  // or ptxas serialises wgmma, for the loop in between
     }
     const uint64_t q = k_major_descriptor(smem.q[tile]);
     const uint64_t k = k_major_descriptor(smem.kv[buffer][tile]);

@@ -30,9 +30,10 @@ struct MlaBf16Cache {
   static constexpr bool kZeroTail = false;  // rows of V behind a request's end are left as they are
   static constexpr bool kWithQueries = true;  // the producer loads them as well
 
-  // One warp: lane i loads the i-th page (or piece of a page) of a block. A piece's queries come
-  // behind its first block: their place may not be free yet, and behind the second block, which is
-  // asked for early, the scores of the first would wait for both.
+  // One warp: lane i loads the i-th page (or piece of a page) of a block. A piece's queries are
+  // asked for behind its first block, since their place is free later than a block's, and ahead of
+  // the second: behind that, the first one's scores would wait for both, and no place would become
+  // free.
   __device__ static __forceinline__ void produce(const MlaDecodeParams& p, MlaDecodeSmem& smem) {
     if (threadIdx.x >= kMlaMathThreads + 32) return;
     const int lane = threadIdx.x % 32;
