@@ -192,10 +192,11 @@ def test_sums_cross_once_per_node(seed):
     places = got[2].forwarded
     assert (places[0, : int(got[2].num_forwarded[0])] >= 0).any()
     places[0] = -1
-    outs, _ = group.combine(ys, got)
+    outs, out_weights = group.combine(ys, got, topk_weights=[g.topk_weights for g in got])
     hosts = (idxs[0] // 4).unsqueeze(2) == torch.arange(4)
     own_node = hosts[:, :, :2].any(1).sum(1)
     same(outs[0], own_node[:, None].expand(-1, 256).bfloat16(), "own node's sums only")
+    same(out_weights[0], weights[0] * (idxs[0] < 8), "own node's weights only")
 
 
 @pytest.mark.slow

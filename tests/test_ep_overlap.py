@@ -38,10 +38,11 @@ def weights_of(rank, n=H):
     return dsk.quantize(torch.randn(LOCAL, n, H, generator=g) * 0.1, block=(128, 128))
 
 
-def make(ranks, max_tokens=T):
+def make(ranks, max_tokens=T, num_sms=2):
     return PeerGroup(
-        "emu", ranks, num_experts=LOCAL * ranks, max_tokens=max_tokens, hidden=H, topk=K, num_sms=2
-    )
+        "emu", ranks, num_experts=LOCAL * ranks, max_tokens=max_tokens, hidden=H, topk=K,
+        num_sms=num_sms,
+    )  # fmt: skip
 
 
 def problem(ranks, kind, n):
@@ -88,7 +89,7 @@ def test_experts_start_on_arrival(ranks, kernel, tokens, seed):
 
 
 def experts_start_on_arrival(ranks, seed, tokens):
-    group = make(ranks, max_tokens=tokens)
+    group = make(ranks, tokens, 2 * LOCAL)  # two CTAs bring an expert's rows
     for n, kind in enumerate(("even", "skewed", "one", "empty")):
         seed(n)
         case = problem(ranks, kind, n)

@@ -57,7 +57,8 @@ void dispatch(const On& on, const EpGroup& g, const Row& row, int tokens, Addres
               Address scale, int64_t scale_row, int64_t scale_column, Address topk_idx,
               Address topk_weights, uint64_t region, bool whole_region, int ranks_per_node,
               uint64_t forward, Address forward_of, Address forwarded, Address num_forwarded,
-              Address row_of, Address rows_to, Address mentions, Address received) {
+              Address row_of, Address place_of, Address rows_to, Address mentions,
+              Address received) {
   const EpDispatchParams p{g,
                            row_shape(row),
                            tokens,
@@ -76,6 +77,7 @@ void dispatch(const On& on, const EpGroup& g, const Row& row, int tokens, Addres
                            pointer<int32_t>(forwarded),
                            pointer<int32_t>(num_forwarded),
                            pointer<int32_t>(row_of),
+                           pointer<int32_t>(place_of),
                            pointer<uint32_t>(rows_to),
                            pointer<uint32_t>(mentions),
                            pointer<int32_t>(received)};
@@ -166,7 +168,7 @@ void bind_launch_ep(py::module_& launch) {
   launch.def("ep_dispatch", &dispatch, "on"_a, "group"_a, "row"_a, "tokens"_a, "x"_a, "ld_x"_a,
              "scale"_a, "scale_row"_a, "scale_column"_a, "topk_idx"_a, "topk_weights"_a, "region"_a,
              "whole_region"_a, "ranks_per_node"_a, "forward"_a, "forward_of"_a, "forwarded"_a,
-             "num_forwarded"_a, "row_of"_a, "rows_to"_a, "mentions"_a, "received"_a);
+             "num_forwarded"_a, "row_of"_a, "place_of"_a, "rows_to"_a, "mentions"_a, "received"_a);
   launch.def("ep_combine", &combine, "on"_a, "group"_a, "tokens"_a, "topk"_a, "elements"_a,
              "results"_a, "weights"_a, "with_weights"_a, "row_of"_a, "ranks_per_node"_a,
              "partial"_a, "forward_of"_a, "forwarded"_a, "num_forwarded"_a, "bias"_a, "out"_a,

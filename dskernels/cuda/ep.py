@@ -108,7 +108,7 @@ class PeerGroup(Peers):
         goes along, as they are when a later call has waited; rows at or behind counts[0] name no
         expert and hold nothing of use otherwise. So the call reads no value on the host, and can be
         recorded in a CUDA graph."""
-        row_ofs, counts, scratch, rails = [], [], [], []
+        row_ofs, counts, places, scratch, rails = [], [], [], [], []
         nodes = self.num_ranks // self.ranks_per_node if self.ranks_per_node else 0
         first = next(r for r in range(self.num_ranks) if self.alive[r])
         row = self._row(xs[first], topk_idxs[first].shape[1], topk_weights is not None)
@@ -116,6 +116,7 @@ class PeerGroup(Peers):
             at = dict(dtype=torch.int32, device=rank.device)
             row_ofs.append(torch.full((len(topk_idxs[r]), self.num_ranks), -1, **at))
             counts.append(torch.zeros(1 + self.experts_of_rank[r], **at))
+            places.append(torch.empty_like(row_ofs[r]))
             scratch.append(torch.zeros(self.num_ranks + sum(self.experts_of_rank), **at))
             rails.append((
                 torch.full((len(topk_idxs[r]), nodes), -1, **at),
@@ -137,12 +138,13 @@ class PeerGroup(Peers):
                 forward=self._region(r, FORWARD),
                 forward_of=rails[r][0].data_ptr(), forwarded=rails[r][1].data_ptr(),
                 num_forwarded=rails[r][2].data_ptr(), row_of=row_ofs[r].data_ptr(),
-                rows_to=scratch[r].data_ptr(), received=counts[r].data_ptr(),
+                place_of=places[r].data_ptr(), rows_to=scratch[r].data_ptr(),
+                received=counts[r].data_ptr(),
                 mentions=scratch[r].data_ptr() + 4 * self.num_ranks,
             )  # fmt: skip
             return [data, scale, idx, weights]
 
-        tensors = [*row_ofs, *counts, *scratch, *(x for rail in rails for x in rail)]
+        tensors = [*row_ofs, *counts, *places, *scratch, *(x for rail in rails for x in rail)]
         self._run(launch, tensors, wait=sizes_on_host)
         results = []
         for r in range(self.num_ranks):

@@ -3,8 +3,6 @@
 Keyed by (file, source line, mutated line); an entry that no longer applies is reported as stale.
 """
 
-from cuda_survivors_ep import REASONS as OF_EP
-
 EXPLAINED: dict[tuple[str, str, str], str] = {
     (
         "cuda/kernels/moe_gate_backward.cuh",
@@ -42,4 +40,3 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     "where ptxas says so. Here it once let a lane wait for the next tile alone; PTX does not promise "
     "that lanes meet, so the barrier stays.",
 }
-EXPLAINED.update({mutant: why for why, mutants in OF_EP.items() for mutant in mutants})

@@ -25,7 +25,7 @@ namespace dsk {
 
 constexpr int kEpDispatchWarps = 8;
 
-// Warp by warp over the ranks: tokens that go there, in order. Leaves row_of[t, r] (from 0) and
+// Warp by warp over the ranks: tokens that go there, in order. Leaves place_of[t, r] and
 // rows_to[r]; mentions by counting, whose order does not matter.
 __device__ __forceinline__ void rank_tokens(const EpDispatchParams& p, const EpNow& now) {
   const EpGroup& g = p.group;
@@ -41,7 +41,7 @@ __device__ __forceinline__ void rank_tokens(const EpDispatchParams& p, const EpN
       }
       return up && named;
     };
-    const int rows = number_tokens(p.tokens, goes, p.row_of + rank, g.shape.ranks);
+    const int rows = number_tokens(p.tokens, goes, p.place_of + rank, g.shape.ranks);
     if (threadIdx.x % kEpWarp == 0) p.rows_to[rank] = uint32_t(rows);
   }
   for (int e = threadIdx.x; e < g.experts.total; e += blockDim.x) p.mentions[e] = 0;
@@ -102,28 +102,33 @@ __device__ __forceinline__ void send_token(const EpDispatchParams& p, const EpNo
                                            const proto::RegionLayout& fields) {
   const EpGroup& g = p.group;
   const int lane = threadIdx.x % kEpWarp;
-  int32_t* row_of = p.row_of + int64_t(token) * g.shape.ranks;
-  // From here on the token's row at each rank counts from the start of the region.
+  const int64_t entry = int64_t(token) * g.shape.ranks;
+  const auto row_at = [&](int peer) {
+    const int32_t place = p.place_of[entry + peer];
+    return place < 0 ? -1 : place + targets.first_row[peer];
+  };
   for (int peer = lane; peer < g.shape.ranks; peer += kEpWarp) {
-    if (row_of[peer] >= 0) row_of[peer] += targets.first_row[peer];
+    p.row_of[entry + peer] = row_at(peer);
   }
-  __syncwarp();
+  const auto each_direct = [&](auto use) {  // use(peer, row)
+    for (int peer = 0; peer < g.shape.ranks; ++peer) {
+      const int32_t row = row_at(peer);
+      if (row < 0 || !proto::goes_direct(g.rank, peer, p.ranks_per_node, now.alive)) continue;
+      use(peer, row);
+    }
+  };
   const EpToken from = own_token(p, token);
   // A row goes from registers to all its destinations: 16 bytes a lane, once read.
-  each_piece(from.x, p.row.row_bytes, [&](int64_t at, const uint4& piece) {
-    for (int peer = 0; peer < g.shape.ranks; ++peer) {
-      if (row_of[peer] < 0 || !proto::goes_direct(g.rank, peer, p.ranks_per_node, now.alive))
-        continue;
-      store_piece(targets.region[peer] + fields.x, row_of[peer], p.row.row_bytes, at, piece);
-    }
+  each_row_batch(from.x, p.row.row_bytes, [&](auto each) {
+    each_direct([&](int peer, int32_t row) {
+      store_pieces(targets.region[peer] + fields.x + row * p.row.row_bytes, each);
+    });
   });
-  for (int peer = 0; peer < g.shape.ranks; ++peer) {
-    if (row_of[peer] < 0 || !proto::goes_direct(g.rank, peer, p.ranks_per_node, now.alive))
-      continue;
+  each_direct([&](int peer, int32_t row) {
     store_record(p, from, {g.experts.begin[peer], g.experts.begin[peer + 1]}, fields,
-                 targets.region[peer], row_of[peer]);
-  }
-  send_forwards(p, from, row_of);
+                 targets.region[peer], row);
+  });
+  send_forwards(p, from, row_at);
 }
 
 // How much this rank receives, for the host or the next kernel.

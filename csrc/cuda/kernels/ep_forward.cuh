@@ -58,9 +58,10 @@ struct EpToken {
   int64_t rank, token;        // its source
 };
 
-__device__ __forceinline__ void store_piece(uint8_t* rows, int64_t row, int64_t row_bytes,
-                                            int64_t at, const uint4& piece) {
-  *reinterpret_cast<uint4*>(rows + row * row_bytes + at) = piece;
+// What each_row_batch has loaded, to the same place of another row.
+template <class Each>
+__device__ __forceinline__ void store_pieces(uint8_t* row, Each each) {
+  each([&](int i, const uint4& piece) { reinterpret_cast<uint4*>(row)[i] = piece; });
 }
 
 // The experts whose numbers a record keeps, counted from the first of them.
@@ -123,13 +124,12 @@ __device__ __forceinline__ void place_forwards(const EpDispatchParams& p, const 
     const auto goes = [&](int token) {
       bool wanted = false;
       for (int j = 0; j < p.ranks_per_node; ++j) {
-        wanted |= p.row_of[int64_t(token) * g.shape.ranks + node * p.ranks_per_node + j] >= 0;
+        wanted |= p.place_of[int64_t(token) * g.shape.ranks + node * p.ranks_per_node + j] >= 0;
       }
       return wanted && uses_rail(p, now, node);
     };
     number_tokens(p.tokens, goes, p.forward_of + node, nodes);
   }
-  __syncthreads();
 }
 
 // How many rows the living `peer` is to pass on for this rank.
@@ -143,9 +143,10 @@ __device__ __forceinline__ uint32_t forwards_through(const EpDispatchParams& p, 
   return uint32_t(last + 1);
 }
 
-// One copy of a token to each other node that hosts an expert of it.
+// One copy of a token to each other node that hosts an expert of it; row_at(rank): its row there.
+template <class RowAt>
 __device__ __forceinline__ void send_forwards(const EpDispatchParams& p, const EpToken& from,
-                                              const int32_t* row_of) {
+                                              RowAt row_at) {
   if (p.ranks_per_node == 0) return;
   const EpGroup& g = p.group;
   const int lane = threadIdx.x % kEpWarp, nodes = num_nodes(p);
@@ -159,7 +160,7 @@ __device__ __forceinline__ void send_forwards(const EpDispatchParams& p, const E
     store_record(p, from, {0, g.experts.total}, fields, region, slot);
     uint8_t* record = region + fields.records + slot * int64_t(fields.record_bytes);
     for (int j = lane; j < p.ranks_per_node; j += kEpWarp) {
-      rows_behind(record, fields, p.row.topk)[j] = row_of[node * p.ranks_per_node + j];
+      rows_behind(record, fields, p.row.topk)[j] = row_at(node * p.ranks_per_node + j);
     }
   }
 }
@@ -201,10 +202,10 @@ __device__ __forceinline__ void forward_row(const EpDispatchParams& p, int64_t s
                      reinterpret_cast<const float*>(record + waiting.topk_weights),
                      source[0],
                      source[1]};
-  each_piece(from.x, p.row.row_bytes, [&](int64_t at, const uint4& piece) {
+  each_row_batch(from.x, p.row.row_bytes, [&](auto each) {
     for (int j = 0; j < p.ranks_per_node; ++j) {
       if (rows[j] < 0) continue;
-      store_piece(targets.region[first + j] + fields.x, rows[j], p.row.row_bytes, at, piece);
+      store_pieces(targets.region[first + j] + fields.x + rows[j] * p.row.row_bytes, each);
     }
   });
   for (int j = 0; j < p.ranks_per_node; ++j) {

@@ -126,7 +126,8 @@ __device__ __forceinline__ void copy_part(const EpLowSendParams& p, const EpSlot
   const uint8_t* from = p.x + token * p.row.row_bytes;
   each_slot(p, to, [&](uint8_t* base, uint64_t slot, int) {
     uint8_t* data = base + low.x + slot * uint64_t(g.shape.max_row_bytes);
-    copy_row(data + part * kPart, from + part * kPart, min(kPart, p.row.row_bytes - part * kPart));
+    copy_row<kPart / kEpChunk>(data + part * kPart, from + part * kPart,
+                               min(kPart, p.row.row_bytes - part * kPart));
   });
 }
 
@@ -185,13 +186,36 @@ __device__ __forceinline__ void say_arrived(const EpLowReceiveParams& p, int exp
   if (p.arrived == nullptr) return;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  int32_t* word = p.arrived + expert;
-  cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_device);
-  if (atomicSub(word, 1) != 1 - parts) return;  // counts down from 0 while CTAs are at work
-  cuda::atomic_thread_fence(cuda::memory_order_acq_rel, cuda::thread_scope_device);
-  const bool failed = atomicAdd(&p.group.status->failed, 0u) != 0;
-  cuda::atomic_ref<int32_t, cuda::thread_scope_device>(*word).store(failed ? 1 : int32_t(rows) + 1,
-                                                                    cuda::memory_order_release);
+  cuda::atomic_ref<int32_t, cuda::thread_scope_device> word(p.arrived[expert]);
+  // Counts down from 0 while CTAs are at work; each takes along what those before it stored.
+  if (word.fetch_sub(1, cuda::memory_order_acq_rel) != 1 - parts) return;
+  cuda::atomic_ref<uint32_t, cuda::thread_scope_device> failed(p.group.status->failed);
+  const bool silent = failed.load(cuda::memory_order_relaxed) != 0;
+  word.store(silent ? 1 : int32_t(rows) + 1, cuda::memory_order_release);
+}
+
+// Row `i` of those that `source` sent to an expert, to where the experts want it: row `to`.
+__device__ __forceinline__ void receive_row(const EpLowReceiveParams& p, int copy, int expert,
+                                            int source, int64_t i, int64_t to) {
+  const EpGroup& g = p.group;
+  const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
+  const uint8_t* base = low_base(g, g.rank);
+  const uint64_t slot = proto::receive_slot(g.shape, copy, expert, source, i);
+  // On its way while the row is.
+  const uint64_t word = reinterpret_cast<const uint64_t*>(base + low.source)[slot];
+  const int64_t row = int64_t(expert) * g.shape.ranks * g.shape.max_tokens + to;
+  copy_row(p.x + row * p.row.row_bytes, base + low.x + slot * uint64_t(g.shape.max_row_bytes),
+           p.row.row_bytes);
+  const auto* scale =
+      reinterpret_cast<const float*>(base + low.scale + slot * uint64_t(g.shape.max_scale_bytes));
+  const int scales = int(p.row.scale_bytes / 4);
+  each_item<2>(scale, scales, [&](int c, float value) {
+    p.scale[(int64_t(expert) * scales + c) * p.ld_scale + to] = value;
+  });
+  if (threadIdx.x % kEpWarp == 0) {
+    p.words[row] = word;
+    p.source[row] = source * g.shape.max_tokens + int64_t(word >> 32);
+  }
 }
 
 // CTAs share an expert's rows, and come expert by expert: blockIdx.x = expert * parts + part.
@@ -201,42 +225,30 @@ __device__ __forceinline__ void receive_call(const EpLowReceiveParams& p, const 
   const int expert = blockIdx.x / parts, part = blockIdx.x % parts;
   if (!await_everyone(g, now, proto::kLowSent)) return say_arrived(p, expert, parts, 0);
   if (g.experts.count(g.rank) == 0) return;  // waits all the same: what it sends next overwrites
-  const proto::LowLatencyLayout low = proto::LowLatencyLayout::of(g.shape);
   const int copy = proto::low_latency_copy(now.epoch);
-  const int lane = threadIdx.x % kEpWarp, warps = parts * warps_of_cta();
-  const int warp = warp_of(part, parts);
-  const int64_t slots = g.shape.ranks * g.shape.max_tokens;
-  const uint8_t* base = low_base(g, g.rank);
-  const auto* counts = reinterpret_cast<const uint32_t*>(base + low.count);
+  const int warps = parts * warps_of_cta(), warp = warp_of(part, parts);
+  // Thread s asks for source s, so that all counts are on their way at once.
+  __shared__ uint32_t counts[kEpReceiveThreads];
+  const int thread = threadIdx.x;
+  const int64_t at = (int64_t(copy) * g.shape.ranks + thread) * g.shape.max_local_experts + expert;
+  const uint8_t* sent = low_base(g, g.rank) + proto::LowLatencyLayout::of(g.shape).count;
+  counts[thread] =
+      proto::is_alive(now.alive, thread) ? reinterpret_cast<const uint32_t*>(sent)[at] : 0;
+  __syncthreads();
   int64_t begin = 0;
   for (int source = 0; source < g.shape.ranks; ++source) {
-    const int64_t at =
-        (int64_t(copy) * g.shape.ranks + source) * g.shape.max_local_experts + expert;
-    const int64_t count = proto::is_alive(now.alive, source) ? counts[at] : 0;
-    if (part == 0 && threadIdx.x == 0) {
+    const int64_t count = counts[source];
+    if (part == 0 && thread == 0) {
       p.layout_range[expert * g.shape.ranks + source] = begin << 32 | count;
     }
     for (int64_t i = first_turn(warp, warps, int(begin)); i < count; i += warps) {
-      const uint64_t slot = proto::receive_slot(g.shape, copy, expert, source, i);
-      const int64_t row = expert * slots + begin + i;
-      copy_row(p.x + row * p.row.row_bytes, base + low.x + slot * uint64_t(g.shape.max_row_bytes),
-               p.row.row_bytes);
-      const auto* scale = reinterpret_cast<const float*>(base + low.scale +
-                                                         slot * uint64_t(g.shape.max_scale_bytes));
-      const int scales = int(p.row.scale_bytes / 4);
-      for (int c = lane; c < scales; c += kEpWarp) {
-        p.scale[(int64_t(expert) * scales + c) * p.ld_scale + begin + i] = scale[c];
-      }
-      if (lane == 0) {
-        const uint64_t word = reinterpret_cast<const uint64_t*>(base + low.source)[slot];
-        p.words[row] = word;
-        p.source[row] = source * g.shape.max_tokens + int64_t(word >> 32);
-      }
+      receive_row(p, copy, expert, source, i, begin + i);
     }
     begin += count;
   }
-  if (part == 0 && threadIdx.x == 0) p.count[expert] = int32_t(begin);
-  for (int64_t i = begin + part * int64_t(blockDim.x) + threadIdx.x; i < slots;
+  if (part == 0 && thread == 0) p.count[expert] = int32_t(begin);
+  const int64_t slots = g.shape.ranks * g.shape.max_tokens;
+  for (int64_t i = begin + part * int64_t(blockDim.x) + thread; i < slots;
        i += int64_t(parts) * blockDim.x) {
     p.source[expert * slots + i] = -1;
   }

@@ -5,7 +5,7 @@
 namespace dsk::launch {
 namespace {
 
-constexpr int kThreads = 256, kLowThreads = 1024, kReceiveThreads = 512;  // of instances/ep.def
+constexpr int kThreads = 256, kLowThreads = 1024;  // of instances/ep.def
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw device::DeviceError("ep: " + message);
@@ -95,7 +95,7 @@ void ep_low_receive(const LaunchOn& on, const EpLowReceiveParams& p) {
   const int64_t ctas = std::max<int64_t>(experts, sms / experts * experts);
   LaunchOn wide = on;
   wide.num_sms = int(ctas);
-  launch(wide, "ep_low_receive", p, ctas, kReceiveThreads);
+  launch(wide, "ep_low_receive", p, ctas, kEpReceiveThreads);
 }
 
 void ep_low_return(const LaunchOn& on, const EpLowReturnParams& p) {

@@ -70,6 +70,7 @@ struct EpDispatchParams {
       forwarded;  // several nodes: out [nodes, max_tokens, ranks_per_node], see EpCombineParams
   int32_t* num_forwarded;  // several nodes: out [nodes]
   int32_t* row_of;         // out [tokens, ranks]: the token's row at each rank, -1: none
+  int32_t* place_of;       // scratch [tokens, ranks]: the same, among the rows from this rank
   uint32_t* rows_to;       // scratch [ranks]
   uint32_t* mentions;      // scratch [experts]
   int32_t* received;       // out [1 + local experts]: rows, then mentions of each expert
@@ -104,6 +105,8 @@ struct EpLowSendParams {
   const uint8_t* x;         // [tokens, elements] bf16, contiguous
   const int64_t* topk_idx;  // [tokens, topk]
 };
+
+constexpr int kEpReceiveThreads = 512;  // of a CTA
 
 struct EpLowReceiveParams {
   EpGroup group;

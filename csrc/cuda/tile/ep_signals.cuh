@@ -97,6 +97,7 @@ __device__ __forceinline__ void end_call(const EpGroup& g, const EpNow& now) {
 
 constexpr int kEpChunk = kEpWarp * 16;  // bytes that a warp moves by one instruction
 constexpr int kEpInFlight = 4;          // how many of them are on their way at a time
+constexpr int kEpRowInFlight = 7;       // and of a row: V3's are 14 or 28 chunks, whole turns
 
 // Calls use(i, the 16 bytes at where(i)) for i of [0, count) in order, and leaves out where it is
 // null. Loads first, several of them, since what `use` stores might be what the next one reads, for
@@ -108,7 +109,7 @@ __device__ __forceinline__ void each_load(int count, Where where, Use use) {
     const uint8_t* from[kEpInFlight];
 #pragma unroll
     for (int i = 0; i < kEpInFlight; ++i) {
-      from[i] = begin + i < count ? where(begin + i) : nullptr;
+      from[i] = i == 0 || begin + i < count ? where(begin + i) : nullptr;
       if (from[i] != nullptr) piece[i] = *reinterpret_cast<const uint4*>(from[i]);
     }
 #pragma unroll
@@ -118,19 +119,40 @@ __device__ __forceinline__ void each_load(int count, Where where, Use use) {
   }
 }
 
-// One warp reads `bytes`, a multiple of 16, and calls use(at, 16 bytes).
-template <class Use>
-__device__ __forceinline__ void each_piece(const uint8_t* from, int64_t bytes, Use use) {
-  const int64_t first = threadIdx.x % kEpWarp * 16;
-  each_load(
-      int((bytes - first + kEpChunk - 1) / kEpChunk),
-      [&](int i) { return from + first + i * kEpChunk; },
-      [&](int i, const uint4& piece) { use(first + i * kEpChunk, piece); });
+// One warp reads `count` items that lie side by side, kInFlight a lane at a time, and calls
+// use(each) when they are there: each(store) calls store(i, item) for those of this lane.
+template <int kInFlight, class T, class Use>
+__device__ __forceinline__ void each_batch(const T* from, int count, Use use) {
+  __syncwarp();  // lanes that parted on the way here load together again
+  for (int first = threadIdx.x % kEpWarp; first < count; first += kInFlight * kEpWarp) {
+    T item[kInFlight];
+    const auto there = [&](int i) { return i == 0 || first + i * kEpWarp < count; };
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (there(i)) item[i] = from[first + i * kEpWarp];
+    }
+    use([&](auto store) {
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (there(i)) store(first + i * kEpWarp, item[i]);
+      }
+    });
+  }
+}
+template <int kInFlight, class T, class Store>
+__device__ __forceinline__ void each_item(const T* from, int count, Store store) {
+  each_batch<kInFlight>(from, count, [&](auto each) { each(store); });
 }
 
+// The same for rows of 16-byte pieces, a whole number of them.
+template <class Use>
+__device__ __forceinline__ void each_row_batch(const uint8_t* row, int64_t bytes, Use use) {
+  each_batch<kEpRowInFlight>(reinterpret_cast<const uint4*>(row), int(bytes / 16), use);
+}
+template <int kInFlight = kEpRowInFlight>
 __device__ __forceinline__ void copy_row(uint8_t* to, const uint8_t* from, int64_t bytes) {
-  each_piece(from, bytes,
-             [&](int64_t at, const uint4& piece) { *reinterpret_cast<uint4*>(to + at) = piece; });
+  each_item<kInFlight>(reinterpret_cast<const uint4*>(from), int(bytes / 16),
+                       [&](int i, const uint4& piece) { reinterpret_cast<uint4*>(to)[i] = piece; });
 }
 
 }  // namespace dsk
