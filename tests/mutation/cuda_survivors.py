@@ -21,18 +21,6 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "Lanes that have parted at a branch meet behind it again, in the emulator always, on hardware "
     "where ptxas says so. wgmma needs the whole warp and PTX does not promise it, so the barrier stays.",
     (
-        "cuda/tile/mla_load.cuh",
-        "__syncwarp();",
-        ";",
-    ): "The other lanes must not load before lane 0 has waited for the place to be free. In the emulator "
-    "lanes meet behind a branch; PTX does not promise it, so the barrier stays.",
-    (
-        "cuda/tile/mla_dequantize.cuh",
-        "__syncwarp();",
-        ";",
-    ): "One lane announces what the whole warp has stored. The race checker takes lanes that have not "
-    "parted for one agent, as they are in step on hardware; PTX asks for the barrier.",
-    (
         "cuda/tile/gemm_roles.cuh",
         "__syncwarp();  // or the lane that released walks the loop by itself",
         ";  // or the lane that released walks the loop by itself",
