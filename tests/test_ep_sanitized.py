@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_exchange(tmp_path, sanitizers):
     compiler = shutil.which("g++") or shutil.which("clang++")
@@ -24,6 +24,6 @@ def test_exchange(tmp_path, sanitizers):
     build = [compiler, "-std=c++20", "-O1", "-g", "-ffp-contract=off", f"-fsanitize={sanitizers}",
              "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}", *map(str, sources), "-pthread",
              "-o", str(program)]  # fmt: skip
-    subprocess.run(build, check=True, timeout=200)
-    result = subprocess.run([program], capture_output=True, text=True, timeout=150)
+    subprocess.run(build, check=True, timeout=600)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=600)  # hangs only
     assert result.returncode == 0 and result.stdout == "ok\n", result.stdout + result.stderr
