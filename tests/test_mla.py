@@ -444,6 +444,12 @@ def test_random_schedules_of_the_machine(machine, backend, monkeypatch, seed, he
     assert_bitwise_equal(got[1], want[1])
 
 
+def test_more_requests_than_the_schedule_holds(machine):
+    lens = torch.ones(30000, dtype=torch.int32)
+    with pytest.raises(ValueError, match="seq_lens: expected at most 28... requests, got 30000"):
+        machine.mla_schedule(lens, 1, num_sms=132)
+
+
 @pytest.mark.parametrize(
     "change,message",
     [

@@ -17,7 +17,8 @@ constexpr int kCombineThreads = 128;
 constexpr int kCombinePerSm = 4;   // CTAs of mla_combine that run at once
 constexpr size_t kManyRows = 512;  // a warp for each keeps the machine busy
 constexpr int kScheduleThreads = 1024;
-constexpr uint32_t kTileColumns = 64;  // one 128-byte swizzled row of bf16
+constexpr int kSharedBytes = 227 * 1024;  // that a CTA can have
+constexpr uint32_t kTileColumns = 64;     // one 128-byte swizzled row of bf16
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -135,9 +136,12 @@ void mla_schedule(Context& context, const MlaScheduleArgs& args, cu::Stream stre
   const int shares = mla_num_shares(args.split_blocks, params.piece_cost);  // a warp for each
   DSK_CHECK(shares <= kScheduleThreads / 32, "split_blocks: expected at most ",
             kScheduleThreads / 32 - params.piece_cost, ", got ", args.split_blocks);
-  const size_t words = size_t(args.b + 1) * 2 + size_t(args.num_parts + 1) * 2 * shares;
+  const int words = 2 * ((args.num_parts + 1) * shares + 1);  // and two a request
+  const int most = (kSharedBytes / int(sizeof(int32_t)) - words) / 2;
+  DSK_CHECK(args.b <= most, "seq_lens: expected at most ", most, " requests, got ", args.b);
   launch(context, "mla_schedule",
-         shape_of(1, 1, kScheduleThreads, unsigned(words * sizeof(int32_t))), params, stream);
+         shape_of(1, 1, kScheduleThreads, unsigned((words + 2 * args.b) * sizeof(int32_t))), params,
+         stream);
   if (context.emulated()) context.device().synchronize(stream);
 }
 
