@@ -27,4 +27,25 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ): "Lanes that have parted at a branch meet behind it again, in the emulator always, on hardware "
     "where ptxas says so. Here it once let a lane wait for the next tile alone; PTX does not promise "
     "that lanes meet, so the barrier stays.",
+    (
+        "cuda/kernels/mla_prefill_backward.cuh",
+        "if (threadIdx.x == kBackwardMath && job.first < job.last) backward_load<kSide>(p, job, smem);",
+        "if (threadIdx.x == kBackwardMath && job.first <= job.last) backward_load<kSide>(p, job, smem);",
+    ): "Without blocks the loader's loop ends before its first turn.",
+    (
+        "cuda/kernels/mla_prefill_backward.cuh",
+        "if (job.first < job.last) {",
+        "if (job.first <= job.last) {",
+    ): "Without blocks run() adds nothing to the zeros; the guard saves it the statistics.",
+    (
+        "cuda/tile/mla_columns.cuh",
+        "if (first + kMlaBlock <= seen_by_all) return;",
+        "if (first + kMlaBlock < seen_by_all) return;",
+    ): "A block that every query sees to its last token goes through comparisons that hide nothing: "
+    "slower, the same values.",
+    (
+        "cuda/tile/quantize.cuh",
+        "__float_as_uint(__fadd_rn(__fmul_rn(low, 1048576.f), 12582912.f)) & 0x7f;",
+        "__float_as_uint(__fadd_rn(__fmul_rn(low, 1048576.f), (12582912.f * 1.0625f))) & 0x7f;",
+    ): "Every multiple of 128 from 2^23 to below 2^24 rounds the step's count to the same low bits.",
 }
