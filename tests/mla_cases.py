@@ -1,10 +1,7 @@
 """Paged latent caches with everything unused poisoned, and the bar their attention is held to."""
 
-from collections import Counter, defaultdict
-
 import torch
 
-from dskernels import emu
 from dskernels.ref import mla as ref
 from dskernels.testing import UNUSED_PAGE, poisoned_pages
 
@@ -78,21 +75,3 @@ def assert_decoded(got, case, rounds=True, **how):
     assert out.shape == want.shape and out.dtype == q.dtype and lse.dtype == torch.float32
     assert_within(out, want, 8e-4, 2.01 / 128, cosine=5e-6)
     assert_within(lse, want_lse, 1e-6, 8.01 / 65536)
-
-
-def executed(call, text):
-    """How many warps execute an instruction that begins with `text`, over all of a call."""
-    with emu.profiling(sample_ctas=None) as profile:
-        call()
-    lines = (line for launch in profile.launches for line in launch.instructions)
-    return sum(line["executed"] for line in lines if line["text"].startswith(text))
-
-
-def work_of(call):
-    """What the emulator executes in a call: warp-instructions by kernel and kind."""
-    with emu.profiling(sample_ctas=None) as profile:
-        call()
-    work = defaultdict(Counter)
-    for launch in profile.launches:
-        work[launch.kernel].update(launch.mix)
-    return work

@@ -3,6 +3,7 @@ row, and no turn in which nothing is there."""
 
 import pytest
 import torch
+from executed_work import instructions_of, times
 
 import dskernels as dsk
 
@@ -17,20 +18,6 @@ TOPK = 3
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     monkeypatch.setenv("DSK_EMU_SEED", "0")  # others part lanes of a warp
-
-
-def work_of(call):
-    """How often the warps of each kernel ran each instruction: {kernel: [(opcode, times), ...]}."""
-    with emu.profiling(sample_ctas=None) as profile:
-        call()
-    return {
-        launch.kernel: [(i["text"].split()[0], i["executed"]) for i in launch.instructions]
-        for launch in profile.launches
-    }
-
-
-def times(work, *starts):
-    return sum(executed for opcode, executed in work if opcode.startswith(starts))
 
 
 def make(tokens, experts, hidden, **options):
@@ -55,7 +42,7 @@ def exchange(tokens, experts, hidden, **options):
         y = torch.zeros(experts, tokens, hidden).bfloat16()
         group.low_latency_combine([y], [idx], [weights], got)[1]()
 
-    return work_of(call)
+    return instructions_of(call)
 
 
 def test_a_token_is_sent_by_whole_runs():
@@ -65,7 +52,8 @@ def test_a_token_is_sent_by_whole_runs():
     # Where a choice goes, three words, is asked for with the row and once more for its source.
     assert times(work, "shfl.sync.idx") == 2 * TOPK * 3
     assert times(work, "ld.global.nc.v2") == hidden // 128
-    assert not [opcode for opcode, _ in work if opcode.startswith("ld") and opcode.endswith("16")]
+    opcodes = [text.split()[0] for text, _ in work]
+    assert not [name for name in opcodes if name.startswith("ld") and name.endswith("16")]
 
 
 @pytest.mark.parametrize("hidden", [256, 512, 2320])
@@ -86,7 +74,7 @@ def test_results_of_as_many_runs_as_a_warp_has_lanes():
 
 def test_as_many_tokens_as_a_warp_has_lanes_are_one_vote():
     group, (x, idx, weights) = make(32, TOPK, 16), tokens_of(32, 16)
-    work = work_of(lambda: group.dispatch([x], [idx], [weights]))["ep_dispatch"]
+    work = instructions_of(lambda: group.dispatch([x], [idx], [weights]))["ep_dispatch"]
     assert times(work, "vote.sync") == 1
 
 

@@ -8,7 +8,7 @@ A launch with a hazard (race, missing proxy fence, out-of-bounds or uninitialise
 import pytest
 import torch
 from backend_axis import need
-from mla_cases import work_of
+from executed_work import work_of
 from test_gemm import exact_gemm, scaled_operands
 
 import dskernels as dsk

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 from backend_axis import need, on_cpu, on_device
-from mla_cases import LATENT, assert_decoded, executed, paged_case, work_of
+from executed_work import executed, work_of
+from mla_cases import LATENT, assert_decoded, paged_case
 
 import dskernels as dsk
 from dskernels.testing import assert_bitwise_equal

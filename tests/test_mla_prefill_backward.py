@@ -4,7 +4,7 @@ to twice the error of PyTorch's own fused bf16 attention, both against fp64."""
 import pytest
 import torch
 from backend_axis import need, on_cpu, on_device
-from mla_cases import work_of
+from executed_work import work_of
 from test_mla_prefill import operands
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backend_axis import need, on_cpu, on_device
-from mla_cases import work_of
+from executed_work import work_of
 
 import dskernels as dsk
 from dskernels.ref import rowwise as ref
